@@ -30,7 +30,7 @@ def use_style()->None:
         "grid.color": "#e5e5e5", "grid.linewidth": .8, "axes.axisbelow": True, "legend.frameon": False,
         "lines.linewidth": 1.8, "image.cmap": "viridis", "axes.prop_cycle": cycler(color=cycle)})
 
-# %% ../../nbs/core/05_figures.ipynb #39b05d46
+# %% ../../nbs/core/05_figures.ipynb #9fc4155f
 def band(
     x,                   # (T,) horizontal positions: steps or tokens
     Y,                   # (S,T) one curve per seed
@@ -39,8 +39,9 @@ def band(
     label:str=None,      # Name of the arm
 )->plt.Axes:             # The axes
     "Mean over seeds with its 95 % interval and the single seeds as thin lines"
-    ax, x, Y = ax or plt.gca(), np.asarray(x, float), np.atleast_2d(np.asarray(Y, float))
+    x, Y = np.asarray(x, float), np.atleast_2d(np.asarray(Y, float))
     if Y.ndim != 2 or Y.shape[1] != len(x): raise ValueError(f"Y has shape {Y.shape}; it needs (seeds, {len(x)}) to go with x")
+    ax = ax or plt.gca()
     line, = ax.plot(x, Y.mean(0), color=color, label=label, zorder=3)
     if len(Y) > 1:
         ivs = [mean_ci(col) for col in Y.T]
@@ -65,7 +66,7 @@ def label_ends(
         ax.text(1.01, p, l.get_label(), color=l.get_color(), transform=ax.transAxes, va="center", fontsize=9)
     return ax
 
-# %% ../../nbs/core/05_figures.ipynb #9c9f4755
+# %% ../../nbs/core/05_figures.ipynb #3d1f5135
 def heat(
     M,                   # (rows, columns) values
     ax=None,             # Axes; None takes the current one
@@ -78,15 +79,16 @@ def heat(
     ylabel:str=None,     # Label of the rows
 )->plt.Axes:             # The axes
     "A map with equal aspect; masked entries stay white"
-    ax, M = ax or plt.gca(), np.asarray(M, float)
+    M = np.asarray(M, float)
     if M.ndim != 2: raise ValueError(f"M has shape {M.shape}; heat draws a matrix")
     if mask is not None and np.shape(mask) != M.shape: raise ValueError(f"mask has shape {np.shape(mask)}, M has {M.shape}")
+    ax = ax or plt.gca()
     im = ax.imshow(np.ma.array(M, mask=np.zeros(M.shape, bool) if mask is None else np.asarray(mask)), vmin=vmin, vmax=vmax, cmap=cmap)
     ax.grid(False); ax.set(xlabel=xlabel or "", ylabel=ylabel or "")
     if label: ax.figure.colorbar(im, ax=ax, label=label, shrink=.8)
     return ax
 
-# %% ../../nbs/core/05_figures.ipynb #26c5a25d
+# %% ../../nbs/core/05_figures.ipynb #6bcd7eae
 def interval_plot(
     labels:list[str],    # One name per row, top to bottom
     mid,                 # (n,) estimates
@@ -97,10 +99,10 @@ def interval_plot(
     color=None,          # One colour or one per row; None is the method's blue
 )->plt.Axes:             # The axes
     "Estimates with their intervals, one row each, and a dashed line at no effect"
-    ax, mid, low, high = ax or plt.gca(), *(np.asarray(v, float) for v in (mid, low, high))
+    mid, low, high = (np.asarray(v, float) for v in (mid, low, high))
     if not len(labels) == len(mid) == len(low) == len(high): raise ValueError("labels, mid, low and high need the same length")
     if (low > mid).any() or (mid > high).any(): raise ValueError("low <= mid <= high must hold in every row")
-    y = np.arange(len(labels))[::-1]
+    ax, y = ax or plt.gca(), np.arange(len(labels))[::-1]
     cs = [color or colors.method]*len(y) if color is None or isinstance(color, str) else color
     for yi, m, l, h, c in zip(y, mid, low, high, cs):
         ax.plot([l, h], [yi, yi], color=c, lw=2.2, solid_capstyle="round"); ax.plot(m, yi, "o", color=c, ms=6)
@@ -108,7 +110,7 @@ def interval_plot(
     ax.set_yticks(y, labels); ax.set_ylim(-.6, len(y)-.4); ax.grid(True, axis="x"); ax.grid(False, axis="y")
     return ax
 
-# %% ../../nbs/core/05_figures.ipynb #a6d2fda5
+# %% ../../nbs/core/05_figures.ipynb #3e9ec452
 def token_strip(
     tokens:list[str],    # (N,) token texts
     rows:dict,           # Name -> (N,) values; NaN where a value is not defined
@@ -116,13 +118,14 @@ def token_strip(
     cmap:str="Blues",    # Colour map of every row
 )->plt.Axes:             # The axes
     "One row of coloured cells per quantity over the same tokens, each row on its own scale"
-    ax, n = ax or plt.gca(), len(tokens)
-    for r, (name, v) in enumerate(rows.items()):
-        v = np.asarray(v, float)
+    rows, n = {k: np.asarray(v, float) for k, v in rows.items()}, len(tokens)
+    for name, v in rows.items():
         if v.shape != (n,): raise ValueError(f"rows[{name!r}] has shape {v.shape}; it needs one value for each of the {n} tokens")
+    ax = ax or plt.gca()
+    for r, v in enumerate(rows.values()):
         ok = v[np.isfinite(v)]
         lo, hi = (ok.min(), ok.max()) if len(ok) else (0, 0)
-        cells = np.ma.masked_invalid((v - lo)/(hi - lo if hi > lo else 1))[None]
+        cells = np.ma.masked_invalid(.1 + .9*(v - lo)/(hi - lo if hi > lo else 1))[None]  # the smallest value keeps a tint
         ax.imshow(cells, cmap=cmap, vmin=0, vmax=1, aspect="auto", extent=(-.5, n-.5, r+.42, r-.42))
         ax.text(n-.3, r, f"{lo:.2g} to {hi:.2g}", va="center", fontsize=8, color=colors.baseline)
     ax.set_xlim(-.5, n-.5); ax.set_ylim(len(rows)-.5, -.5); ax.grid(False)
