@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from nb_filter import body, convert, option, text, title_cell  # noqa: E402
 from render_docs import READER, fence, find, run_pandoc, settings, site_url, walk  # noqa: E402
 
-HEADER = '<!-- Made from nbs/index.ipynb by tools/make_readme.py: change the notebook, then run make readme. -->'
+HEADER = '<!-- Made from nbs/index.ipynb by tools/make_readme.py: change the notebook, then run that. -->'
 
 
 def outputs(c, files, folder):  # `files` collects {path in the repository: bytes} of figures

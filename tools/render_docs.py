@@ -433,7 +433,8 @@ class Site:
                     res += f'<li><details{open_}><summary>{html.escape(it["section"])}</summary>{items(it["contents"])}</details></li>'
                     continue
                 p = Path(it['href'])
-                t = it.get('text') or (self.pages[p].title if p in self.pages else None) or p.stem
+                if p not in self.pages: continue  # a fault already
+                t = it.get('text') or self.pages[p].title or p.stem
                 rel = os.path.relpath(p.with_suffix('.html'), page.path.parent).replace(os.sep, '/')
                 cur = ' aria-current="page"' if p == page.path else ''
                 res += f'<li><a href="{rel}"{cur}>{html.escape(t)}</a></li>'
