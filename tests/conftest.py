@@ -25,6 +25,7 @@ def is_worker(config): return hasattr(config, 'workerinput')
 def pytest_configure(config):
     "One private folder per run for the cache, the kernel and the configuration of Jupyter; workers inherit it"
     config.addinivalue_line('markers', 'xdist_group(name): tests of one group run on one worker')  # without xdist too
+    if hasattr(config.option, 'loadscopereorder'): config.option.loadscopereorder = False  # keep the order made below
     if is_worker(config): return
     config.run_folder = Path(tempfile.mkdtemp(prefix='llmpapers-tests-'))
     kernel = config.run_folder/'jupyter'/'kernels'/KERNEL

@@ -343,7 +343,7 @@ def leftovers(page, doc):
         s = x['c']
         if '$$' in s or s == '$': page.fault(f'maths that was not recognised near {s!r} (no space inside the dollar signs)')
         elif re.search(r'\{#(eq|fig|tbl|sec)-', s): page.fault(f'label {s} belongs to nothing')
-        elif re.match(r'^\|?:?-{3,}:?\|', s): page.fault('a table that was not recognised (it needs an empty line above)')
+        elif re.match(r'^\|?:?(-{3,}|—|–)[-—–]*:?\|', s): page.fault('a table that was not recognised (it needs an empty line above)')
         elif s.startswith(':::'): page.fault('an unclosed ::: block')
     for x in find(doc['blocks'], {'Div'}):
         if 'cell-output' in x['c'][0][1]: page.n_tables -= bool(list(find(x['c'][1], {'Table'})))
