@@ -5,25 +5,24 @@
 # %% auto #0
 __all__ = ['scale_names', 'pick_device', 'Scale', 'set_seed', 'rng', 'deterministic', 'need']
 
-# %% ../../nbs/core/01_scale.ipynb #9316f51d
+# %% ../../nbs/core/01_scale.ipynb #50e875ed
 import contextlib
 import hashlib
 import importlib
 import random
 from collections.abc import Mapping
 
-import numpy as np
-import torch
 from fastcore.basics import patch
 
 # %% ../../nbs/core/01_scale.ipynb #f2b39602
 scale_names = ("smoke", "laptop", "gpu", "paper")
 
-# %% ../../nbs/core/01_scale.ipynb #885afc08
+# %% ../../nbs/core/01_scale.ipynb #578a1187
 def pick_device(
-    device:str|torch.device|None=None, # Any torch device; None means the first GPU if there is one, else the CPU
-)->torch.device:                       # The device to put models and batches on
+    device:"str|torch.device|None"=None, # Any torch device; None means the first GPU if there is one, else the CPU
+)->"torch.device":                       # The device to put models and batches on
     "The device to run on: what was asked for, else a GPU, else the CPU"
+    import torch
     if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try: res = torch.device(device)
     except RuntimeError as e: raise ValueError(f"device={device!r} is not a torch device; use 'cpu', 'cuda' or 'cuda:1'") from e
@@ -31,12 +30,12 @@ def pick_device(
         raise ValueError(f"device={device!r} asks for a GPU, but torch sees none; pass device='cpu' or None")
     return res
 
-# %% ../../nbs/core/01_scale.ipynb #911185c4
+# %% ../../nbs/core/01_scale.ipynb #b3df6fc8
 class Scale:
     "The size dial of a notebook: `name`, `device`, and sizes looked up with `pick`"
     def __init__(self,
-        name:str="laptop",                 # One of `scale_names`
-        device:str|torch.device|None=None, # Passed to `pick_device`
+        name:str="laptop",                   # One of `scale_names`
+        device:"str|torch.device|None"=None, # Passed to `pick_device`
     ):
         if name not in scale_names: raise ValueError(f"scale={name!r} is not one of {', '.join(scale_names)}")
         self.name, self.device = name, pick_device(device)
@@ -69,32 +68,36 @@ def pick(self:Scale,
         if name in given: return given[name]
     raise ValueError(f"sizes has nothing for scale {self.name!r} or smaller; it has {', '.join(given) or 'no entry'}")
 
-# %% ../../nbs/core/01_scale.ipynb #f0826862
+# %% ../../nbs/core/01_scale.ipynb #088e3058
 def set_seed(
     seed:int, # Any non-negative integer below 2**32
 )->None:
     "Seed the global generators of Python, NumPy and torch"
+    import numpy as np
+    import torch
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r} must be an integer in [0, 2**32)")
     random.seed(int(seed)); np.random.seed(int(seed)); torch.manual_seed(int(seed))
 
-# %% ../../nbs/core/01_scale.ipynb #5e564aa3
+# %% ../../nbs/core/01_scale.ipynb #c9d4d79a
 def rng(
     seed:int,                        # The run's seed
     *keys,                           # What the stream is for: strings and integers, e.g. `"data", step`
-    device:str|torch.device="cpu",   # Device of the generator
-)->torch.Generator:                  # A fresh generator at the start of its stream
+    device:"str|torch.device"="cpu", # Device of the generator
+)->"torch.Generator":                # A fresh generator at the start of its stream
     "An independent random stream named by `keys`, the same on every machine"
+    import torch
     for k in keys:
-        if not isinstance(k, (str, int, np.integer)): raise TypeError(f"keys must be strings or integers, not {type(k).__name__}")
+        if not isinstance(k, (str, int)): raise TypeError(f"keys must be strings or integers, not {type(k).__name__}")
     text = "|".join([str(int(seed)), *(f"{type(k).__name__[0]}:{k}" for k in keys)])
     digest = hashlib.sha256(text.encode()).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
-# %% ../../nbs/core/01_scale.ipynb #b09dcbc4
+# %% ../../nbs/core/01_scale.ipynb #44956f27
 @contextlib.contextmanager
 def deterministic():
     "Use torch's deterministic kernels inside the block"
+    import torch
     before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True, warn_only=False); torch.backends.cudnn.benchmark = False
     try: yield
