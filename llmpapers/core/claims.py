@@ -96,7 +96,7 @@ def _from_json(d):
     if d["measured"] is not None: d |= dict(low=-math.inf if d["low"] is None else d["low"], high=math.inf if d["high"] is None else d["high"])
     return Claim(**d)
 
-# %% ../../nbs/core/04_claims.ipynb #6550f12c
+# %% ../../nbs/core/04_claims.ipynb #b2367b9e
 class ClaimTable(list):
     "A list of claims that displays as a table and carries its data in the notebook's output"
     def rows(self)->list[dict]: # Text of every column, one dictionary a claim
@@ -112,8 +112,12 @@ class ClaimTable(list):
 
     def text(self)->str: # Lines for a terminal
         "The table for a terminal: a line per claim and one for its figures"
-        line = lambda c, r: f"{r['verdict']:>13}  {c.statement} ({c.source})\n{'':15}paper {r['paper'] or '-'}, ours {r['ours'] or '-'} {c.unit}{', n=' + r['n'] if r['n'] else ''}, {c.scale}"
-        return "\n".join(line(c, r) for c, r in zip(self, self.rows()))
+        lines = []
+        for c, r in zip(self, self.rows()):
+            n = f", n={r['n']}" if r["n"] else ""
+            lines.append(f"{r['verdict']:>13}  {c.statement} ({c.source})")
+            lines.append(f"{'':15}paper {r['paper'] or '-'}, ours {r['ours'] or '-'} {c.unit}{n}, {c.scale}")
+        return "\n".join(lines)
 
     def json(self)->list[dict]: # One dictionary a claim, with its verdict; infinite ends of intervals are None
         "The claims as plain data"

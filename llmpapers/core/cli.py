@@ -177,9 +177,11 @@ def run_series(
             done[p.stem] = print_; _record(out, done)
             say(f"{p.stem}: done in {time.time() - t0:.0f} s")
 
-# %% ../../nbs/core/09_cli.ipynb #96095c7b
-_page = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>
-<style>body{{font:17px/1.55 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}table{{border-collapse:collapse}}td,th{{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:left;vertical-align:top}}
+# %% ../../nbs/core/09_cli.ipynb #63311d17
+_page = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{title}</title><style>
+body{{font:17px/1.55 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}
+table{{border-collapse:collapse}}td,th{{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:left;vertical-align:top}}
 @media(prefers-color-scheme:dark){{body{{color:#ddd;background:#181818}}td,th{{border-color:#444}}a{{color:#8bf}}}}</style>
 <h1>{title}</h1><p>Run at <b>{scale}</b> scale.</p><h2>Claims</h2>{claims}<h2>Notebooks</h2><ul>{links}</ul></html>"""
 
