@@ -34,12 +34,12 @@ def pytest_configure(config):
     (kernel/'kernel.json').write_text(json.dumps(dict(argv=argv, display_name=KERNEL, language='python')))
     for k in ('jupyter_config', 'ipython'): (config.run_folder/k).mkdir()
     paths = [str(root)] + [p for p in os.environ.get('PYTHONPATH', '').split(os.pathsep) if p and os.path.isabs(p) and Path(p) != root]
-    os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MPLBACKEND='agg', TOKENIZERS_PARALLELISM='false',
+    os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false',
         HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', VLLM_NO_USAGE_STATS='1', RAY_USAGE_STATS_ENABLED='0',
         PYTHONPATH=os.pathsep.join(paths), JUPYTER_CONFIG_DIR=str(config.run_folder/'jupyter_config'), IPYTHONDIR=str(config.run_folder/'ipython'),
         LLMPAPERS_CACHE=os.environ.get('LLMPAPERS_TEST_CACHE') or str(config.run_folder/'cache'),
         JUPYTER_PATH=os.pathsep.join([str(config.run_folder/'jupyter')] + [p for p in [os.environ.get('JUPYTER_PATH')] if p]))
-    os.environ.pop('PYTHONSTARTUP', None)
+    for k in ('PYTHONSTARTUP', 'MPLBACKEND'): os.environ.pop(k, None)  # kernels draw inline, as they do for a reader
 
 
 def pytest_unconfigure(config):
