@@ -102,7 +102,7 @@ class Processes:
             if p.pid != self.me.pid and key not in self.seen and p.environ().get('LLMPAPERS_TEST_MARK') == self.mark: self.seen[key] = p, 0.
         except psutil.Error: pass
 
-    def left(self, wait=10):
+    def left(self, wait=5):
         "Processes that still run after `wait` seconds; they are ended"
         procs = [p for p, _ in self.seen.values() if p.is_running()]
         _, alive = psutil.wait_procs(procs, timeout=wait)
