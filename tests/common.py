@@ -32,7 +32,7 @@ def needs_parameters(rel): return kind(rel) not in ('index', 'paper')
 
 
 # Folders of one machine. Words are put together here so that this file does not contain them.
-machine_path = re.compile(r'(?<![\w.:/])/(?:root|home|Users|tmp|var/folders|opt|mnt|wo''rk|workspace)/[\w.-]+|\b[A-Z]:\\\\?Users\b')
+machine_path = re.compile(r'(?<![\w.:/])/(?:root|home|Users|tmp|var/folders|opt|mnt|wo'r'rk|workspace)/[\w.-]+|\b[A-Z]:\\\\?Users\b')
 
 
 def machine_traces(s):
