@@ -32,7 +32,7 @@ def needs_parameters(rel): return kind(rel) not in ('index', 'paper')
 
 
 # Folders of one machine. Words are put together here so that this file does not contain them.
-machine_path = re.compile(r'(?<![\w.:/])/(?:root|home|Users|tmp|var/folders|opt|mnt|wo''rk|workspace)/[\w.-]+|\b[A-Z]:\\\\?Users\b')
+machine_path = re.compile(r'(?<![\w.:/])/(?:root|home|Users|tmp|var/folders|opt|mnt|wo'r'rk|workspace)/[\w.-]+|\b[A-Z]:\\\\?Users\b')
 
 
 def machine_traces(s):
@@ -102,7 +102,7 @@ class Processes:
             if p.pid != self.me.pid and key not in self.seen and p.environ().get('LLMPAPERS_TEST_MARK') == self.mark: self.seen[key] = p, 0.
         except psutil.Error: pass
 
-    def left(self, wait=10):
+    def left(self, wait=5):
         "Processes that still run after `wait` seconds; they are ended"
         procs = [p for p, _ in self.seen.values() if p.is_running()]
         _, alive = psutil.wait_procs(procs, timeout=wait)
