@@ -36,7 +36,7 @@ def local_maxima(
     level = torch.nanquantile(torch.where(m, x.double(), torch.nan), quantile, dim=-1, keepdim=True)
     return res & (x >= level)
 
-# %% ../../nbs/attention_rhythm/03_analysis.ipynb #64ddd365
+# %% ../../nbs/attention_rhythm/03_analysis.ipynb #79f27a40
 @torch.no_grad()
 def token_entropy(
     model,                   # Hugging Face causal language model
@@ -49,7 +49,8 @@ def token_entropy(
     pos = (mask.long().cumsum(-1) - 1).clamp(min=0)
     for i in range(0, len(input_ids), batch):
         s = slice(i, i + batch)
-        logp = model(input_ids=input_ids[s], attention_mask=mask[s].long(), position_ids=pos[s], use_cache=False).logits[:,:-1].float().log_softmax(-1)
+        logits = model(input_ids=input_ids[s], attention_mask=mask[s].long(), position_ids=pos[s], use_cache=False).logits
+        logp = logits[:,:-1].float().log_softmax(-1)
         out[s, 1:] = -(logp.exp()*logp).sum(-1)
     return torch.where(mask & torch.nn.functional.pad(mask[:,:-1], (1, 0)), out, 0.)
 
@@ -135,7 +136,7 @@ def coupling_stats(
         res.append(Coupling(name, obs, rnd, obs/rnd if rnd else float("nan"), p, lo, hi))
     return res
 
-# %% ../../nbs/attention_rhythm/03_analysis.ipynb #da83a893
+# %% ../../nbs/attention_rhythm/03_analysis.ipynb #914a8fc5
 class Responses(NamedTuple):
     "Prompts and sampled responses"
     input_ids:Tensor        # (B,N) left-padded prompt, then the response, then padding
@@ -154,15 +155,16 @@ def sample_responses(
 )->Responses:                  # As many rows as prompts
     "Sample one response per prompt"
     if not prompts or not all(len(p) for p in prompts): raise ValueError("prompts must be a non-empty list of non-empty lists of token ids")
-    device, pad = next(model.parameters()).device, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    device, pad = next(model.parameters()).device, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width, rows = max(map(len, prompts)), []
+    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.) if temperature else dict(do_sample=False)
+    how |= dict(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id)
     set_seed(seed)
     for i in range(0, len(prompts), batch):
         part = prompts[i:i+batch]
         ids = torch.tensor([[pad]*(width-len(p)) + list(p) for p in part], device=device)
         att = torch.tensor([[0]*(width-len(p)) + [1]*len(p) for p in part], device=device)
-        how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.) if temperature else dict(do_sample=False)
-        out = model.generate(input_ids=ids, attention_mask=att, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, **how)
+        out = model.generate(input_ids=ids, attention_mask=att, **how)
         rows.append(torch.nn.functional.pad(out, (0, width + max_new_tokens - out.shape[1]), value=pad))
     return _masks(torch.cat(rows), [len(p) for p in prompts], width, tokenizer.eos_token_id)
 
@@ -212,7 +214,7 @@ def content_words(
     "Words and numbers of a text that carry content"
     return {w for w in re.findall(r"[^\W_]+", text.lower())} - set(stop)
 
-# %% ../../nbs/attention_rhythm/03_analysis.ipynb #7ee67519
+# %% ../../nbs/attention_rhythm/03_analysis.ipynb #9aee2f3e
 class Perturbation(NamedTuple):
     "Forced candidates and their greedy continuations"
     candidates:Tensor           # (B,k) candidate token ids, most likely first
@@ -232,15 +234,18 @@ def perturb_rollouts(
 )->Perturbation:                # Candidates and continuations
     "Force each of the `top_k` candidates at a position and continue greedily (Sec. 4.3)"
     ids = input_ids.reshape(-1, input_ids.shape[-1])
-    att = torch.ones_like(ids).bool() if attention_mask is None else attention_mask.reshape(ids.shape).bool()
-    at = torch.as_tensor(pos, device=ids.device).reshape(-1).expand(len(ids)) if torch.as_tensor(pos).numel() == 1 else torch.as_tensor(pos, device=ids.device)
+    att, row = torch.ones_like(ids).bool() if attention_mask is None else attention_mask.reshape(ids.shape).bool(), torch.arange(len(ids))
+    at = torch.as_tensor(pos, device=ids.device)
+    at = at.reshape(-1).expand(len(ids)) if at.numel() == 1 else at
     if at.shape != (len(ids),): raise ValueError(f"pos has shape {tuple(at.shape)}; it needs one position for each of the {len(ids)} sequences")
-    if (at < 1).any() or (at >= ids.shape[1]).any() or not att[torch.arange(len(ids)), at].all(): raise ValueError("pos must be real tokens after the first of each sequence")
+    if (at < 1).any() or (at >= ids.shape[1]).any() or not att[row, at].all():
+        raise ValueError("pos must be real tokens after the first of each sequence")
     if top_k < 1: raise ValueError(f"top_k={top_k} must be at least 1")
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    return _continue(model, [row[m][:int(m[:p].sum())].tolist() for row, m, p in zip(ids, att, at.tolist())], ids[torch.arange(len(ids)), at], top_k, max_new_tokens, eos, batch)
+    prefixes = [x[m][:int(m[:p].sum())].tolist() for x, m, p in zip(ids, att, at.tolist())]
+    return _continue(model, prefixes, ids[row, at], top_k, max_new_tokens, eos, batch)
 
-# %% ../../nbs/attention_rhythm/03_analysis.ipynb #eeb9d825
+# %% ../../nbs/attention_rhythm/03_analysis.ipynb #990c6d1f
 def _left_pad(rows, device):
     width = max(map(len, rows))
     ids = torch.tensor([[0]*(width-len(r)) + r for r in rows], device=device)
@@ -250,13 +255,14 @@ def _continue(model, prefixes, original, top_k, max_new_tokens, eos, batch):
     "Candidates after each prefix, and the greedy continuations of each candidate and of the original token"
     ids, att = _left_pad(prefixes, original.device)
     pos = (att.cumsum(-1) - 1).clamp(min=0)
-    best = torch.cat([model(input_ids=ids[i:i+batch], attention_mask=att[i:i+batch], position_ids=pos[i:i+batch], use_cache=False).logits[:,-1].topk(top_k).indices for i in range(0, len(ids), batch)])
+    last = lambda s: model(input_ids=ids[s], attention_mask=att[s], position_ids=pos[s], use_cache=False).logits[:,-1]
+    best = torch.cat([last(slice(i, i+batch)).topk(top_k).indices for i in range(0, len(ids), batch)])
     forced = torch.cat([best, original[:,None]], 1).tolist()
     rows = [p + [c] for p, cs in zip(prefixes, forced) for c in cs]
-    out = []
+    out, how = [], dict(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos if isinstance(eos, int) else (eos or [0])[0])
     for i in range(0, len(rows), batch):
-        ids, att = _left_pad(rows[i:i+batch], original.device)
-        new = model.generate(input_ids=ids, attention_mask=att, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0 if eos is None else eos if isinstance(eos, int) else eos[0], eos_token_id=eos)[:,ids.shape[1]:]
+        part, real = _left_pad(rows[i:i+batch], original.device)
+        new = model.generate(input_ids=part, attention_mask=real, **how)[:,part.shape[1]:]
         out += [_until(n, eos) for n in new.tolist()]
     out = [[] if _ends(r[-1], eos) else o for r, o in zip(rows, out)]
     return Perturbation(best, original, [out[i:i+top_k+1] for i in range(0, len(out), top_k+1)])

@@ -263,7 +263,7 @@ def verify(self:ChainTask,
     got, rest = _parse(response)
     return len(got) == len(steps) and all(self.check_steps(prompt, response)) and rest == f"answer {values[asked]}"
 
-# %% ../../nbs/core/08_tasks.ipynb #7b389b10
+# %% ../../nbs/core/08_tasks.ipynb #3aadb1e5
 @dataclass(frozen=True)
 class ChainLMConfig:
     "Recipe of a model of the task"
@@ -271,10 +271,10 @@ class ChainLMConfig:
     lm:TinyLMConfig = field(default_factory=TinyLMConfig)                 # How large it is
     train:TrainConfig = field(default_factory=TrainConfig)                # How it is trained
 
-_laptop_task = ChainTask(names="abcdefgh", noise=.1)
+_laptop_task = ChainTask(n_steps=3, names="abcdef", noise=.1)
 chain_scales = dict( # Recipe by scale; at "paper" scale notebooks take a pretrained model by `model=`
-    smoke=ChainLMConfig(ChainTask(names="abcdefgh", noise=.1), TinyLMConfig(layers=2, max_len=256), TrainConfig(steps=30, batch_size=8, log_every=10)),
-    laptop=ChainLMConfig(_laptop_task, TinyLMConfig(max_len=256), TrainConfig(steps=3000, batch_size=16, lr=5e-3, log_every=100, save_every=500)),
+    smoke=ChainLMConfig(ChainTask(n_steps=3, names="abcdef", noise=.1), TinyLMConfig(layers=2, max_len=256), TrainConfig(steps=30, batch_size=8, log_every=10)),
+    laptop=ChainLMConfig(_laptop_task, TinyLMConfig(max_len=256), TrainConfig(steps=2500, batch_size=16, lr=6e-3, log_every=100, save_every=250)),
     gpu=ChainLMConfig(ChainTask(n_steps=8, noise=.1), TinyLMConfig(layers=12, heads=8, kv_heads=4, width=320, max_len=512),
                       TrainConfig(steps=10_000, batch_size=128, lr=1e-3, mixed_precision="bf16", log_every=200, save_every=1000)))
 
