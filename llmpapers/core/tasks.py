@@ -126,7 +126,7 @@ class _Grid:
         used = used.gather(1, order)
         return tokens.gather(1, order)*used, roles.gather(1, order)*used, used
 
-# %% ../../nbs/core/08_tasks.ipynb #8b3058d4
+# %% ../../nbs/core/08_tasks.ipynb #2eb961b9
 def _prompt(task, m, grid):
     "Lay out the definitions and the question"
     w, s, P = task.ids, task.n_start, ROLE["prompt"]
@@ -134,15 +134,15 @@ def _prompt(task, m, grid):
     op = torch.tensor([w[o] for o in task.ops], device=grid.dev)[m.op]
     const = lambda word: torch.full((grid.n,), w[word], device=grid.dev)
     for i in range(s):
-        grid.add(torch.stack([name[:, i], digit[:, i], const(";")], 1), [P]*3)
+        grid.add(torch.stack([digit[:, i], name[:, i], const(";")], 1), [P]*3)
     for j in range(task.n_steps):
         a, b = (name.gather(1, side[:, j:j+1])[:, 0] for side in (m.left, m.right))
         grid.add(torch.stack([name[:, s+j], const("="), a, op[:, j], b, const(";")], 1), [P]*6, (j < m.k)[:, None])
     last = (s + m.k - 1)[:, None]
     grid.add(torch.cat([name.gather(1, last), const("?")[:, None]], 1), [P]*2)
 
-# %% ../../nbs/core/08_tasks.ipynb #b095e6e1
-_core = "name punct name operand operator name operand punct name result punct".split() # c = a 3 + b 5 : c 8 ;
+# %% ../../nbs/core/08_tasks.ipynb #b0319fd6
+_core = "name punct name operand operator name operand punct result name punct".split() # c = a 3 + b 5 : 8 c ;
 
 def _phrases(task):
     "(openings, operators, longest) token ids of the stock phrases, 0 where one is shorter"
@@ -164,7 +164,7 @@ def _response(task, m, grid, g):
         grid.add(phrase[:, j], [role["habit"]]*phrase.shape[-1], on & (phrase[:, j] > 0))
         grid.add(filler[:, j], [role["filler"]]*F, on & (torch.arange(F, device=grid.dev) < n_filler[:, j:j+1]))
         core = [name[:, s+j], const("="), at(name, m.left), at(digit, m.left), op[:, j], at(name, m.right), at(digit, m.right),
-                const(":"), name[:, s+j], digit[:, s+j], const(";")]
+                const(":"), digit[:, s+j], name[:, s+j], const(";")]
         grid.add(torch.stack(core, 1), [role[r] for r in _core], on)
     value = digit.gather(1, (s + m.k - 1)[:, None])
     grid.add(torch.cat([const("answer")[:, None], value, torch.full_like(value, 2)], 1), [role[r] for r in ("habit", "answer", "eos")])
@@ -221,12 +221,12 @@ def batch(self:ChainTask,
         return dict(input_ids=b.input_ids, attention_mask=b.attention_mask, labels=labels)
     return make
 
-# %% ../../nbs/core/08_tasks.ipynb #373c5762
-_step = re.compile(r"(\w) = (\w) (\d+) ([-+*]) (\w) (\d+) : (\w) (\d+) ; ?")
+# %% ../../nbs/core/08_tasks.ipynb #9048e22b
+_step = re.compile(r"(\w) = (\w) (\d+) ([-+*]) (\w) (\d+) : (\d+) (\w) ; ?")
 
 def _definitions(task, prompt):
     "Values of all variables and the definition of each computed one, from a prompt"
-    given = {n: int(v) for n, v in re.findall(r"(?:^|; )(\w) (\d+) (?=;)", prompt)}
+    given = {n: int(v) for v, n in re.findall(r"(?:^|; )(\d+) (\w) (?=;)", prompt)}
     steps = re.findall(r"(\w) = (\w) ([-+*]) (\w) ;", prompt)
     asked = re.search(r"(\w) \?$", prompt.strip())
     if not given or not steps or asked is None: raise ValueError(f"prompt: not a problem of this task: {prompt!r}")
@@ -241,7 +241,7 @@ def _parse(response):
     while m := _step.match(text): steps.append(m.groups()); text = text[m.end():]
     return steps, text.strip()
 
-# %% ../../nbs/core/08_tasks.ipynb #47dc4fef
+# %% ../../nbs/core/08_tasks.ipynb #8453e351
 @patch
 def check_steps(self:ChainTask,
     prompt:str,   # A prompt of this task
@@ -250,7 +250,7 @@ def check_steps(self:ChainTask,
     "Which steps of a response are right"
     values, steps, _ = _definitions(self, prompt)
     got = _parse(response)[0]
-    want = [(n, a, str(values[a]), op, b, str(values[b]), n, str(values[n])) for n, a, op, b in steps]
+    want = [(n, a, str(values[a]), op, b, str(values[b]), str(values[n]), n) for n, a, op, b in steps]
     return [i < len(got) and got[i] == w for i, w in enumerate(want)]
 
 @patch
@@ -263,7 +263,7 @@ def verify(self:ChainTask,
     got, rest = _parse(response)
     return len(got) == len(steps) and all(self.check_steps(prompt, response)) and rest == f"answer {values[asked]}"
 
-# %% ../../nbs/core/08_tasks.ipynb #3aadb1e5
+# %% ../../nbs/core/08_tasks.ipynb #7955b3f7
 @dataclass(frozen=True)
 class ChainLMConfig:
     "Recipe of a model of the task"
@@ -271,11 +271,11 @@ class ChainLMConfig:
     lm:TinyLMConfig = field(default_factory=TinyLMConfig)                 # How large it is
     train:TrainConfig = field(default_factory=TrainConfig)                # How it is trained
 
-_laptop_task = ChainTask(n_steps=3, names="abcdef", noise=.1)
+_laptop_task = ChainTask(names="abcdefgh", noise=.2)
 chain_scales = dict( # Recipe by scale; at "paper" scale notebooks take a pretrained model by `model=`
-    smoke=ChainLMConfig(ChainTask(n_steps=3, names="abcdef", noise=.1), TinyLMConfig(layers=2, max_len=256), TrainConfig(steps=30, batch_size=8, log_every=10)),
-    laptop=ChainLMConfig(_laptop_task, TinyLMConfig(max_len=256), TrainConfig(steps=2500, batch_size=16, lr=6e-3, log_every=100, save_every=250)),
-    gpu=ChainLMConfig(ChainTask(n_steps=8, noise=.1), TinyLMConfig(layers=12, heads=8, kv_heads=4, width=320, max_len=512),
+    smoke=ChainLMConfig(ChainTask(names="abcdefgh", noise=.2), TinyLMConfig(layers=2, max_len=256), TrainConfig(steps=30, batch_size=8, log_every=10)),
+    laptop=ChainLMConfig(_laptop_task, TinyLMConfig(max_len=256), TrainConfig(steps=1500, batch_size=16, lr=6e-3, log_every=100, save_every=250)),
+    gpu=ChainLMConfig(ChainTask(n_steps=8, noise=.2), TinyLMConfig(layers=12, heads=8, kv_heads=4, width=320, max_len=512),
                       TrainConfig(steps=10_000, batch_size=128, lr=1e-3, mixed_precision="bf16", log_every=200, save_every=1000)))
 
 # %% ../../nbs/core/08_tasks.ipynb #4fdd9704
