@@ -108,11 +108,11 @@ class TinyLMConfig:
         if self.arch == "gpt_neox" and self.width % self.heads:
             raise ValueError(f"width: {self.width} is not a multiple of heads={self.heads}, which gpt_neox needs")
 
-# %% ../../nbs/core/02_lm.ipynb #f9f47b66
+# %% ../../nbs/core/02_lm.ipynb #1adf3804
 def hf_config(
     tokenizer,        # Gives the vocabulary size and the special ids
     cfg:TinyLMConfig, # The sizes
-): # A `Qwen3Config` or a `GPTNeoXConfig`
+)->"PretrainedConfig": # A `Qwen3Config` or a `GPTNeoXConfig`
     "Translate `cfg` into the configuration class of its architecture"
     common = dict(vocab_size=len(tokenizer), hidden_size=cfg.width, num_hidden_layers=cfg.layers,
         num_attention_heads=cfg.heads, max_position_embeddings=cfg.max_len, tie_word_embeddings=cfg.tied,

@@ -32,7 +32,7 @@ VERBS = {"+": "add", "-": "subtract", "*": "multiply"}        # What follows the
 FILLERS = ("well", "okay", "hmm", "right", "fine", "yes")     # Interjections
 ROLE = {r: i for i, r in enumerate(ROLES)}                    # Role name to index
 
-# %% ../../nbs/core/08_tasks.ipynb #39d9434d
+# %% ../../nbs/core/08_tasks.ipynb #cf6a31a1
 @dataclass(frozen=True)
 class ChainTask:
     "A family of chain-of-thought problems; frozen, so that it can be part of a recipe"
@@ -51,7 +51,7 @@ class ChainTask:
         "The words of the task"
         return _vocabulary(self)
     @cached_property
-    def tokenizer(self): # PreTrainedTokenizerFast
+    def tokenizer(self)->"PreTrainedTokenizerFast": # One token per word
         "Word tokenizer of the task"
         return word_tokenizer(self.vocabulary)
     @cached_property
@@ -312,7 +312,7 @@ def chain_lm_folder(
     batch, init = cfg.task.batch(8)(0, rng(seed, "recipe")), tiny_lm(cfg.task.tokenizer, cfg.lm, seed).state_dict()
     return artifact("chain_lm", dict(config=cfg, seed=seed, data=_digest(batch), init=_digest(init)), build)
 
-# %% ../../nbs/core/08_tasks.ipynb #0116499c
+# %% ../../nbs/core/08_tasks.ipynb #05a0ba49
 @torch.no_grad()
 def solve(
     lm:LM,                 # A model of the task
@@ -326,6 +326,7 @@ def solve(
     out, tok = [], lm.tokenizer
     for i in range(0, len(prompts), batch):
         enc = encode_batch(tok, prompts[i:i+batch], side="left", device=lm.model.device)
-        new = lm.model.generate(**enc, max_new_tokens=room, do_sample=False, pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id)
+        new = lm.model.generate(**enc, max_new_tokens=room, do_sample=False, pad_token_id=tok.pad_token_id,
+                                eos_token_id=tok.eos_token_id)
         out += tok.batch_decode(new[:, enc["input_ids"].shape[1]:], skip_special_tokens=True)
     return out
