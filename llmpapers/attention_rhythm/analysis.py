@@ -196,7 +196,7 @@ def load_prompts(
     if field not in rows[0]: raise ValueError(f"dataset={dataset!r} has no field {field!r}; it has {', '.join(rows[0])}")
     return [tokenizer(rows[i][field])["input_ids"] for i in range(n)]
 
-# %% ../../nbs/attention_rhythm/03_analysis.ipynb #d189e99a
+# %% ../../nbs/attention_rhythm/03_analysis.ipynb #b832c3e0
 def jaccard(
     a:Iterable, # First collection
     b:Iterable, # Second collection
@@ -205,7 +205,8 @@ def jaccard(
     a, b = set(a), set(b)
     return len(a & b)/len(a | b) if a | b else 1.
 
-_stop = frozenset("a an and are as at be but by for from had has have he her his if in is it its of on or she so that the then there they this to was we were what when which will with".split())
+_stop = frozenset("a an and are as at be but by for from had has have he her his if in is it its of on or she so that the "
+                  "then there they this to was we were what when which will with".split())
 
 def content_words(
     text:str,               # Any text
