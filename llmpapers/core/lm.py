@@ -108,7 +108,7 @@ class TinyLMConfig:
         if self.arch == "gpt_neox" and self.width % self.heads:
             raise ValueError(f"width: {self.width} is not a multiple of heads={self.heads}, which gpt_neox needs")
 
-# %% ../../nbs/core/02_lm.ipynb #3e1eabb0
+# %% ../../nbs/core/02_lm.ipynb #f9f47b66
 def hf_config(
     tokenizer,        # Gives the vocabulary size and the special ids
     cfg:TinyLMConfig, # The sizes
@@ -117,7 +117,7 @@ def hf_config(
     common = dict(vocab_size=len(tokenizer), hidden_size=cfg.width, num_hidden_layers=cfg.layers,
         num_attention_heads=cfg.heads, max_position_embeddings=cfg.max_len, tie_word_embeddings=cfg.tied,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        attention_dropout=cfg.dropout)
+        attention_dropout=cfg.dropout, initializer_range=cfg.width**-.5)
     if cfg.arch == "qwen3":
         return Qwen3Config(intermediate_size=3*cfg.width, num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim, **common)
     return GPTNeoXConfig(intermediate_size=4*cfg.width, hidden_dropout=cfg.dropout, **common)

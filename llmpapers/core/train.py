@@ -21,9 +21,7 @@ from torch import Tensor, nn
 
 from .scale import need, pick_device, rng, set_seed
 
-# %% ../../nbs/core/03_train.ipynb #8eb35595
-schedules = ("cosine", "linear", "constant") # What the learning rate does after the warm-up
-
+# %% ../../nbs/core/03_train.ipynb #48f786fc
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that determines a training run except model, data and loss"
@@ -46,14 +44,15 @@ class TrainConfig:
 
     def __post_init__(self): self.check()
 
-# %% ../../nbs/core/03_train.ipynb #4fc220dd
+# %% ../../nbs/core/03_train.ipynb #a00853ac
+schedules = ("cosine", "linear", "constant") # What the learning rate does after the warm-up
+
 @patch
 def check(self:TrainConfig):
     "Check every field; called when the configuration is made"
     def need_(ok, k, what):
         if not ok: raise ValueError(f"{k}: need {what}, got {getattr(self, k)!r}")
-    isint = lambda v: isinstance(v, int) and not isinstance(v, bool)
-    real = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and not math.isnan(v)
+    isint, real = (lambda v, t=t: isinstance(v, t) and not isinstance(v, bool) and not math.isnan(v) for t in (int, (int, float)))
     for k in ("steps", "batch_size", "grad_accum", "log_every", "keep_last"):
         v = getattr(self, k); need_(isint(v) and v >= 1, k, "a positive int")
     for k in ("save_every", "eval_every", "seed"):
@@ -93,12 +92,11 @@ def param_groups(
     if not any(g["params"] for g in groups): raise ValueError("model: no parameter requires a gradient")
     return groups
 
-# %% ../../nbs/core/03_train.ipynb #fd4ac51b
+# %% ../../nbs/core/03_train.ipynb #9627083e
 def _labels(batch):
     "Labels of a batch; without them every token that is not padding"
-    if "labels" in batch: return batch["labels"]
-    ids = batch["input_ids"]
-    return ids if batch.get("attention_mask") is None else ids.masked_fill(~batch["attention_mask"].bool(), -100)
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    return batch["labels"] if "labels" in batch else ids if mask is None else ids.masked_fill(~mask.bool(), -100)
 
 def lm_loss(
     model,      # A causal language model of transformers
@@ -109,8 +107,7 @@ def lm_loss(
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if batch.get(k) is not None}
     logits = model(**inputs).logits[:, :-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-    return total/(labels != -100).sum().clamp(min=1)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")/(labels != -100).sum().clamp(min=1)
 
 def n_targets(
     batch:dict, # A batch of `lm_loss`, or any dictionary of tensors with a common first dimension
@@ -251,10 +248,10 @@ class _Run:
         self.whole, self.saved, self.last_good = True, -1, None  # weights belong to `step`; step of the newest checkpoint
         self.bar = need("tqdm").tqdm(total=cfg.steps, disable=not (progress and self.main), leave=False)
 
-# %% ../../nbs/core/03_train.ipynb #8787e67a
+# %% ../../nbs/core/03_train.ipynb #7de09ffc
 @patch
-def one_step(self:_Run):
-    "Do one optimiser step and return its loss and gradient norm"
+def gradients(self:_Run):
+    "Forward and backward passes of one step; returns the loss and its number of targets"
     k, rank, send = self.cfg.grad_accum, self.acc.process_index, need("accelerate.utils").send_to_device
     ids = [self.step*k*self.world + i*self.world + rank for i in range(k)]
     batches = [send(self.source(j), self.device) for j in ids]
@@ -268,7 +265,13 @@ def one_step(self:_Run):
             part = self.loss_fn(self.model, b)*(counts[i]*self.world/total)
             self.acc.backward(part)
         loss = loss + part.detach()
-    loss = self.acc.reduce(loss, "mean").item()
+    return self.acc.reduce(loss, "mean").item(), total
+
+# %% ../../nbs/core/03_train.ipynb #0f8d3e81
+@patch
+def one_step(self:_Run):
+    "Do one optimiser step and return its gradient norm"
+    loss, total = self.gradients()
     norm = float(self.acc.clip_grad_norm_(self.raw.parameters(), self.cfg.max_grad_norm))
     self.check_finite("loss", loss)
     if self.cfg.mixed_precision != "fp16": self.check_finite("gradient norm", norm)  # fp16 skips such a step by itself
@@ -277,7 +280,7 @@ def one_step(self:_Run):
     self.opt.step(); self.opt.zero_grad(set_to_none=True)
     self.step += 1; self.tokens += total; self.sum += loss; self.n += 1
     self.whole = True
-    return loss, norm
+    return norm
 
 @patch
 def check_finite(self:_Run, what, value):
@@ -357,7 +360,7 @@ def start(self:_Run, resume):
         self.log = open(path, "a", encoding="utf-8")
     self.bar.update(self.step)
 
-# %% ../../nbs/core/03_train.ipynb #cdc963b1
+# %% ../../nbs/core/03_train.ipynb #77f75d46
 @dataclass
 class History:
     "The logged rows of a run"
@@ -383,6 +386,7 @@ class History:
         return [r[name] for r in self.rows if name in r]
     def __repr__(self): return f"History({len(self.rows)} rows, last {self.rows[-1] if self.rows else None})"
 
+# %% ../../nbs/core/03_train.ipynb #ab614ce5
 def read_metrics(
     out, # Folder of a run
 )->History: # Its rows; a last line that was cut off by a crash is left out
@@ -395,7 +399,7 @@ def read_metrics(
             if i < len(lines) - 1 or line.endswith("\n"): raise ValueError(f"out: line {i + 1} of {path} is not JSON") from e
     return History(rows)
 
-# %% ../../nbs/core/03_train.ipynb #2d106b88
+# %% ../../nbs/core/03_train.ipynb #6e59e601
 class _Stop:
     "Within the block the first SIGINT is noted in `asked` instead of raised"
     def __enter__(self):
@@ -409,13 +413,14 @@ class _Stop:
     def __exit__(self, *args):
         if self.old is not None: signal.signal(signal.SIGINT, self.old)
 
+# %% ../../nbs/core/03_train.ipynb #0d924546
 @patch
 def loop(self:_Run, stop):
     "Run the remaining steps"
     cfg = self.cfg
     self.raw.train()
     while self.step < cfg.steps:
-        try: _, norm = self.one_step()
+        try: norm = self.one_step()
         except KeyboardInterrupt:      # raised by the data or the loss themselves, or a second Ctrl-C
             if self.whole: self.save()
             raise
