@@ -6,13 +6,13 @@
 __all__ = ['ROLES', 'OPENINGS', 'VERBS', 'FILLERS', 'ROLE', 'chain_scales', 'ChainTask', 'ChainBatch', 'ChainLMConfig',
            'chain_lm', 'chain_lm_folder', 'solve']
 
-# %% ../../nbs/core/08_tasks.ipynb #40b13b95
+# %% ../../nbs/core/08_tasks.ipynb #342635c4
 import hashlib
 import math
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -221,27 +221,38 @@ def batch(self:ChainTask,
         return dict(input_ids=b.input_ids, attention_mask=b.attention_mask, labels=labels)
     return make
 
-# %% ../../nbs/core/08_tasks.ipynb #9048e22b
-_step = re.compile(r"(\w) = (\w) (\d+) ([-+*]) (\w) (\d+) : (\d+) (\w) ; ?")
+# %% ../../nbs/core/08_tasks.ipynb #0c239db7
+@lru_cache(maxsize=64)
+def _grammar(task):
+    "Patterns of a whole prompt and of one step of a response"
+    name, num, op = f"([{task.names}])", r"(\d+)", f"([{re.escape(task.ops)}])"
+    prompt = rf"((?:\d+ \w ; )+)((?:\w = \w \S \w ; )+){name} \?"
+    phrase = f"(?:{'|'.join(OPENINGS)}) ({'|'.join(VERBS[o] for o in task.ops)}) (?:(?:{'|'.join(FILLERS)}) ){{0,{task.max_filler}}}"
+    step = f"{phrase}{name} = {name} {num} {op} {name} {num} : {num} {name} ;(?: |$)"
+    return re.compile(prompt), re.compile(step)
 
+# %% ../../nbs/core/08_tasks.ipynb #2fe6be68
 def _definitions(task, prompt):
     "Values of all variables and the definition of each computed one, from a prompt"
-    given = {n: int(v) for v, n in re.findall(r"(?:^|; )(\d+) (\w) (?=;)", prompt)}
-    steps = re.findall(r"(\w) = (\w) ([-+*]) (\w) ;", prompt)
-    asked = re.search(r"(\w) \?$", prompt.strip())
-    if not given or not steps or asked is None: raise ValueError(f"prompt: not a problem of this task: {prompt!r}")
+    m = _grammar(task)[0].fullmatch(prompt.strip())
+    if m is None: raise ValueError(f"prompt: not a problem of this task: {prompt!r}")
+    values = {n: int(v) for v, n in re.findall(r"(\d+) (\w) ;", m[1])}
+    steps = re.findall(r"(\w) = (\w) (\S) (\w) ;", m[2])
     calc = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a*b}
-    for name, a, op, b in steps: given[name] = calc[op](given[a], given[b]) % task.modulus
-    return given, steps, asked[1]
+    for name, a, op, b in steps:
+        if not {a, b} <= set(values) or op not in task.ops: raise ValueError(f"prompt: {name} = {a} {op} {b} cannot be computed: {prompt!r}")
+        values[name] = calc[op](values[a], values[b]) % task.modulus
+    if m[3] not in values: raise ValueError(f"prompt: asks for {m[3]}, which has no value: {prompt!r}")
+    return values, steps, m[3]
 
-def _parse(response):
-    "(steps, what follows the last one), the stock phrases and interjections left out"
-    words = set(" ".join([*OPENINGS, *VERBS.values(), *FILLERS]).split())
-    text, steps = " ".join(w for w in response.split() if w not in words), []
-    while m := _step.match(text): steps.append(m.groups()); text = text[m.end():]
-    return steps, text.strip()
+# %% ../../nbs/core/08_tasks.ipynb #e8d0049e
+def _parse(task, response):
+    "(steps as tuples of their words, what follows the last one)"
+    text, steps, at = response.strip(), [], 0
+    while m := _grammar(task)[1].match(text, at): steps.append(m.groups()); at = m.end()
+    return steps, text[at:]
 
-# %% ../../nbs/core/08_tasks.ipynb #8453e351
+# %% ../../nbs/core/08_tasks.ipynb #20d49f46
 @patch
 def check_steps(self:ChainTask,
     prompt:str,   # A prompt of this task
@@ -249,8 +260,8 @@ def check_steps(self:ChainTask,
 )->list: # One bool for each step the prompt defines: present in its place and entirely right
     "Which steps of a response are right"
     values, steps, _ = _definitions(self, prompt)
-    got = _parse(response)[0]
-    want = [(n, a, str(values[a]), op, b, str(values[b]), str(values[n]), n) for n, a, op, b in steps]
+    got = _parse(self, response)[0]
+    want = [(VERBS[op], n, a, str(values[a]), op, b, str(values[b]), str(values[n]), n) for n, a, op, b in steps]
     return [i < len(got) and got[i] == w for i, w in enumerate(want)]
 
 @patch
@@ -260,7 +271,7 @@ def verify(self:ChainTask,
 )->bool: # True only if every step and the answer are right, and nothing else is there
     "Is the response a complete and correct solution?"
     values, steps, asked = _definitions(self, prompt)
-    got, rest = _parse(response)
+    got, rest = _parse(self, response)
     return len(got) == len(steps) and all(self.check_steps(prompt, response)) and rest == f"answer {values[asked]}"
 
 # %% ../../nbs/core/08_tasks.ipynb #7955b3f7
