@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,8 @@ def is_worker(config): return hasattr(config, 'workerinput')
 
 def pytest_configure(config):
     "One private folder per run for the cache, the kernel and the configuration of Jupyter; workers inherit it"
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # nohup and background jobs ignore Ctrl-C, which some tests send
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line('markers', 'xdist_group(name): tests of one group run on one worker')  # without xdist too
     if hasattr(config.option, 'loadscopereorder'): config.option.loadscopereorder = False  # keep the order made below
     if is_worker(config): return

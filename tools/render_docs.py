@@ -249,6 +249,7 @@ def number(page, doc):
                 j = i + 1
                 while j < len(inlines) and inlines[j]['t'] in ('Space', 'SoftBreak'): j += 1
                 m = re.match(r'^\{#(eq-[\w-]+)\}(.*)$', inlines[j]['c']) if j < len(inlines) and inlines[j]['t'] == 'Str' else None
+                x = dict(t='Span', c=[['', ['display'], []], [x]])  # scrolls by itself where the window is narrow
                 if m:
                     n = dict(t='Span', c=[['', ['number'], []], [Str(f'({new(m[1])})')]])
                     res.append(dict(t='Span', c=[[m[1], ['equation'], []], [x, n]]))
