@@ -457,7 +457,7 @@ class Site:
         doc, names = number(page, json.loads(tree))
         doc = resolve(page, doc, names, self)
         leftovers(page, doc)
-        out, warn2 = run_pandoc(['-f', 'json', '-t', 'html5', '--mathml', '--toc', '--toc-depth=3', '-M', 'title=x',
+        out, warn2 = run_pandoc(['-f', 'json', '-t', 'html5', '--mathml', '--wrap=none', '--toc', '--toc-depth=3', '-M', 'title=x',
                                  f'--template={self.out/"_template.html"}'], json.dumps(doc))
         for w in warn + warn2: page.fault(w.removeprefix('[WARNING] '))
         toc, _, content = out.partition(SPLIT)
