@@ -256,6 +256,7 @@ def number(page, doc):
                     if m[2]: res.append(Str(m[2]))
                     i = j + 1
                     continue
+            elif x['t'] == 'Math' and len(x['c'][1]) > 24: x = dict(t='Span', c=[['', ['wide'], []], [x]])
             res.append(x)
             i += 1
         return res
