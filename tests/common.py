@@ -5,6 +5,7 @@ import socket
 import tempfile
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -31,7 +32,7 @@ def needs_parameters(rel): return kind(rel) not in ('index', 'paper')
 
 
 # Folders of one machine. Words are put together here so that this file does not contain them.
-machine_path = re.compile(r'(?<![\w.:/])/(?:root|home|Users|tmp|var/folders|opt|mnt|wo''rk|workspace)/[\w.-]+|\b[A-Z]:\\\\?Users\b')
+machine_path = re.compile(r'(?<![\w.:/])/(?:root|home|Users|tmp|var/folders|opt|mnt|wo'r'rk|workspace)/[\w.-]+|\b[A-Z]:\\\\?Users\b')
 
 
 def machine_traces(s):
@@ -58,10 +59,12 @@ class Processes:
     """CPU time of the processes started inside a `with` block, dead ones included.
 
     A thread samples the descendants, so that processes that outlive their parent stay in view; the kernel's own account of
-    children that were waited for covers what dies between two samples. The larger of the two counts."""
-    def __init__(self, every=.5): self.every, self.seen, self.stop = every, {}, threading.Event()
+    children that were waited for covers what dies between two samples. The larger of the two counts. A mark in the
+    environment finds processes that left the tree."""
+    def __init__(self, every=.5): self.every, self.seen, self.stop, self.mark = every, {}, threading.Event(), uuid.uuid4().hex
 
     def __enter__(self):
+        os.environ['LLMPAPERS_TEST_MARK'] = self.mark
         self.me, self.t0, self.start = psutil.Process(), os.times(), time.time()
         self.before = {(p.pid, p.create_time()) for p in self.me.children(recursive=True)}
         self.thread = threading.Thread(target=self.watch, daemon=True)
@@ -83,14 +86,23 @@ class Processes:
             except psutil.Error: pass
 
     def __exit__(self, *exc):
+        for p in psutil.process_iter(): self.strayed(p)
         self.sample()
+        os.environ.pop('LLMPAPERS_TEST_MARK', None)
         self.stop.set()
         self.thread.join()
         t1 = os.times()
         waited = t1.children_user + t1.children_system - self.t0.children_user - self.t0.children_system
         self.cpu, self.wall = max(waited, sum(c for _, c in self.seen.values())), time.time() - self.start
 
-    def left(self, wait=10):
+    def strayed(self, p):
+        "Take note of a process that carries the mark"
+        try:
+            key = p.pid, p.create_time()
+            if p.pid != self.me.pid and key not in self.seen and p.environ().get('LLMPAPERS_TEST_MARK') == self.mark: self.seen[key] = p, 0.
+        except psutil.Error: pass
+
+    def left(self, wait=5):
         "Processes that still run after `wait` seconds; they are ended"
         procs = [p for p, _ in self.seen.values() if p.is_running()]
         _, alive = psutil.wait_procs(procs, timeout=wait)

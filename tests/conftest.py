@@ -28,32 +28,56 @@ def pytest_configure(config):
     if hasattr(config.option, 'loadscopereorder'): config.option.loadscopereorder = False  # keep the order made below
     if is_worker(config): return
     config.run_folder = Path(tempfile.mkdtemp(prefix='llmpapers-tests-'))
+    os.environ['LLMPAPERS_TEST_FOLDER'] = str(config.run_folder)
     kernel = config.run_folder/'jupyter'/'kernels'/KERNEL
     kernel.mkdir(parents=True)
     argv = [sys.executable, '-m', 'ipykernel_launcher', '--log-level=ERROR', '--HistoryManager.enabled=False', '-f', '{connection_file}']
     (kernel/'kernel.json').write_text(json.dumps(dict(argv=argv, display_name=KERNEL, language='python')))
     for k in ('jupyter_config', 'ipython'): (config.run_folder/k).mkdir()
     paths = [str(root)] + [p for p in os.environ.get('PYTHONPATH', '').split(os.pathsep) if p and os.path.isabs(p) and Path(p) != root]
-    os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MPLBACKEND='agg', TOKENIZERS_PARALLELISM='false',
+    os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false',
         HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', VLLM_NO_USAGE_STATS='1', RAY_USAGE_STATS_ENABLED='0',
         PYTHONPATH=os.pathsep.join(paths), JUPYTER_CONFIG_DIR=str(config.run_folder/'jupyter_config'), IPYTHONDIR=str(config.run_folder/'ipython'),
         LLMPAPERS_CACHE=os.environ.get('LLMPAPERS_TEST_CACHE') or str(config.run_folder/'cache'),
         JUPYTER_PATH=os.pathsep.join([str(config.run_folder/'jupyter')] + [p for p in [os.environ.get('JUPYTER_PATH')] if p]))
-    os.environ.pop('PYTHONSTARTUP', None)
+    for k in ('PYTHONSTARTUP', 'MPLBACKEND'): os.environ.pop(k, None)  # kernels draw inline, as they do for a reader
 
 
 def pytest_unconfigure(config):
     if not is_worker(config) and hasattr(config, 'run_folder'): shutil.rmtree(config.run_folder, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items):
+def group_of(item):
+    "Name in `@pytest.mark.xdist_group(name)`, or None"
+    mark = item.get_closest_marker('xdist_group')
+    return None if mark is None else mark.args[0] if mark.args else mark.kwargs['name']
+
+
+def pytest_collection_modifyitems(config, items):
     "Long groups first, then notebooks from the slowest to the fastest, then the rest"
     def place(item):
-        group = item.get_closest_marker('xdist_group')
-        name = group.args[0] if group and group.args else group.kwargs.get('name') if group else None
-        if name in GROUPS: return 0, GROUPS.index(name)
+        if group_of(item) in GROUPS: return 0, GROUPS.index(group_of(item))
         return (1, 0) if item.module.__name__.endswith('test_notebooks') else (2, 0)
     items.sort(key=place)  # stable: test_notebooks.py orders its own
+    if is_worker(config):  # for the scheduler below, in the process that starts the workers
+        dst = Path(os.environ['LLMPAPERS_TEST_FOLDER'])/'groups.json'
+        tmp = dst.with_suffix(f'.{os.getpid()}')
+        tmp.write_text(json.dumps({i.nodeid: g for i in items if (g := group_of(i))}))
+        os.replace(tmp, dst)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "`--dist loadgroup` with its groups taken from a file: pytest 9.2 ignores the suffix by which xdist 3.8 passes them"
+    if config.getvalue('dist') != 'loadgroup': return None
+    from xdist.scheduler import LoadGroupScheduling
+
+    class Groups(LoadGroupScheduling):
+        known = None
+        def _split_scope(self, nodeid):
+            if self.known is None: self.known = json.loads((config.run_folder/'groups.json').read_text())
+            return self.known.get(nodeid) or super()._split_scope(nodeid)
+    return Groups(config, log)
 
 
 @pytest.fixture(scope='session')

@@ -97,8 +97,9 @@ def lab(tmp_path, browser):  # (address, token)
 
 def notebook_to_open():
     "A notebook with figures and maths: the first method of the first paper, else one of core"
-    names = [p.as_posix() for p in notebooks()]
-    return next((n for n in ('attention_rhythm/01_metrics.ipynb', 'core/05_figures.ipynb') if n in names), None)
+    names = sorted((p.as_posix() for p in notebooks()), key=lambda n: (n != 'attention_rhythm/01_metrics.ipynb', n))
+    text = lambda n: (root/'nbs'/n).read_text(encoding='utf-8')
+    return next((n for n in names if '$$' in text(n) and '#| label: fig-' in text(n)), None)
 
 
 @pytest.mark.xdist_group('lab')

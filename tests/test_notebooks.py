@@ -1,6 +1,7 @@
 "Every notebook runs from top to bottom at smoke scale, offline, within its CPU time, and leaves nothing behind"
 import json
 import os
+import re
 
 import nbformat
 import papermill as pm
@@ -51,6 +52,8 @@ def test_notebook(rel, kernel, record_property):
     done = nbformat.read(out, as_version=4)
     for i, c in enumerate(done.cells):
         for o in c.get('outputs', []): assert o.output_type != 'error', f'{rel} cell {i}: {o.ename}: {o.evalue}'
+        if c.cell_type == 'code' and re.search(r'^#\s*\|\s*label:\s*fig-', c.source, flags=re.M):
+            assert any(k.startswith('image/') for o in c.outputs for k in o.get('data', {})), f'{rel} cell {i}: no figure was drawn'
         found = machine_traces(output_text(c))
         assert not found, f'{rel} cell {i}: the output shows this machine: {found}\n{output_text(c)[:400]}'
     left = procs.left()

@@ -116,5 +116,5 @@ def test_a_notebook_runs_from_the_wheel(venv, tmp_path):
     if not rooms: pytest.skip('no paper has notebooks yet')
     nb = next(p for p in notebooks() if p.parts[0] == rooms[0] and p.stem.startswith('01_'))
     run([venv/'bin'/'llmpapers', 'run', rooms[0], '--nb', '01', '--scale', 'smoke', '--out', tmp_path/'out'], cwd=tmp_path,
-        env=clean_env(LLMPAPERS_CACHE=str(tmp_path/'cache'), OMP_NUM_THREADS='1', MPLBACKEND='agg'), timeout=600)
+        env=clean_env(LLMPAPERS_CACHE=str(tmp_path/'cache'), OMP_NUM_THREADS='1'), timeout=600)
     assert list((tmp_path/'out').rglob(nb.name)), f'no {nb.name} under --out'
