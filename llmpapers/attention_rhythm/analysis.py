@@ -6,7 +6,7 @@
 __all__ = ['local_maxima', 'token_entropy', 'receiver_heads', 'Coupling', 'coupling_stats', 'Responses', 'sample_responses',
            'load_prompts', 'jaccard', 'content_words', 'Perturbation', 'perturb_rollouts']
 
-# %% ../../nbs/attention_rhythm/03_analysis.ipynb #56d53e66
+# %% ../../nbs/attention_rhythm/03_analysis.ipynb #4eb27565
 import json
 import re
 from collections.abc import Iterable
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.scale import need, rng, set_seed
+from ..rl.logprobs import entropy
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #7514f326
 def local_maxima(
@@ -36,7 +37,7 @@ def local_maxima(
     level = torch.nanquantile(torch.where(m, x.double(), torch.nan), quantile, dim=-1, keepdim=True)
     return res & (x >= level)
 
-# %% ../../nbs/attention_rhythm/03_analysis.ipynb #79f27a40
+# %% ../../nbs/attention_rhythm/03_analysis.ipynb #fffc6e3a
 @torch.no_grad()
 def token_entropy(
     model,                   # Hugging Face causal language model
@@ -50,9 +51,8 @@ def token_entropy(
     for i in range(0, len(input_ids), batch):
         s = slice(i, i + batch)
         logits = model(input_ids=input_ids[s], attention_mask=mask[s].long(), position_ids=pos[s], use_cache=False).logits
-        logp = logits[:,:-1].float().log_softmax(-1)
-        out[s, 1:] = -(logp.exp()*logp).sum(-1)
-    return torch.where(mask & torch.nn.functional.pad(mask[:,:-1], (1, 0)), out, 0.)
+        out[s] = entropy(logits, mask[s] & torch.nn.functional.pad(mask[s][:,:-1], (1, 0)))
+    return out
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #1c7bcaab
 def receiver_heads(

@@ -6,18 +6,20 @@
 __all__ = ['papers', 'notebooks_dir', 'series', 'parameters_of', 'parse_parameter', 'fingerprint', 'this_kernel', 'execute',
            'run_series', 'write_report', 'copy_notebooks', 'parser', 'main']
 
-# %% ../../nbs/core/09_cli.ipynb #8ff6418c
+# %% ../../nbs/core/09_cli.ipynb #898ff30d
 import argparse
 import ast
 import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -97,14 +99,17 @@ def fingerprint(
     cells = [["".join(c["source"]), c["metadata"].get("tags", [])] for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
     return hashlib.sha256(json.dumps([cells, params, _package_hash()], sort_keys=True).encode()).hexdigest()
 
-# %% ../../nbs/core/09_cli.ipynb #b3327912
+# %% ../../nbs/core/09_cli.ipynb #05abe7d8
+_launch = """import os; os.dup2(os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+from ipykernel import kernelapp; kernelapp.launch_new_instance()"""
+
 @contextlib.contextmanager
 def this_kernel():
     "Name of a kernel that runs this interpreter, registered for the time of the block"
     with tempfile.TemporaryDirectory() as d:
         spec = Path(d)/"kernels"/"llmpapers-run"
         spec.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "--log-level=ERROR", "-f", "{connection_file}"]
+        argv = [sys.executable, "-c", _launch.format(log=str(Path(d)/"kernel.log")), "--log-level=ERROR", "-f", "{connection_file}"]
         (spec/"kernel.json").write_text(json.dumps(dict(display_name="llmpapers", language="python", argv=argv)))
         before = os.environ.get("JUPYTER_PATH")
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [d, before]))
@@ -314,13 +319,14 @@ def _more(p, sub):
     l.add_argument("jupyter", metavar="OPTION", nargs="*", help="options for JupyterLab, after --")
     return p
 
-# %% ../../nbs/core/09_cli.ipynb #247d84e3
+# %% ../../nbs/core/09_cli.ipynb #db96e9cd
 def main(
     argv:list[str]=None, # Arguments; None takes those of the process
 )->int:                  # Exit code: 0, 1 a notebook failed, 2 bad input, 130 interrupted
     "Entry point of the `llmpapers` command"
-    def stop(*_): raise KeyboardInterrupt
-    before = signal.signal(signal.SIGTERM, stop)
+    def stop(*_): logging.disable(logging.CRITICAL); raise KeyboardInterrupt   # what dies with the kernel is not news
+    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {s: signal.signal(s, stop) for s in signals}
     try:
         args = parser().parse_args(argv)
         return args.func(args)
@@ -328,4 +334,5 @@ def main(
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0
     except KeyboardInterrupt:
         print("llmpapers: interrupted; what was finished is kept, run the same command to go on", file=sys.stderr); return 130
-    finally: signal.signal(signal.SIGTERM, before)
+    finally:
+        for s, f in before.items(): signal.signal(s, f)
