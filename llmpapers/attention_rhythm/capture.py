@@ -19,7 +19,6 @@ import sys
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from .metrics import HeadSplit, aggregate_heads, fai, fai_support, head_spans, split_heads, waad
 from .metrics import _response
+from ..core.bench import extra_peak
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #809cfebf
 def middle_layers(
@@ -339,12 +339,6 @@ def rhythm_signals(
     return res if input_ids.ndim == 2 else res._replace(waad=res.waad[0], fai=res.fai[0], support=res.support[0])
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #87c7d253
-def _resident(reset:bool=False)->tuple[int, int]:
-    "Bytes resident now and at the peak since the last reset, from the kernel's books"
-    if reset: Path("/proc/self/clear_refs").write_text("5")
-    rows = dict(l.split(":", 1) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(("VmRSS", "VmHWM")))
-    return tuple(int(rows[k].split()[0])*1024 for k in ("VmRSS", "VmHWM"))
-
 def extra_memory(
     f,                               # Function without arguments to measure
     device:torch.device|str="cpu",   # Where its memory lies
@@ -354,10 +348,7 @@ def extra_memory(
         torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device)
         f()
         return torch.cuda.max_memory_allocated(device) - before
-    if not Path("/proc/self/clear_refs").exists(): raise RuntimeError("extra_memory needs Linux (/proc) or a CUDA device")
-    before = _resident(reset=True)[0]
-    f()
-    return max(0, _resident()[1] - before)
+    return extra_peak(f)
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #1c9b2714
 capture_methods = ("eager", "band", "sdpa")
