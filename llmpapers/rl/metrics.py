@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['read_metrics', 'MetricsLog', 'plot_metrics']
 
-# %% ../../nbs/rl/13_metrics.ipynb #f63f6623
+# %% ../../nbs/rl/13_metrics.ipynb #611a5417
 import json, math, os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from fastcore.basics import patch
 
 from ..core.scale import need
 
@@ -58,9 +60,6 @@ class MetricsLog:
 
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
-
-# %% ../../nbs/rl/13_metrics.ipynb #3ac6e149
-from fastcore.basics import patch
 
 # %% ../../nbs/rl/13_metrics.ipynb #b25968b5
 @patch

@@ -160,7 +160,7 @@ def score(self:PolicyTrainer,
         res[rows, :b.input_ids.shape[1]] = torch.where(b.response_mask, self.forward(b, model)[0], 0.)
     return res
 
-# %% ../../nbs/rl/09_trainer.ipynb #c827730c
+# %% ../../nbs/rl/09_trainer.ipynb #335ffef5
 def _sum_over(group, tensors):
     "Add tensors over the processes of a group, in one message"
     tensors = list(tensors)
@@ -189,13 +189,12 @@ def _gradient(self:PolicyTrainer, batch, rows, prox, ref):
         b = _cut(batch, r); w = b.input_ids.shape[1]
         logp, h = self.forward(b, with_entropy=True)
         at = lambda x: None if x is None else x[r, :w]
-        loss, _ = policy_loss(cfg, b, logp, proximal_logprobs=logp.detach() if prox is None else at(prox), ref_logprobs=at(ref), entropy=h, denom=denom)
-        loss.backward()
+        near = logp.detach() if prox is None else at(prox)
+        policy_loss(cfg, b, logp, proximal_logprobs=near, ref_logprobs=at(ref), entropy=h, denom=denom)[0].backward()
         lp[r, :w], ent[r, :w] = torch.where(b.response_mask, logp.detach(), 0.), h.detach()
     _sum_over(self.group, [lp, ent])
-    part = lambda x: None if x is None else x[rows]
-    with torch.no_grad():
-        loss, metrics = policy_loss(cfg, whole, lp[rows], proximal_logprobs=lp[rows] if prox is None else prox[rows], ref_logprobs=part(ref), entropy=ent[rows], denom=denom)
+    near, far = (lp if prox is None else prox)[rows], None if ref is None else ref[rows]
+    with torch.no_grad(): loss, metrics = policy_loss(cfg, whole, lp[rows], proximal_logprobs=near, ref_logprobs=far, entropy=ent[rows], denom=denom)
     return loss.item(), metrics | {"train/micro_batches": float(len(mine))}, lp
 
 # %% ../../nbs/rl/09_trainer.ipynb #c695ec7f
@@ -295,7 +294,7 @@ def step(self:PolicyTrainer,
     else: self._skip(batch, bad)
     return res | {"train/skipped": float(self.n_skipped)}
 
-# %% ../../nbs/rl/09_trainer.ipynb #ee9031c2
+# %% ../../nbs/rl/09_trainer.ipynb #72f63fbd
 @patch
 def weights(self:PolicyTrainer)->dict[str,Tensor]: # Name -> tensor on the CPU
     "A detached copy of the policy's weights; a tied weight appears once"
@@ -321,7 +320,8 @@ def load_state_dict(self:PolicyTrainer,
 )->None:
     "Take over a saved state"
     for k in ("scheduler", "critic"):
-        if (getattr(self, k) is None) != (state[k] is None): raise ValueError(f"{k}: the saved state {'has none' if state[k] is None else 'has one'}, this trainer differs")
+        if (getattr(self, k) is None) != (state[k] is None):
+            raise ValueError(f"{k}: the saved state has {'none' if state[k] is None else 'one'}; make the trainer in the same way")
     copy_weights(self.model, state["model"])
     self.optimizer.load_state_dict(state["optimizer"])
     for k in ("scheduler", "critic"):
