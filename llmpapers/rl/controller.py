@@ -91,7 +91,7 @@ async def arun(self:AsyncController,
     if self.stopping: raise KeyboardInterrupt
     return self.rows
 
-# %% ../../nbs/rl/14_controller.ipynb #6c8eaa35
+# %% ../../nbs/rl/14_controller.ipynb #18b7d076
 @patch
 async def _open(self:AsyncController):
     "Resume if there is something to resume from, start the pool, compare the policies"
@@ -106,7 +106,7 @@ async def _open(self:AsyncController):
     with torch.no_grad(): expected = token_logprobs(model(input_ids=x).logits, x)[0,1:].cpu()
     for k, row in enumerate(await self.pool.logprobs(ids)):
         gap = (torch.tensor(row) - expected).abs().max().item()
-        if not gap <= self.probe_tol: raise WeightSyncError(f"engine {k}: log-probabilities are {gap:.3g} from the trainer's (allowed {self.probe_tol})")
+        if not gap <= self.probe_tol: raise WeightSyncError(f"engine {k}: log-probabilities off by {gap:.3g} (allowed {self.probe_tol})")
 
 # %% ../../nbs/rl/14_controller.ipynb #454bcebe
 @patch
