@@ -143,7 +143,7 @@ class InProcessPool:
         "Whether training this module would change the engine"
         return model is not None and getattr(self.engine, "model", None) is model
 
-# %% ../../nbs/rl/10_loop.ipynb #e91f91bd
+# %% ../../nbs/rl/10_loop.ipynb #8d6b7000
 @patch
 def num_free(self:InProcessPool)->int: # Number of rollouts that can begin now
     "Free slots"
@@ -156,7 +156,7 @@ def submit(self:InProcessPool,
 )->asyncio.Future:   # The sample
     "Begin a rollout"
     async def play():
-        if self.proxy.dead: raise RolloutPoolError(f"the engine failed: {self.proxy.dead}") from self.proxy.dead
+        if self.proxy.dead: raise RolloutPoolError(f"the engine failed: {self.proxy.dead!r}") from self.proxy.dead
         return await self.rollout(EngineClient(self.proxy.generate, group.group_id, index), group, index)
     self.busy += 1
     task = asyncio.ensure_future(asyncio.wait_for(play(), self.timeout_s))
