@@ -116,11 +116,13 @@ def fail(self:SampleBuffer,
     group_id:int,  # Group
     index:int,     # Member
     attempt:int,   # Attempt number from `dispatch`
-    error:str="",  # What went wrong, kept in the counts by its first line
+    error:str="",  # What went wrong; counted by its first line
+    blame:bool=True, # Count it against the member; False if its worker died, which is nobody's fault
 )->bool:           # True: the member is pending again; False: its group is quarantined, or the failure came too late
     "Report that an attempt failed"
     if (e := _current(self, group_id, index, attempt)) is None: return False
-    e.out[index] = False; e.attempt[index] += 1; e.failures[index] += 1; self.count["failures"] += 1
+    e.out[index] = False; e.attempt[index] += 1; e.failures[index] += blame; self.count["failures"] += 1
+    if error: self.count[f"error/{error.splitlines()[0][:80]}"] += 1
     if e.failures[index] < self.max_attempts: return True
     del self.groups[group_id]; self.count["quarantined"] += 1
     return False

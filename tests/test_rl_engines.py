@@ -1,0 +1,117 @@
+"Rollout engines: schedules do not matter, versions cover every token, weights arrive whole or not at all"
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from llmpapers.core.lm import TinyLMConfig, tiny_lm, word_tokenizer
+from llmpapers.rl.engines import HFEngine, ScriptedEngine, WeightSyncError, check_sync, generate, probe_ids, sample_tokens
+from llmpapers.rl.logprobs import token_logprobs
+from llmpapers.rl.types import Request, SamplingConfig
+
+tok = word_tokenizer([*'abcdefghij', 'end'])
+end = tok('end').input_ids[0]
+models = [tiny_lm(tok, TinyLMConfig(arch=a, layers=2, width=32, head_dim=16, max_len=64), seed=i) for i, a in enumerate(('qwen3', 'gpt_neox', 'qwen3'))]
+
+
+def requests(lengths, seed=0, new=10, temperature=1.):
+    g = torch.Generator().manual_seed(seed)
+    sc = SamplingConfig(new, temperature, (end,), seed)
+    return [Request(f'r{i}', torch.randint(4, len(tok), (n,), generator=g).tolist(), sc) for i, n in enumerate(lengths)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(1, 5), st.booleans(), st.integers(0, 3), st.sampled_from([0, 1]))
+def test_schedule_does_not_matter(lengths, max_active, cache, late, which):
+    "Batch size, cache, late requests and an abort with resume leave tokens as they are and log-probabilities within 1e-5"
+    rs = requests(lengths)
+    want = {c.request_id: c for r in rs for c in generate(HFEngine(models[which], use_cache=False), [r])}
+    e = HFEngine(models[which], max_active=max_active, use_cache=cache)
+    got = {}
+    for i, r in enumerate(rs):
+        e.add(r)
+        for _ in range(late): got |= {c.request_id: c for c in e.step()}
+    parts = {c.request_id: c for c in e.abort()}
+    assert e.num_active == 0
+    for r in rs:
+        if r.request_id in parts: e.add(Request(r.request_id, r.prompt_ids, r.sampling, parts[r.request_id] if parts[r.request_id].token_ids else None))
+    while e.num_active: got |= {c.request_id: c for c in e.step()}
+    for k, w in want.items():
+        assert got[k].token_ids == w.token_ids and got[k].finish_reason == w.finish_reason
+        assert max(abs(a - b) for a, b in zip(got[k].logprobs, w.logprobs)) < 1e-5
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 8), st.integers(0, 8), st.booleans())
+def test_weights_in_the_middle(first, second, cache):
+    "Each token has the log-probability of the version it carries, with a cache and without"
+    e = HFEngine(models[0], use_cache=cache, copy_model=True)
+    rs = requests([1, 5, 9])
+    for r in rs: e.add(r)
+    done = []
+    for v, steps in ((1, first), (2, second)):
+        for _ in range(steps): done += e.step()
+        e.load_weights(models[2 if v == 1 else 0].state_dict(), v)
+    while e.num_active: done += e.step()
+    of = {0: models[0], 1: models[2], 2: models[0]}
+    by = {r.request_id: r for r in rs}
+    for c in done:
+        ids = torch.tensor([by[c.request_id].prompt_ids + c.token_ids])
+        for v, a, b in c.versions:
+            with torch.no_grad(): lp = token_logprobs(of[v](input_ids=ids).logits, ids)[0, len(by[c.request_id].prompt_ids):]
+            assert (lp[a:b] - torch.tensor(c.logprobs[a:b])).abs().max() < 1e-5
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 50), st.floats(0, .9999), st.floats(.1, 3), st.integers(0, 99))
+def test_inversion(V, u, temperature, seed):
+    z = torch.randn(1, V, generator=torch.Generator().manual_seed(seed))*3
+    i, lp = sample_tokens(z, torch.tensor([u]), torch.tensor([temperature]))
+    p = (z[0].double()/temperature).softmax(-1); cdf = p.cumsum(-1)
+    k = int(i)
+    assert cdf[k] > u - 1e-6 and (k == 0 or cdf[k-1] <= u + 1e-6) and abs(lp.item() - p[k].log().item()) < 1e-4
+
+
+def test_tokens_without_mass_are_never_drawn():
+    z = torch.tensor([[-1e9, 0., -1e9, 0.]]).expand(1001, -1)
+    ids, _ = sample_tokens(z, torch.linspace(0, 1 - 1e-7, 1001), torch.ones(1001))
+    assert set(ids.tolist()) == {1, 3}
+
+
+def test_greedy_needs_no_seed():
+    a, b = (generate(HFEngine(models[0]), requests([3, 4], seed=5, temperature=0.)) for _ in range(2))
+    assert [c.token_ids for c in a] == [c.token_ids for c in b]
+
+
+def test_errors_name_the_argument():
+    e = HFEngine(models[0])
+    r = requests([3])[0]
+    e.add(r)
+    with pytest.raises(ValueError, match='request_id'): e.add(r)
+    with pytest.raises(ValueError, match='64'): e.add(Request('long', [4]*60, SamplingConfig(5)))
+    with pytest.raises(ValueError, match='active requests'): generate(e, [r])
+    with pytest.raises(ValueError, match='max_active'): HFEngine(models[0], max_active=0)
+    with pytest.raises(ValueError, match='missing'): HFEngine(models[0], copy_model=True).load_weights({}, 1)
+    w = dict(models[0].state_dict()); k = next(iter(w)); w[k] = w[k][:-1]
+    with pytest.raises(ValueError, match='shape'): HFEngine(models[0], copy_model=True).load_weights(w, 1)
+    with pytest.raises(ValueError, match='safetensors'): HFEngine(models[0]).load_weights('/nowhere', 1)
+
+
+def test_half_loaded_weights_leave_the_old_ones():
+    e = HFEngine(models[0], copy_model=True)
+    before = {k: v.clone() for k, v in e.model.state_dict().items()}
+    w = dict(models[2].state_dict()); w['unknown'] = torch.zeros(1)
+    with pytest.raises(ValueError, match='unknown'): e.load_weights(w, 1)
+    assert all(torch.equal(before[k], v) for k, v in e.model.state_dict().items()) and e.version == 0
+
+
+def test_probe_notices_other_weights():
+    ids = probe_ids(len(tok))
+    want = HFEngine(models[0]).logprobs(ids)
+    assert check_sync(HFEngine(models[0], copy_model=True), want, ids) == 0
+    with pytest.raises(WeightSyncError, match='did not arrive'): check_sync(HFEngine(models[2]), want, ids)
+
+
+def test_scripted_engine_keeps_its_script():
+    e = ScriptedEngine(lambda r: len(r.prompt_ids), max_active=2)
+    out = generate(e, requests([3, 1, 2]))
+    assert [len(c.token_ids) for c in out] == [3, 1, 2] and e.num_active == 0
