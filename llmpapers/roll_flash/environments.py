@@ -24,7 +24,7 @@ def simulate_env_rollout(
     out = t.max(-2).sum(-1) if mode == "turn" else t.sum(-1).max(-1)
     return float(out) if out.ndim == 0 else out
 
-# %% ../../nbs/roll_flash/04_environments.ipynb #984dc3f0
+# %% ../../nbs/roll_flash/04_environments.ipynb #08e8fb5f
 def simulate_redundancy(
     times:np.ndarray,  # (G,S) or (...,G,S) time of each episode, infinite if it never ends
     need_groups:int,   # Groups that must be complete
@@ -35,7 +35,8 @@ def simulate_redundancy(
     if t.ndim < 2 or not t.size: raise ValueError(f"times has shape {t.shape}; it needs (groups, members)")
     if np.isnan(t).any() or (t < 0).any(): raise ValueError("times must be at least 0, and infinite for an episode that never ends")
     for name, x, most in (("need_groups", need_groups, t.shape[-2]), ("need_members", need_members, t.shape[-1])):
-        if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or not 1 <= x <= most: raise ValueError(f"{name}={x!r} must be between 1 and the {most} started")
+        whole = isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+        if not whole or not 1 <= x <= most: raise ValueError(f"{name}={x!r} must be between 1 and the {most} started")
     group = np.partition(t, need_members - 1, axis=-1)[...,need_members - 1]
     out = np.partition(group, need_groups - 1, axis=-1)[...,need_groups - 1]
     return float(out) if out.ndim == 0 else out
