@@ -17,7 +17,7 @@ from llmpapers.roll_flash.theory import (async_step_bound, best_split, graham_bo
 ALPHAS = [0, .5, 1, 1.5, 2, 3.25]
 POLICIES = ['wait', 'abort', 'drop']
 fast = settings(max_examples=60, deadline=None)
-times = st.lists(st.floats(0, 50), min_size=1, max_size=40)
+times = st.lists(st.floats(0, 50, allow_subnormal=False).map(lambda x: round(x, 6)), min_size=1, max_size=40)
 workers = st.integers(1, 12)
 positive = st.floats(.01, 100)
 cluster = st.fixed_dictionaries(dict(n=st.integers(1, 4096), k=st.integers(2, 256), mu_gen=positive, l_gen=st.floats(0, 1000), mu_train=positive, epochs=st.integers(1, 4)))
@@ -217,7 +217,7 @@ def test_it_is_the_production_buffer(monkeypatch):
     "A buffer that lets a batch through too early is seen by the simulator's own count"
     monkeypatch.setattr(SampleBuffer, '_in_time', lambda self, left: True)
     with pytest.raises(AssertionError, match='versions old'):
-        simulate([100.]*4 + [1.]*400, 8, 4, 1, .1, 40, ask_always=True)
+        simulate([20.]*4 + [1.]*400, 8, 4, 1, .1, 40, ask_always=True)
 
 
 GOOD = dict(durations=[1.]*8, n_workers=2, batch_size=2, async_ratio=1, train_time=1., n_steps=3)

@@ -31,11 +31,12 @@ def simulate_replication(
     if n <= slots: return list_schedule(t.max(1), n_workers*(slots//n)).makespan
     return list_schedule(np.array([list_schedule(row, slots).makespan for row in t]), n_workers).makespan
 
-# %% ../../nbs/roll_flash/03_rollout.ipynb #0f68cb2a
+# %% ../../nbs/roll_flash/03_rollout.ipynb #cc323e10
 def _filter_input(durations, passed, need):
     if isinstance(need, bool) or not isinstance(need, (int, np.integer)) or need < 1: raise ValueError(f"need={need!r} must be a positive integer")
     d, ok = np.asarray(list(durations), float), np.asarray(list(passed), bool)
-    if d.ndim != 1 or not len(d) or not (np.isfinite(d).all() and (d >= 0).all()): raise ValueError("durations must be a non-empty list of finite numbers, at least 0")
+    if d.ndim != 1 or not len(d) or not (np.isfinite(d).all() and (d >= 0).all()):
+        raise ValueError("durations must be a non-empty list of finite numbers, at least 0")
     if len(ok) != len(d): raise ValueError(f"passed has {len(ok)} entries, durations {len(d)}")
     if ok.sum() < need: raise ValueError(f"need={need}, but only {ok.sum()} of the {len(ok)} prompts given pass; give more")
     return d, ok

@@ -46,7 +46,7 @@ def base_like(
     "Lengths of a base model (reconstructed): mean 2000, sigma 1"
     return lognormal_lengths(n, 2000, 1., seed=seed)
 
-# %% ../../nbs/roll_flash/02_sim.ipynb #4396f5c7
+# %% ../../nbs/roll_flash/02_sim.ipynb #8ceec192
 def steady_time(
     res:SimResult,      # A run
     async_ratio:float,  # Its asynchronous ratio
@@ -71,7 +71,7 @@ def cluster_times(
     "Step time of one cluster under the three ways to run it"
     if gpus < 2: raise ValueError(f"gpus={gpus} must be at least 2 to be split")
     t = np.asarray(tokens, float); d = t*token_time
-    if len(d) < n*max(n_steps, sync_batches): raise ValueError(f"tokens has {len(d)} entries; {n_steps} steps of {n} need {n*max(n_steps, sync_batches)}")
+    if len(d) < (least := n*max(n_steps, sync_batches)): raise ValueError(f"tokens has {len(d)} entries; {n_steps} steps of {n} need {least}")
     mu_train, cohort = t.mean()*train_per_token, (n, gpus, d.mean()/slots, d.max(), t.mean()*train_per_token)
     m = best_split(*cohort, async_ratio=async_ratio)
     batches = d[:n*sync_batches].reshape(sync_batches, n)
@@ -79,9 +79,9 @@ def cluster_times(
     sync = np.mean([list_schedule(b, gpus*slots).makespan for b in batches])
     res = simulate_async(d, (gpus - m)*slots, n, async_ratio, n*mu_train/m, n_steps, on_stale=on_stale)
     return dict(gpus=gpus, training=m, naive=float(naive + n*mu_train/gpus), sync=float(sync + n*mu_train/gpus), ahead=steady_time(res, async_ratio),
-                bound=async_step_bound(*cohort, async_ratio=async_ratio, beta=m/gpus), utilisation=res.utilisation)
+                bound=float(async_step_bound(*cohort, async_ratio=async_ratio, beta=m/gpus)), utilisation=res.utilisation)
 
-# %% ../../nbs/roll_flash/02_sim.ipynb #f03d64c9
+# %% ../../nbs/roll_flash/02_sim.ipynb #2c6df999
 def propositions_study(
     n_configs:int=150,                                         # Random clusters
     async_ratios:Sequence[float]=(.5, 1., 1.5, 2., 3., 4., 8.), # Ratios to draw from
@@ -100,12 +100,12 @@ def propositions_study(
         cluster = (n, k, d.mean(), d.max(), mu_train)
         m = best_split(*cluster, async_ratio=al)
         res = simulate_async(d, k - m, n, al, n*mu_train/m, total, on_stale=on_stale)
-        bound = async_step_bound(*cluster, async_ratio=al, beta=m/k)
+        bound = float(async_step_bound(*cluster, async_ratio=al, beta=m/k))
         rows.append(dict(k=k, n=n, sigma=sigma, async_ratio=al, mu_train=mu_train, training=m, step=(s := steady_time(res, al)), bound=bound, ratio=s/bound,
                          staleness=max(res.staleness)))
     return rows
 
-# %% ../../nbs/roll_flash/02_sim.ipynb #e8c5b093
+# %% ../../nbs/roll_flash/02_sim.ipynb #5aaca7bf
 def speedup_study(
     workload,                              # Function (n, seed) -> lengths, such as `think_like`
     gpus:Sequence[int]=(16, 32, 64, 128),  # Device counts
@@ -116,21 +116,23 @@ def speedup_study(
     **kw,                                  # Further arguments of `cluster_times`
 )->list[list[dict]]:                       # [seed][device count] rows of `cluster_times`
     "Step times over device counts and seeds"
-    return [[cluster_times(workload(n*(n_steps + math.ceil(async_ratio) + 1), s), g, n, n_steps=n_steps, async_ratio=async_ratio, **kw) for g in gpus] for s in seeds]
+    total = n*(n_steps + math.ceil(async_ratio) + 1)
+    return [[cluster_times(workload(total, s), g, n, n_steps=n_steps, async_ratio=async_ratio, **kw) for g in gpus] for s in seeds]
 
-# %% ../../nbs/roll_flash/02_sim.ipynb #1e127961
+# %% ../../nbs/roll_flash/02_sim.ipynb #522250c5
 def tail_study(
     sigmas:Sequence[float]=(.3, .6, .9, 1.2),  # Widths of the log-length
     mean:float=2000.,                          # Mean length before the cap, tokens
     gpus:int=128,                              # Devices
     n:int=4096,                                # Responses per step
-    n_steps:int=17,                            # Simulated steps
+    n_steps:int=13,                            # Simulated steps
     seeds:Sequence[int]=range(5),              # Seeds
     async_ratio:float=2.,                      # Asynchronous ratio
     **kw,                                      # Further arguments of `cluster_times`
 )->np.ndarray:                                 # (seeds, sigmas) naive over asynchronous
     "Speed-up over the width of the tail at a fixed mean"
-    row = lambda s, sg: cluster_times(lognormal_lengths(n*(n_steps + math.ceil(async_ratio) + 1), mean, sg, seed=[s, 7]), gpus, n, n_steps=n_steps, async_ratio=async_ratio, **kw)
+    draw = lambda s, sg: lognormal_lengths(n*(n_steps + math.ceil(async_ratio) + 1), mean, sg, seed=[s, 7])
+    row = lambda s, sg: cluster_times(draw(s, sg), gpus, n, n_steps=n_steps, async_ratio=async_ratio, **kw)
     return np.array([[(r := row(s, sg))["naive"]/r["ahead"] for sg in sigmas] for s in seeds])
 
 # %% ../../nbs/roll_flash/02_sim.ipynb #2222ebb3
