@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['read_metrics', 'MetricsLog', 'plot_metrics']
 
-# %% ../../nbs/rl/13_metrics.ipynb #f63f6623
+# %% ../../nbs/rl/13_metrics.ipynb #611a5417
 import json, math, os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from fastcore.basics import patch
 
 from ..core.scale import need
 
@@ -59,10 +61,7 @@ class MetricsLog:
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
 
-# %% ../../nbs/rl/13_metrics.ipynb #3ac6e149
-from fastcore.basics import patch
-
-# %% ../../nbs/rl/13_metrics.ipynb #8b1d3885
+# %% ../../nbs/rl/13_metrics.ipynb #b25968b5
 @patch
 def log(self:MetricsLog,
     step:int,         # Larger than that of the row before
@@ -79,11 +78,18 @@ def log(self:MetricsLog,
     return row
 
 @patch
+def __call__(self:MetricsLog,
+    row:Mapping, # With a column `step`
+)->dict:         # The row as written
+    "Append one row; the form in which a loop reports"
+    return self.log(row["step"], {k: v for k, v in row.items() if k != "step"})
+
+@patch
 def close(self:MetricsLog)->None:
     "Flush to the disk and close"
     if not self.file.closed: self.file.flush(); os.fsync(self.file.fileno()); self.file.close()
 
-# %% ../../nbs/rl/13_metrics.ipynb #e88859b7
+# %% ../../nbs/rl/13_metrics.ipynb #04e311ad
 def plot_metrics(
     source,             # Path of a metrics file, or its rows
     keys:Iterable[str], # Columns to draw
@@ -91,7 +97,7 @@ def plot_metrics(
     smooth:int=1,       # Running mean over that many rows
 ):                      # The axes
     "Draw columns against the step; rows without a column are left out"
-    plt, np = need("matplotlib.pyplot", "viz"), need("numpy")
+    plt, np = need("matplotlib.pyplot"), need("numpy")
     rows = read_metrics(source) if isinstance(source, (str, os.PathLike)) else list(source)
     names = sorted({k for r in rows for k in r} - {"step"})
     ax = ax or plt.gca()

@@ -38,22 +38,22 @@ def micro_batches(
         else: res.append([i]); width = int(lengths[i])
     return res
 
-# %% ../../nbs/rl/09_trainer.ipynb #38d94180
+# %% ../../nbs/rl/09_trainer.ipynb #6b145d11
 def loss_denom(
     cfg:PolicyLossConfig, # Which loss
     batch:Batch,          # All rows of the minibatch
 )->int:                   # Sampled tokens, or rows that have one
     "The global denominator of a minibatch"
-    m = batch.response_mask
-    return int(m.sum() if cfg.mode == "token-mean" else m.any(-1).sum())
+    return int((batch.response_mask if cfg.mode == "token-mean" else batch.response_mask.any(-1)).sum())
 
+# %% ../../nbs/rl/09_trainer.ipynb #dbb51649
 def _cut(batch, rows):
     "Some rows of a batch, without columns that are padding in all of them"
     b = batch.rows(rows)
     width = int(b.attention_mask.sum(-1).max())
     return replace(b, **{k: v[:, :width] for k, v in vars(b).items() if v.dim() == 2})
 
-# %% ../../nbs/rl/09_trainer.ipynb #0c8cc825
+# %% ../../nbs/rl/09_trainer.ipynb #e1f282dd
 class Critic(Protocol):
     "What the trainer asks of a critic"
     def values(self, batch:Batch)->Tensor: "(N,L) value of each sampled token"
@@ -61,6 +61,7 @@ class Critic(Protocol):
     def state_dict(self)->dict: "Everything needed to go on"
     def load_state_dict(self, state:dict)->None: "Take over a saved state"
 
+# %% ../../nbs/rl/09_trainer.ipynb #eb6d79c7
 def terminal_rewards(
     batch:Batch, # Scored samples
 )->Tensor:       # (N,L) float32, the reward at the last sampled token, 0 elsewhere
@@ -129,7 +130,7 @@ def _credit(self:PolicyTrainer, batch):
         raise ValueError(f"advantages_fn returned shape {tuple(A.shape)}; it needs {tuple(batch.rewards.shape)} or {tuple(batch.input_ids.shape)}")
     return replace(batch, advantages=torch.where(batch.response_mask, A.detach().float(), 0.)), returns
 
-# %% ../../nbs/rl/09_trainer.ipynb #44be0255
+# %% ../../nbs/rl/09_trainer.ipynb #b98ddbf6
 @patch
 def forward(self:PolicyTrainer,
     batch:Batch,            # Rows
@@ -146,6 +147,7 @@ def forward(self:PolicyTrainer,
     with torch.set_grad_enabled(grad): ent = entropy(logits, batch.response_mask, self.temperature, None if grad else 512)
     return lp, ent
 
+# %% ../../nbs/rl/09_trainer.ipynb #ea707101
 @patch
 @torch.no_grad()
 def score(self:PolicyTrainer,
@@ -160,15 +162,15 @@ def score(self:PolicyTrainer,
         res[rows, :b.input_ids.shape[1]] = torch.where(b.response_mask, self.forward(b, model)[0], 0.)
     return res
 
-# %% ../../nbs/rl/09_trainer.ipynb #c827730c
+# %% ../../nbs/rl/09_trainer.ipynb #b3861ac7
 def _sum_over(group, tensors):
     "Add tensors over the processes of a group, in one message"
-    tensors = list(tensors)
-    if group is None or not tensors: return
+    if group is None: return
     flat = torch.cat([t.reshape(-1) for t in tensors])
     torch.distributed.all_reduce(flat, group=group)
     for t, new in zip(tensors, flat.split([t.numel() for t in tensors])): t.copy_(new.view_as(t))
 
+# %% ../../nbs/rl/09_trainer.ipynb #5cba2b5a
 @patch
 def _own(self:PolicyTrainer, batch, rows):
     "Micro-batches of the rows this process is responsible for"
@@ -178,6 +180,7 @@ def _own(self:PolicyTrainer, batch, rows):
         rows = sorted(rows, key=lambda i: -lengths[i])[dist.get_rank(self.group)::dist.get_world_size(self.group)]
     return [[rows[j] for j in m] for m in micro_batches([lengths[i] for i in rows], self.max_tokens)]
 
+# %% ../../nbs/rl/09_trainer.ipynb #fdf35c56
 @patch
 def _gradient(self:PolicyTrainer, batch, rows, prox, ref):
     "Accumulate the gradient of some rows; their loss, metrics and log-probabilities"
@@ -189,16 +192,15 @@ def _gradient(self:PolicyTrainer, batch, rows, prox, ref):
         b = _cut(batch, r); w = b.input_ids.shape[1]
         logp, h = self.forward(b, with_entropy=True)
         at = lambda x: None if x is None else x[r, :w]
-        loss, _ = policy_loss(cfg, b, logp, proximal_logprobs=logp.detach() if prox is None else at(prox), ref_logprobs=at(ref), entropy=h, denom=denom)
-        loss.backward()
+        near = logp.detach() if prox is None else at(prox)
+        policy_loss(cfg, b, logp, proximal_logprobs=near, ref_logprobs=at(ref), entropy=h, denom=denom)[0].backward()
         lp[r, :w], ent[r, :w] = torch.where(b.response_mask, logp.detach(), 0.), h.detach()
     _sum_over(self.group, [lp, ent])
-    part = lambda x: None if x is None else x[rows]
-    with torch.no_grad():
-        loss, metrics = policy_loss(cfg, whole, lp[rows], proximal_logprobs=lp[rows] if prox is None else prox[rows], ref_logprobs=part(ref), entropy=ent[rows], denom=denom)
+    near, far = (lp if prox is None else prox)[rows], None if ref is None else ref[rows]
+    with torch.no_grad(): loss, metrics = policy_loss(cfg, whole, lp[rows], proximal_logprobs=near, ref_logprobs=far, entropy=ent[rows], denom=denom)
     return loss.item(), metrics | {"train/micro_batches": float(len(mine))}, lp
 
-# %% ../../nbs/rl/09_trainer.ipynb #c695ec7f
+# %% ../../nbs/rl/09_trainer.ipynb #5037fb28
 @patch
 def _culprit(self:PolicyTrainer, batch, rows, prox, ref, lp, loss):
     "Name of the first tensor that is not finite"
@@ -210,6 +212,7 @@ def _culprit(self:PolicyTrainer, batch, rows, prox, ref, lp, loss):
     flow |= dict(loss=torch.tensor(loss)) | {f"gradient of {n}": p.grad for n, p in self.model.named_parameters() if p.grad is not None}
     return next((n for n, x in flow.items() if not torch.isfinite(x).all()), "gradient norm")
 
+# %% ../../nbs/rl/09_trainer.ipynb #cd686a93
 @patch
 def _skip(self:PolicyTrainer, batch, name):
     "Drop the gradient, count, dump, and raise if this has happened too often"
@@ -222,16 +225,17 @@ def _skip(self:PolicyTrainer, batch, name):
         raise FloatingPointError(f"{name} is not finite; {self.skipped_in_row} batches in a row were skipped, the last is number {self.n_steps}. "
                                  "Lower the learning rate, or look at the batch (dump_dir keeps it)")
 
-# %% ../../nbs/rl/09_trainer.ipynb #738f25cb
+# %% ../../nbs/rl/09_trainer.ipynb #33676c96
 @patch
 def _update(self:PolicyTrainer):
     "Add gradients over processes, clip, and say what the norm was"
     ps = [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
     for p in ps:
         if p.grad is None: p.grad = torch.zeros_like(p)
-    _sum_over(self.group, (p.grad for p in ps))
+    _sum_over(self.group, [p.grad for p in ps])
     return float(nn.utils.clip_grad_norm_(ps, math.inf if self.max_grad_norm is None else self.max_grad_norm))
 
+# %% ../../nbs/rl/09_trainer.ipynb #1595b835
 def _trained(batch): return batch.response_mask.any(-1).nonzero().squeeze(-1).tolist()
 
 @patch
@@ -243,7 +247,7 @@ def _minibatches(self:PolicyTrainer, batch, epoch):
     order = torch.randperm(len(rows), generator=rng(self.seed, "rows", self.n_steps, epoch)).tolist()
     return [sorted(rows[i] for i in order[k::self.minibatches]) for k in range(min(self.minibatches, len(rows)))]
 
-# %% ../../nbs/rl/09_trainer.ipynb #c359fecb
+# %% ../../nbs/rl/09_trainer.ipynb #7e06d80e
 @patch
 def _shared(self:PolicyTrainer, x):
     "Log-probabilities of all processes' rows"
@@ -258,6 +262,7 @@ def _apply(self:PolicyTrainer):
     self.optimizer.zero_grad(set_to_none=True)
     self.n_updates += 1
 
+# %% ../../nbs/rl/09_trainer.ipynb #d4c9df04
 @patch
 def _report(self:PolicyTrainer, batch, logs):
     "Means over minibatches, maxima where the name says so, and what the batch was like"
@@ -295,7 +300,9 @@ def step(self:PolicyTrainer,
     else: self._skip(batch, bad)
     return res | {"train/skipped": float(self.n_skipped)}
 
-# %% ../../nbs/rl/09_trainer.ipynb #ee9031c2
+# %% ../../nbs/rl/09_trainer.ipynb #d3b78f3f
+_counters = ("n_steps", "n_updates", "n_skipped", "skipped_in_row", "seed")
+
 @patch
 def weights(self:PolicyTrainer)->dict[str,Tensor]: # Name -> tensor on the CPU
     "A detached copy of the policy's weights; a tied weight appears once"
@@ -306,8 +313,7 @@ def weights(self:PolicyTrainer)->dict[str,Tensor]: # Name -> tensor on the CPU
         seen.add(key); res[k] = v.detach().to("cpu", copy=True)
     return res
 
-_counters = ("n_steps", "n_updates", "n_skipped", "skipped_in_row", "seed")
-
+# %% ../../nbs/rl/09_trainer.ipynb #b1129564
 @patch
 def state_dict(self:PolicyTrainer)->dict: # Tensors and plain values
     "Everything that is needed to go on: weights, optimiser, scheduler, critic, counters"
@@ -315,13 +321,15 @@ def state_dict(self:PolicyTrainer)->dict: # Tensors and plain values
     return dict(model=self.weights(), optimizer=copy_state(self.optimizer.state_dict()), scheduler=part(self.scheduler), critic=part(self.critic),
                 counters={k: getattr(self, k) for k in _counters})
 
+# %% ../../nbs/rl/09_trainer.ipynb #36cff999
 @patch
 def load_state_dict(self:PolicyTrainer,
     state:dict, # From `state_dict`
 )->None:
     "Take over a saved state"
     for k in ("scheduler", "critic"):
-        if (getattr(self, k) is None) != (state[k] is None): raise ValueError(f"{k}: the saved state {'has none' if state[k] is None else 'has one'}, this trainer differs")
+        if (getattr(self, k) is None) != (state[k] is None):
+            raise ValueError(f"{k}: the saved state has {'none' if state[k] is None else 'one'}; make the trainer in the same way")
     copy_weights(self.model, state["model"])
     self.optimizer.load_state_dict(state["optimizer"])
     for k in ("scheduler", "critic"):
