@@ -26,7 +26,7 @@ from .logprobs import token_logprobs
 from .loop import EngineLost, RolloutPoolError, _blocking, _check_source, _prompt, _summary, sync_modes
 from .types import Group, collate
 
-# %% ../../nbs/rl/14_controller.ipynb #14eff65e
+# %% ../../nbs/rl/14_controller.ipynb #0a2a1764
 class AsyncController:
     "Generation and training at the same time, with a bound on staleness"
     def __init__(self,
@@ -43,7 +43,8 @@ class AsyncController:
         eval_fn:Callable|None=None,       # Called with the trainer between two steps; returns numbers
         eval_every:int=0,       # Batches between two evaluations; 0 never
         pad_id:int=0,           # Fills rows
-        probe_tol:float=1e-3,   # Largest difference between engine and trainer log-probabilities after the first push
+        probe_tol:float=1e-3,   # Largest difference allowed between log-probabilities of engines and trainer
+        probe_steps:int=3,      # Versions whose weights are checked on arrival, those the run begins with included
     ):
         _check_source(source)
         if sync_mode not in sync_modes: raise ValueError(f"sync_mode={sync_mode!r} must be one of {', '.join(sync_modes)}")
@@ -51,7 +52,8 @@ class AsyncController:
             raise ValueError("pool: the engine runs the trainer's own module while it trains; give it a copy, HFEngine(..., copy_model=True)")
         self.source, self.rollout, self.trainer, self.pool, self.buffer = source, rollout, trainer, pool, buffer
         self.sync_mode, self.group_filter, self.checkpoint, self.save_every = sync_mode, group_filter, checkpoint, save_every
-        self.metrics, self.eval_fn, self.eval_every, self.pad_id, self.probe_tol = metrics, eval_fn, eval_every, pad_id, probe_tol
+        self.metrics, self.eval_fn, self.eval_every, self.pad_id = metrics, eval_fn, eval_every, pad_id
+        self.probe_tol, self.probe_steps = probe_tol, probe_steps
         self.cursor, self.rows, self.trained, self.failed, self.timeline = 0, [], [], [], deque(maxlen=100_000)
 
 # %% ../../nbs/rl/14_controller.ipynb #6b7d4553
@@ -91,18 +93,24 @@ async def arun(self:AsyncController,
     if self.stopping: raise KeyboardInterrupt
     return self.rows
 
-# %% ../../nbs/rl/14_controller.ipynb #18b7d076
+# %% ../../nbs/rl/14_controller.ipynb #875c3420
 @patch
 async def _open(self:AsyncController):
     "Resume if there is something to resume from, start the pool, compare the policies"
     if self.checkpoint and latest(self.checkpoint):
         self.cursor = load(self.checkpoint, trainer=self.trainer, buffer=self.buffer)["cursor"]
     self.todo = deque((g.group_id, k) for g, k in self.buffer.pending())
-    model = getattr(self.trainer, "model", None); self.shared = self.pool.shares(model)
+    self.shared = self.pool.shares(getattr(self.trainer, "model", None))
     self.pool.on_change = lambda: self.queue.put_nowait(None)
     await self.pool.start(self.rollout, None if self.shared else self.trainer.weights(), self.buffer.version)
-    if model is None or not hasattr(getattr(model, "config", None), "vocab_size"): return
-    ids = probe_ids(model.config.vocab_size); x = torch.tensor([ids], device=next(model.parameters()).device)
+    self.checks = 0; await self._check()
+
+@patch
+async def _check(self:AsyncController):
+    "Engines and trainer must give a fixed sequence the same log-probabilities"
+    model = getattr(self.trainer, "model", None)
+    if self.checks >= self.probe_steps or not hasattr(getattr(model, "config", None), "vocab_size"): return
+    self.checks += 1; ids = probe_ids(model.config.vocab_size); x = torch.tensor([ids], device=next(model.parameters()).device)
     with torch.no_grad(): expected = token_logprobs(model(input_ids=x).logits, x)[0,1:].cpu()
     for k, row in enumerate(await self.pool.logprobs(ids)):
         gap = (torch.tensor(row) - expected).abs().max().item()
@@ -189,14 +197,15 @@ def _start_step(self:AsyncController):
     self.train = asyncio.ensure_future(step())
     self.train.add_done_callback(lambda _: self.queue.put_nowait(None))
 
-# %% ../../nbs/rl/14_controller.ipynb #6ed00ff0
+# %% ../../nbs/rl/14_controller.ipynb #d48fca9a
 @patch
 async def _finish_step(self:AsyncController):
     "Publish: next version, new weights, checkpoint, evaluation, one row"
     (groups, got, start, end), self.train = self.train.result(), None
     for gid in self.buffer.publish(): self._restart(gid)
     v = self.buffer.version; self.trained += [g.group_id for g in groups]; self.dropped = self.quarantined = self.warned = 0
-    if not self.stopping: await self.pool.load_weights(None if self.shared else self.trainer.weights(), v, self.sync_mode)
+    if not self.stopping:
+        await self.pool.load_weights(None if self.shared else self.trainer.weights(), v, self.sync_mode); await self._check()
     sync = time.perf_counter() - end
     if self.checkpoint and (v % self.save_every == 0): self._save()
     if self.eval_fn and self.eval_every and v % self.eval_every == 0: got |= await asyncio.to_thread(self.eval_fn, self.trainer)

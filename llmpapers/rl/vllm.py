@@ -111,14 +111,23 @@ def abort(self:VLLMEngine,
     if ids: self.engine.abort_request(ids)
     return [self.rows.pop(i)[0].done("abort") for i in ids]
 
-# %% ../../nbs/rl/15_vllm.ipynb #2fb72099
+# %% ../../nbs/rl/15_vllm.ipynb #285e19ce
+def _untie(weights, config):
+    "Name a shared embedding twice"
+    for embed, head in (("embed_tokens.weight", "lm_head.weight"), ("wte.weight", "lm_head.weight"), ("embed_in.weight", "embed_out.weight")):
+        name = next((k for k in weights if k.endswith(embed)), None)
+        if name and getattr(config, "tie_word_embeddings", False) and head not in weights: return weights | {head: weights[name]}
+    return weights
+
+# %% ../../nbs/rl/15_vllm.ipynb #a193db20
 @patch
 def load_weights(self:VLLMEngine,
     weights:"Mapping[str,Tensor]|str|Path", # Checkpoint names, see `read_weights`
     version:int,                            # Their version
 )->None:
     "Replace the weights in place, and everything that was computed with the old ones"
-    self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(read_weights(weights).items())))
+    w = _untie(read_weights(weights), self.llm.model_config.hf_config)
+    self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(w.items())))
     if not self._forget(): raise RuntimeError("vLLM could not clear its prefix cache; old keys would serve new weights")
     self.llm.update_weight_version(str(int(version))); self.version = int(version)
 
