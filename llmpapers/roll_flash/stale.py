@@ -148,7 +148,7 @@ class Arm:
         if self.loss not in stale_losses: raise ValueError(f"loss={self.loss!r} is not one of {', '.join(stale_losses)}")
         if not isinstance(self.lag, int) or self.lag < 0: raise ValueError(f"lag={self.lag!r} must be an integer of at least 0")
 
-# %% ../../nbs/roll_flash/05_stale.ipynb #887ef78f
+# %% ../../nbs/roll_flash/05_stale.ipynb #cadc12e0
 @dataclass(frozen=True)
 class LagRun:
     "Curves of a study, one for each arm and seed"
@@ -158,7 +158,13 @@ class LagRun:
     ess:np.ndarray    # (A,S,T) effective sample size of the training batch, as a share
     kl:np.ndarray     # (A,S,T) divergence of the policy from the one that sampled, nats per token
 
-    def of(self, loss, lag, what="reward"): return getattr(self, what)[self.arms.index(Arm(loss, lag))]
+    def of(self,
+        loss:str,            # Key of `stale_losses`
+        lag:int,             # Its lag
+        what:str="reward",   # "reward", "ess" or "kl"
+    )->np.ndarray:           # (S,T) one curve per seed
+        "Curves of one arm"
+        return getattr(self, what)[self.arms.index(Arm(loss, lag))]
 
 # %% ../../nbs/roll_flash/05_stale.ipynb #f74885fa
 def _draw(flat, seeds, n_arms, j, cfg):
