@@ -17,13 +17,13 @@ from torch import Tensor
 from ..core.scale import need
 from .types import Batch
 
-# %% ../../nbs/rl/14_parallel.ipynb #f7b3c7c6
+# %% ../../nbs/rl/14_parallel.ipynb #b0f9917b
 def learner_group(
     rank:int,          # Number of this process
     world:int,         # Number of processes
     rendezvous:str,    # "file:///..." on one machine, or "tcp://host:port"
     backend:str=None,  # None: "nccl" with a GPU for each, else "gloo"
-):                     # The group of all processes, for `PolicyTrainer(group=...)`
+)->"ProcessGroup":     # The group of all processes, for `PolicyTrainer(group=...)`
     "Join the process group of the learners"
     if not 0 <= rank < world: raise ValueError(f"rank={rank} must be in [0, {world})")
     dist = torch.distributed
