@@ -83,7 +83,7 @@ def run_ours(
             train_async(LM(m, tok, "policy"), lambda i: prompt(i, seed), score, steps, cfg, d if how == "ray" else None, note)
     return out
 
-# %% ../../nbs/benchmarks/02_grpo_trl.ipynb #bba5eafa
+# %% ../../nbs/benchmarks/02_grpo_trl.ipynb #e27b65ed
 def run_trl(
     steps:int,          # Batches
     seed:int=0,         # Seed of weights, prompts and sampling
@@ -110,6 +110,7 @@ def run_trl(
         finally: torch.set_num_threads(before)
     return out
 
+# %% ../../nbs/benchmarks/02_grpo_trl.ipynb #4b793ce2
 def memory_job(
     side:str,   # "ours" or "trl"
     steps:int,  # Batches
