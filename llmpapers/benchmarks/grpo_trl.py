@@ -52,7 +52,7 @@ def policy(
     for c in (m.config, m.generation_config): c.eos_token_id, c.pad_token_id = tok.eos_token_id, tok.pad_token_id
     return m
 
-# %% ../../nbs/benchmarks/02_grpo_trl.ipynb #b904186b
+# %% ../../nbs/benchmarks/02_grpo_trl.ipynb #e5cc60d8
 def run_ours(
     steps:int,          # Batches
     seed:int=0,         # Seed of weights, prompts and sampling
@@ -78,7 +78,8 @@ def run_ours(
         engine = HFEngine(m, tok.pad_token_id, use_cache=True)
         train_sync(engine, lambda i: prompt(i, seed), roll, trainer, steps, batch_size=8, group_size=8, metrics=note)
     else:
-        cfg = AsyncConfig(async_ratio=1., max_new_tokens=longest, lr=lr, actors=int(how == "ray"), slots=128, seed=seed, save_every=10**6)
+        cfg = AsyncConfig(async_ratio=1., max_new_tokens=longest, lr=lr, actors=int(how == "ray"), slots=128, seed=seed, save_every=10**6,
+                          max_tokens_per_micro=1024)
         with tempfile.TemporaryDirectory() as d:
             train_async(LM(m, tok, "policy"), lambda i: prompt(i, seed), score, steps, cfg, d if how == "ray" else None, note)
     return out

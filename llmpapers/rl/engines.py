@@ -176,8 +176,10 @@ class HFEngine(_Rows):
         use_cache:bool|None=None,  # Keep keys and values; None: yes above five million parameters
         copy_model:bool=False,     # Own a copy of the weights; needed if a trainer works at the same time
         version:int=0,             # Version of the weights at the beginning
+        join_every:int=4,          # Steps between two passes that read new requests in, with a cache
     ):
         super().__init__(max_active, version)
+        self.join_every, self.since = join_every, 0
         self.model = copy.deepcopy(model).requires_grad_(False) if copy_model else model
         self.model.eval()
         self.use_cache = use_cache if use_cache is not None else sum(p.numel() for p in model.parameters()) > 5_000_000
@@ -265,7 +267,9 @@ def _drop(self:HFEngine, gone):
 @patch
 def _logits(self:HFEngine):
     "Next logits of all active rows, in order; takes waiting ones in"
-    new = self._fill()
+    self.since += 1
+    new = self._fill() if not (self.use_cache and self.rows and self.since < self.join_every) else []
+    if new: self.since = 0
     if not self.use_cache: self.rows += new; return self._full(self.rows)
     if self.kv is None: new, self.rows = self.rows + new, []
     parts = [self._next()] if self.rows else []

@@ -41,6 +41,8 @@ class AsyncConfig:
     engine:str="hf"           # One of `engines`
     actors:int=0              # Ray actors; 0 is one engine in this process
     slots:int=64              # Requests at once in one engine
+    use_cache:bool=True       # Keep keys and values in the "hf" engine
+    max_tokens_per_micro:int=8192 # Rows times width of one forward pass of the trainer
     sync_mode:str="keep"      # Responses in work at an update: "keep", "abort" or "wait"
     dtype:str="float32"       # Of the engine
     gpus_per_actor:float=0.   # GPUs that Ray gives to one actor
@@ -60,7 +62,7 @@ def engine_factory(
     def hf():
         from llmpapers.core.lm import load_lm
         lm = load_lm(folder, dtype=getattr(torch, cfg.dtype))
-        return HFEngine(lm.model, lm.tokenizer.pad_token_id, max_active=cfg.slots)
+        return HFEngine(lm.model, lm.tokenizer.pad_token_id, cfg.slots, cfg.use_cache)
     def vllm():
         from llmpapers.rl.vllm import VLLMEngine
         return VLLMEngine(folder, max_active=cfg.slots, dtype=cfg.dtype)
@@ -79,13 +81,14 @@ def train_async(
     "Train a policy asynchronously; a run with a folder resumes"
     stop = tuple(t for t in [lm.tokenizer.eos_token_id] if t is not None)
     rollout = SingleTurn(lm.tokenizer, reward, SamplingConfig(cfg.max_new_tokens, cfg.temperature, stop, cfg.seed))
-    trainer = PolicyTrainer(lm.model, torch.optim.AdamW(lm.model.parameters(), lr=cfg.lr), PolicyLossConfig(cfg.loss), temperature=cfg.temperature)
+    trainer = PolicyTrainer(lm.model, torch.optim.AdamW(lm.model.parameters(), lr=cfg.lr), PolicyLossConfig(cfg.loss),
+                            temperature=cfg.temperature, max_tokens_per_micro=cfg.max_tokens_per_micro)
     if (cfg.actors or cfg.engine == "vllm") and folder is None: raise ValueError("folder: actors and vLLM read the model from a folder; give one")
     if folder is not None and not (Path(folder)/"model"/"config.json").exists(): save_lm(lm, Path(folder)/"model")
     make = engine_factory(Path(folder)/"model", cfg) if folder is not None else None
     if cfg.actors: pool = RolloutPool(make, cfg.actors, cfg.slots, dict(num_gpus=cfg.gpus_per_actor) if cfg.gpus_per_actor else dict(num_cpus=.5))
     elif cfg.engine == "vllm": pool = InProcessPool(make(), cfg.slots)
-    else: pool = InProcessPool(HFEngine(lm.model, lm.tokenizer.pad_token_id, cfg.slots, copy_model=True), cfg.slots)
+    else: pool = InProcessPool(HFEngine(lm.model, lm.tokenizer.pad_token_id, cfg.slots, cfg.use_cache, copy_model=True), cfg.slots)
     c = AsyncController(source, rollout, trainer, pool, SampleBuffer(cfg.batch_size, cfg.async_ratio, cfg.group_size), cfg.sync_mode,
                         checkpoint=None if folder is None else Path(folder)/"checkpoints", save_every=cfg.save_every, metrics=metrics,
                         pad_id=lm.tokenizer.pad_token_id, probe_tol=1e-3 if cfg.dtype == "float32" else .1)
