@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .metrics import _response
 
-# %% ../../nbs/attention_rhythm/04_credit.ipynb #ab6b0c67
+# %% ../../nbs/attention_rhythm/04_credit.ipynb #7fd9507c
 def _check_signal(x, mask, name):
     "A signal with a batch axis, finite on the response, of the mask's shape"
     if x.shape != mask.shape: raise ValueError(f"{name} has shape {tuple(x.shape)}, response_mask has {tuple(mask.shape)}; they must agree")
@@ -30,10 +30,11 @@ def delta_waad(
     response_mask:Tensor,  # Same shape, True on response tokens
 )->Tensor:                 # Same shape; 0 at the last response token and outside the response
     "Size of the change of WAAD from each response token to the next"
-    w, m = _check_signal(waad, response_mask, "waad")
-    pair = m[:, :-1] & m[:, 1:]
-    d = torch.where(pair, (w[:, :-1] - w[:, 1:]).abs(), 0.)
-    return torch.nn.functional.pad(d, (0, 1)).reshape(response_mask.shape)
+    return _jump(*_check_signal(waad, response_mask, "waad")).reshape(response_mask.shape)
+
+def _jump(w, m):
+    d = torch.where(m[:, :-1] & m[:, 1:], (w[:, :-1] - w[:, 1:]).abs(), 0.)
+    return torch.nn.functional.pad(d, (0, 1))
 
 def _has_next(m): return m & torch.nn.functional.pad(m[:, 1:], (0, 1))
 
@@ -57,7 +58,7 @@ def top_q(
     chosen = torch.arange(x.shape[-1], device=x.device) < m[:, None]
     return torch.zeros_like(c).scatter(-1, order, chosen).reshape(scores.shape)
 
-# %% ../../nbs/attention_rhythm/04_credit.ipynb #333fa2b7
+# %% ../../nbs/attention_rhythm/04_credit.ipynb #85a2b3ae
 def _check_knobs(q, amp, select):
     if not 0 <= q <= 1: raise ValueError(f"q={q} must be in [0, 1]: a share of the response tokens")
     if not (math.isfinite(amp) and amp >= 1): raise ValueError(f"amp={amp} must be at least 1; the coefficients amplify")
@@ -74,8 +75,8 @@ def local_chunk_gamma(
 )->Tensor:                 # Same shape, 1 outside the response
     "Coefficients of the local-chunk strategy: tokens where WAAD jumps"
     _check_knobs(q, amp, select)
-    d, m = _check_signal(delta_waad(waad, response_mask), response_mask, "waad")
-    return _pay(top_q(d, _has_next(m), q, m.sum(-1), select == "top"), amp, response_mask)
+    w, m = _check_signal(waad, response_mask, "waad")
+    return _pay(top_q(_jump(w, m), _has_next(m), q, m.sum(-1), select == "top"), amp, response_mask)
 
 # %% ../../nbs/attention_rhythm/04_credit.ipynb #40ab38e1
 def _anchors(fai, response_mask, support, q, select):
@@ -158,7 +159,7 @@ def _intro(delta, has_next, k):
     at = torch.arange(delta.shape[1], device=delta.device) - 1 - lag[..., 0]
     return near.gather(-1, lag)[..., 0], at.clamp(min=0)
 
-# %% ../../nbs/attention_rhythm/04_credit.ipynb #72f7858c
+# %% ../../nbs/attention_rhythm/04_credit.ipynb #15ddc85e
 def coupled_gamma(
     waad:Tensor,              # (B,N) or (N,)
     fai:Tensor,               # Same shape
@@ -179,7 +180,7 @@ def coupled_gamma(
     if not isinstance(k, int) or k < 0: raise ValueError(f"k={k!r} must be an integer of at least 0")
     anchors, m = _anchors(fai, response_mask, support, q, select)
     w, _ = _check_signal(waad, response_mask, "waad")
-    nxt, d = _has_next(m), delta_waad(w, m)
+    nxt, d = _has_next(m), _jump(w, m)
     dominated = intros = torch.zeros_like(m)
     if k:
         best, at = _intro(d, nxt, k)

@@ -47,7 +47,8 @@ def _maps(
         raise ValueError(f"attn has shape {tuple(attn.shape)} and response_mask {tuple(response_mask.shape)}; "
                          f"they need ({','.join(lead)},n,n) and (b,n), or both without b")
     attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
-    mass = attn.tril().sum(-1).movedim(lead.index("b"), -2)   # (...,b,n)
+    mass = torch.cat([attn[..., i:i+256, :i].sum(-1) + attn[..., i:i+256, i:i+256].tril().sum(-1) for i in range(0, n, 256)], -1)
+    mass = mass.movedim(lead.index("b"), -2)   # (...,b,n)
     off = ((mass - 1).abs() <= (2e-2 if half else 1e-3)).logical_not() & m
     if off.any():
         raise ValueError(f"attn: {int(off.sum())} response rows do not sum to one over past positions (first sum "
