@@ -21,7 +21,7 @@ def slowest_first():
 def heavy(rel):
     "Notebooks that start Ray or vLLM run one at a time"
     code = [c.source for c in nbformat.read(nbs/rel, 4).cells if c.cell_type == 'code']
-    return any('ray.init' in s or 'VLLMEngine(' in s or 'import_ray' in s for s in code)
+    return any(k in s for s in code for k in ('ray.init', 'start_ray(', 'RolloutPool(', 'RayLearners(', 'VLLMEngine('))
 
 
 def files_beside(folder):

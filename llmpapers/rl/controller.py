@@ -138,7 +138,7 @@ def _dispatch(self:AsyncController):
         self.running[gid, k] = (attempt, f, time.perf_counter())
         f.add_done_callback(lambda f, key=(gid, k), attempt=attempt: self.queue.put_nowait((key, attempt, f)))
 
-# %% ../../nbs/rl/14_controller.ipynb #1765aa7d
+# %% ../../nbs/rl/14_controller.ipynb #1d0b3595
 @patch
 def _handle(self:AsyncController, item):
     "Take in a finished rollout"
@@ -156,7 +156,7 @@ def _handle(self:AsyncController, item):
 def _commit(self:AsyncController, gid, k, attempt, sample, now):
     b, g = self.buffer, self.buffer.groups.get(gid)
     if g and (min(sample.versions) < g.version or max(sample.versions) > b.version):
-        raise RuntimeError(f"group {gid} of version {g.version} has tokens of {sorted(set(sample.versions))} at version {b.version}: unknown weights are served")
+        raise RuntimeError(f"group {gid} of version {g.version} has tokens of {set(sample.versions)} at version {b.version}: unknown weights are served")
     if not b.commit(gid, k, attempt, sample): return
     if now: self.timeline.append(("rollout", now[2], time.perf_counter(), gid, k, g.version))
     if g.ready and self.group_filter and not self.group_filter(Group(gid, g.prompt, g.version, 0, list(g.samples))): self._drop(gid)

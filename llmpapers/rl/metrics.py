@@ -89,13 +89,13 @@ def close(self:MetricsLog)->None:
     "Flush to the disk and close"
     if not self.file.closed: self.file.flush(); os.fsync(self.file.fileno()); self.file.close()
 
-# %% ../../nbs/rl/13_metrics.ipynb #04e311ad
+# %% ../../nbs/rl/13_metrics.ipynb #54478f64
 def plot_metrics(
     source,             # Path of a metrics file, or its rows
     keys:Iterable[str], # Columns to draw
     ax=None,            # Axes; None makes some
     smooth:int=1,       # Running mean over that many rows
-):                      # The axes
+)->"plt.Axes":          # The axes
     "Draw columns against the step; rows without a column are left out"
     plt, np = need("matplotlib.pyplot"), need("numpy")
     rows = read_metrics(source) if isinstance(source, (str, os.PathLike)) else list(source)
