@@ -47,7 +47,8 @@ def _maps(
         raise ValueError(f"attn has shape {tuple(attn.shape)} and response_mask {tuple(response_mask.shape)}; "
                          f"they need ({','.join(lead)},n,n) and (b,n), or both without b")
     attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
-    mass = attn.tril().sum(-1).movedim(lead.index("b"), -2)   # (...,b,n)
+    mass = torch.cat([attn[..., i:i+256, :i].sum(-1) + attn[..., i:i+256, i:i+256].tril().sum(-1) for i in range(0, n, 256)], -1)
+    mass = mass.movedim(lead.index("b"), -2)   # (...,b,n)
     off = ((mass - 1).abs() <= (2e-2 if half else 1e-3)).logical_not() & m
     if off.any():
         raise ValueError(f"attn: {int(off.sum())} response rows do not sum to one over past positions (first sum "
@@ -194,6 +195,18 @@ def fai_loop(
     return out
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #772d1c3e
+def _diagonals(
+    A:Tensor, # (b,n,n) maps
+    lo:int,   # First subdiagonal
+    hi:int,   # Last subdiagonal
+)->Tensor:    # (b,n,hi-lo+1) entry j of row s is A[s+lo+j, s], 0 below the map
+    "A band below the diagonal, read through strides so that nothing of size n x n is made"
+    (b, n, _), (sb, st, ss) = A.shape, A.stride()
+    cut = max(0, n - hi)
+    band = lambda x, k, sb, st, ss: x.as_strided((b, k, hi-lo+1), (sb, st+ss, st), x.storage_offset() + lo*st)
+    tail = torch.nn.functional.pad(A[:, cut:, cut:], (0, 0, 0, hi))
+    return torch.cat([band(A, cut, sb, st, ss), band(tail, n-cut, *tail.stride())], 1)
+
 def fai(
     a_glob:Tensor,        # (b,n,n) mean map of the global heads; or (n,n) with a mask (n,)
     response_mask:Tensor, # (b,n) True on response tokens
@@ -203,9 +216,10 @@ def fai(
     "Future attention influence of each response token (Eq. 10)"
     support = fai_support(response_mask, h_lo, h_hi).reshape(-1, response_mask.shape[-1])
     A, m = _maps(a_glob, response_mask, "b")
-    d = _lookback(A.shape[-1], A)
-    inside = (d >= h_lo) & (d <= (math.inf if h_hi is None else h_hi))
-    total = torch.einsum("bts,bt->bs", A*inside, m.to(A.dtype))*m
+    hi = m.shape[1] - 1 if h_hi is None else min(h_hi, m.shape[1] - 1)
+    if hi < h_lo: return torch.zeros(response_mask.shape, dtype=A.dtype, device=A.device)
+    asks = torch.arange(h_lo, hi+1, device=A.device) < h_lo + support[..., None]   # the first |T(s)| of the band
+    total = torch.where(asks, _diagonals(A, h_lo, hi), 0.).sum(-1)
     return (total/support.clamp(min=1)).reshape(response_mask.shape)
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #0bf4e5a7
