@@ -25,14 +25,13 @@ from .data import unit
 from .losses import listwise_consistency_loss, prefix_scores, rank_loss, similarity_consistency_loss
 from .memory import CrossBatchMemory
 
-# %% ../../nbs/smec/04_compress.ipynb #dae9d602
+# %% ../../nbs/smec/04_compress.ipynb #ed9d3a28
 class _Data:
     "Training queries, documents and labels as tensors"
     def __init__(self, queries, docs, relevance, batch, seed):
         self.q, self.d = (torch.from_numpy(np.array(unit(v, n), np.float32)) for v, n in ((queries, "queries"), (docs, "docs")))
         if self.q.shape[1] != self.d.shape[1]: raise ValueError(f"queries have width {self.q.shape[1]} and docs {self.d.shape[1]}")
-        rel = as_relevance(np.arange(len(self.q)) if relevance is None else relevance, len(self.d))
-        if len(rel.indptr) - 1 != len(self.q): raise ValueError(f"relevance has {len(rel.indptr)-1} rows for {len(self.q)} queries")
+        rel = as_relevance(relevance, len(self.d))
         self.owners = np.nonzero(np.diff(rel.indptr))[0]
         if len(self.owners) < 2: raise ValueError("relevance has fewer than two queries with a relevant document")
         self.rel, self.B, self.seed, self.perm = rel, min(batch, len(self.owners)), seed, (-1, None)
@@ -51,7 +50,7 @@ def batch(self:_Data, step):
     y = None if self.plain else torch.from_numpy(self.table[i][:, j].toarray())
     return self.q[i], self.d[j], y, torch.from_numpy(j)
 
-# %% ../../nbs/smec/04_compress.ipynb #d3909eca
+# %% ../../nbs/smec/04_compress.ipynb #94804a03
 class _Valid:
     "NDCG@10 of a matrix on held-back queries"
     def __init__(self, queries, docs, rel, seed, most=20_000):
@@ -68,6 +67,7 @@ def _hold_back(queries, docs, relevance, valid, seed):
     "Training queries and labels, and a _Valid or None"
     queries = np.asarray(queries)
     rel = as_relevance(np.arange(len(queries)) if relevance is None else relevance, len(docs))
+    if len(rel.indptr) - 1 != len(queries): raise ValueError(f"relevance has {len(rel.indptr)-1} rows for {len(queries)} queries")
     if valid is False: return queries, rel, None
     of = lambda v, i: v[rel.indptr[i]:rel.indptr[i+1]].tolist()
     rows = lambda at: [dict(zip(of(rel.docs, i), of(rel.grades, i))) for i in at]

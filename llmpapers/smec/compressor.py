@@ -238,7 +238,7 @@ class RandomProjection(Compressor):
         self.maps = {d: (np.ascontiguousarray(Q[:d]), None) for d in self.dims}
         return self
 
-# %% ../../nbs/smec/03_compressor.ipynb #1fad6188
+# %% ../../nbs/smec/03_compressor.ipynb #c6348a39
 class PCACompressor(Compressor):
     "Principal components of the documents"
     def __init__(self,
@@ -261,7 +261,7 @@ class PCACompressor(Compressor):
         mean = x.mean(0)
         U = np.linalg.eigh((x - mean).T @ (x - mean))[1][:, ::-1].T
         U *= np.sign(U[np.arange(len(U)), np.abs(U).argmax(1)])[:, None]   # the sign of a component is free: fix it
-        self.maps = {d: (U[:d].astype(np.float32), (-U[:d] @ mean).astype(np.float32) if self.center else None) for d in self.dims}
+        self.maps = {d: (np.ascontiguousarray(U[:d], np.float32), (-U[:d] @ mean).astype(np.float32) if self.center else None) for d in self.dims}
         return self
 
 # %% ../../nbs/smec/03_compressor.ipynb #58dfd130
