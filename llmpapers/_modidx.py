@@ -743,5 +743,6 @@ d = { 'settings': { 'branch': 'main',
                                         'llmpapers.smec.results.SentenceTransformersMRL._learn': ( 'smec/results.html#sentencetransformersmrl._learn',
                                                                                                    'llmpapers/smec/results.py'),
                                         'llmpapers.smec.results.arms': ('smec/results.html#arms', 'llmpapers/smec/results.py'),
+                                        'llmpapers.smec.results.fit_once': ('smec/results.html#fit_once', 'llmpapers/smec/results.py'),
                                         'llmpapers.smec.results.st_matryoshka': ( 'smec/results.html#st_matryoshka',
                                                                                   'llmpapers/smec/results.py')}}}
