@@ -62,7 +62,7 @@ class Ranked(NamedTuple):
     ids:np.ndarray    # (Q,k) document numbers
     scores:np.ndarray # (Q,k) their scores
 
-# %% ../../nbs/core/11_ranking.ipynb #3602a0d1
+# %% ../../nbs/core/11_ranking.ipynb #1a63fc23
 def top_k(
     scores,     # (Q,C) one score per query and document, higher is better
     k:int,      # How many to keep; more than C means all
@@ -75,8 +75,10 @@ def top_k(
     if np.isnan(s).any(): raise ValueError("scores has NaN; a zero vector has no cosine, remove it first")
     k = min(k, s.shape[1])
     cut = np.partition(s, s.shape[1] - k, axis=1)[:, s.shape[1] - k, None]
-    above, equal = s > cut, s == cut
-    keep = above | (equal & (np.cumsum(equal, 1) <= k - above.sum(1, keepdims=True)))
+    keep = s >= cut
+    if np.count_nonzero(keep) > k*len(s):   # some row has more than k: of the equal ones the lowest numbers stay
+        above, equal = s > cut, s == cut
+        keep = above | (equal & (np.cumsum(equal, 1) <= k - above.sum(1, keepdims=True)))
     ids = np.nonzero(keep)[1].reshape(len(s), k)
     best = np.take_along_axis(s, ids, 1)
     order = np.argsort(-best, axis=1, kind="stable")
