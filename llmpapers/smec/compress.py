@@ -274,7 +274,10 @@ class SMEC(Trained):
         self.options |= dict(mode=mode, selection=selection, consistency=consistency, memory=memory, topk=topk, sample=sample, anchors=anchors,
                              alpha=alpha, supervised=supervised, polish=polish)
 
-# %% ../../nbs/smec/04_compress.ipynb #1b350580
+# %% ../../nbs/smec/04_compress.ipynb #a8e6d580
+@patch
+def _rank(self:SMEC, scores, y): return rank_loss(scores, y, self.options["scale"])
+
 @patch
 def _stage_loss(self:SMEC, step, stage, data, base, V, short, selector, memory, steps):
     "Loss of one step: both widths, and the consistency term"
@@ -285,8 +288,8 @@ def _stage_loss(self:SMEC, step, stage, data, base, V, short, selector, memory, 
     mask = selector(rng(o["seed"], "gumbel", stage, step), step/steps) if selector else None
     cut = lambda z: z*mask if selector else z[..., :short]
     if o["supervised"]:
-        total = rank_loss(prefix_scores(zq, zd, len(V)), y, o["scale"])
-        if short < len(V): total = total + rank_loss(F.normalize(cut(zq), dim=1) @ F.normalize(cut(zd), dim=1).T, y, o["scale"])
+        total = self._rank(prefix_scores(zq, zd, len(V)), y)
+        if short < len(V): total = total + self._rank(F.normalize(cut(zq), dim=1) @ F.normalize(cut(zd), dim=1).T, y)
     if o["consistency"] is None: return total
     x, z, a = d[:o["anchors"]], zd[:o["anchors"]], ids[:o["anchors"]]
     both = [lambda v: v] + ([cut] if short < len(V) else [])
