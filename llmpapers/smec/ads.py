@@ -25,7 +25,7 @@ def gumbel_topk_mask(
     tau:float=1.,              # Temperature of the backward pass
     noise:Tensor|None=None,    # (D,) Gumbel noise; None takes none
 )->tuple[Tensor, Tensor]:      # (D,) mask: ones and zeros forward, soft backward; (k,) indices, ascending
-    "Keep the k largest, with a straight-through gradient (@eq-mask); ties by the lower index"
+    "Keep the k largest, with a straight-through gradient; ties by the lower index"
     if logits.ndim != 1 or not 1 <= k <= len(logits): raise ValueError(f"k={k} must be between 1 and the number of logits, {tuple(logits.shape)}")
     if tau <= 0: raise ValueError(f"tau={tau} must be positive")
     noisy = logits if noise is None else logits + noise
@@ -86,7 +86,7 @@ def ware(
     floor:float=1e-3,          # Similarities nearer to zero than this count as this
     count:bool=False,          # Return the number of pairs at the floor as well
 )->"Tensor|tuple[Tensor, int]":# (D,) weighted average relative error; with `count`, and how many pairs were clamped
-    "Importance of each dimension by leave-one-out cosines (@eq-ware)"
+    "Importance of each dimension by leave-one-out cosines"
     if x.shape != y.shape or x.ndim != 2 or x.shape[1] < 2: raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} need one shape (M, D) with D >= 2")
     uv, uu, vv = (x*y).sum(1, keepdim=True), (x*x).sum(1, keepdim=True), (y*y).sum(1, keepdim=True)
     if not ((uu > 0) & (vv > 0)).all(): raise ValueError("x or y has a zero vector; its cosine is not defined")

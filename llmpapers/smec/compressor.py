@@ -283,7 +283,7 @@ def to_int8(
     x,                           # (n,d) vectors
     limit=None,                  # (d,) largest magnitudes; None takes those of `x`
 )->tuple[np.ndarray, np.ndarray]:# (n,d) int8 codes, and the limits, for queries or for going back
-    "Round every coordinate to eight bits (@eq-int8)"
+    "Round every coordinate to eight bits"
     x = np.asarray(x, np.float32)
     limit = np.maximum(np.abs(x).max(0), 1e-12) if limit is None else np.asarray(limit, np.float32)
     if limit.shape != x.shape[1:]: raise ValueError(f"limit has shape {limit.shape}; it needs {x.shape[1:]}")

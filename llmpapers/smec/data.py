@@ -35,7 +35,7 @@ def cosine_scores(
     queries,      # (Q,d) query vectors, floating point
     docs,         # (C,d) document vectors
 )->np.ndarray:    # (Q,C) cosines; ValueError for a zero vector
-    "Cosine of every query with every document (@eq-cos)"
+    "Cosine of every query with every document"
     return unit(queries, "queries") @ unit(docs, "docs").T
 
 def unit(

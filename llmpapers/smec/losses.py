@@ -42,7 +42,7 @@ def rank_loss(
     scale:float=1.,               # Inverse temperature; 1 as in the paper
     reduction:str="mean",         # "mean" over triples, or "sum" as in the paper
 )->Tensor:                        # Scalar; 0 (with a graph) if no document is more relevant than another
-    "Pairwise logistic ranking loss (@eq-rank)"
+    "Pairwise logistic ranking loss"
     _pairs(scores, relevance)
     if reduction not in ("mean", "sum"): raise ValueError(f"reduction={reduction!r} must be 'mean' or 'sum'")
     if relevance is None:
@@ -135,7 +135,7 @@ def gradient_variance(
     loss:Callable=rank_loss,   # Takes (Q,C) scores
     rows:int|None=None,        # Rows that count; None takes all
 )->float:                      # Mean over the weights of the variance over batches
-    "Variance of the gradient over batches (@eq-var)"
+    "Variance of the gradient over batches"
     if len(batches) < 2: raise ValueError(f"batches has {len(batches)} entries; a variance needs at least two")
     grads = []
     for q, d in batches:

@@ -49,7 +49,7 @@ def topk(
     k:int,                         # Neighbours; fewer come back while the queue is short
     exclude_ids:Tensor|None=None,  # (B,) the id that each row must not find
 )->tuple[Tensor, Tensor, Tensor]:  # Features (B,k,D), cosines (B,k), ids (B,k); nearest first
-    "The most similar entries of each row (@eq-topk)"
+    "The most similar entries of each row"
     if not 1 <= k <= self.capacity: raise ValueError(f"k={k} must be between 1 and capacity={self.capacity}")
     if x.ndim != 2 or x.shape[1] != self.dim: raise ValueError(f"x has shape {tuple(x.shape)}; it needs (rows, {self.dim})")
     scores = F.normalize(x.detach().to(self.u), dim=1) @ self.u[:self.n].T
