@@ -84,7 +84,15 @@ def run_ours(
             train_async(LM(m, tok, "policy"), lambda i: prompt(i, seed), score, steps, cfg, d if how == "ray" else None, note)
     return out
 
-# %% ../../nbs/benchmarks/02_grpo_trl.ipynb #e27b65ed
+# %% ../../nbs/benchmarks/02_grpo_trl.ipynb #8fab7984
+def _trl_args(d, steps, seed, lr):
+    "The same run for TRL"
+    return need("trl", "bench").GRPOConfig(output_dir=d, per_device_train_batch_size=64, num_generations=8, max_completion_length=longest, max_steps=steps,
+        learning_rate=lr, lr_scheduler_type="constant", warmup_steps=0, weight_decay=.01, temperature=1., top_p=1., top_k=0, beta=0., loss_type="dapo",
+        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
+        shuffle_dataset=False, seed=seed)
+
+# %% ../../nbs/benchmarks/02_grpo_trl.ipynb #b9da7a27
 def run_trl(
     steps:int,          # Batches
     seed:int=0,         # Seed of weights, prompts and sampling
@@ -100,10 +108,7 @@ def run_trl(
             if "reward" not in logs: return
             for k, v in dict(seconds=time.perf_counter(), tokens=64*logs["completions/mean_length"], reward=logs["reward"]).items(): out[k].append(float(v))
     with tempfile.TemporaryDirectory() as d:
-        args = trl.GRPOConfig(output_dir=d, per_device_train_batch_size=64, num_generations=8, max_completion_length=longest, max_steps=steps,
-            learning_rate=lr, lr_scheduler_type="constant", warmup_steps=0, weight_decay=.01, temperature=1., top_p=1., top_k=0, beta=0., loss_type="dapo",
-            use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
-            shuffle_dataset=False, seed=seed)
+        args = _trl_args(d, steps, seed, lr)
         data = datasets.Dataset.from_dict(dict(prompt=[prompt(i, seed) for i in range(8*steps)]))
         reward = lambda prompts, completions, **kw: [score(p, c) for p, c in zip(prompts, completions)]
         reward.__name__ = "share"; torch.set_num_threads(threads)
