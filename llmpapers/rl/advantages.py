@@ -41,17 +41,20 @@ def group_advantages(
 
 # %% ../../nbs/rl/04_advantages.ipynb #f20f5bdf
 def _pack(mask):
-    "(N,L) index that moves the masked positions of each row to its front, in order"
-    return torch.sort((~mask.bool()).to(torch.int8), dim=-1, stable=True).indices
+    "(N,L) index that moves the masked positions of each row to its front, in order; None if no row has a hole"
+    starts = (mask[..., 1:] > mask[..., :-1]).sum(-1) + mask[..., 0]
+    return torch.sort((~mask).to(torch.int8), dim=-1, stable=True).indices if (starts > 1).any() else None
 
-def _scan(x, a):
-    "y_t = x_t + a_t y_{t+1} along the last dimension, by doubling: log2(L) vectorised steps"
-    shift = 1
-    while shift < x.shape[-1]:
-        later_x = torch.nn.functional.pad(x[..., shift:], (0, shift))
-        later_a = torch.nn.functional.pad(a[..., shift:], (0, shift))
-        x, a, shift = x + a*later_x, a*later_a, 2*shift
-    return x
+def _scan(x, a, chunk=32):
+    "y_t = x_t + a y_{t+1} along the last dimension: a triangular product inside chunks, then a carry from chunk to chunk"
+    n, L, a = x.shape[:-1].numel(), x.shape[-1], torch.tensor(float(a), dtype=x.dtype, device=x.device)
+    C = max(1, min(chunk, L)); K, i = -(-L//C), torch.arange(C, device=x.device)
+    decay = torch.where(i[:, None] >= i, a.pow((i[:, None] - i).clamp(min=0)), 0.)
+    y = torch.nn.functional.pad(x, (0, K*C - L)).reshape(n, K, C)@decay
+    heads, carry, step = y[..., 0].T.contiguous(), x.new_zeros(K, n), float(a)**C
+    for k in range(K - 2, -1, -1): torch.add(heads[k+1], carry[k+1], alpha=step, out=carry[k])
+    return y.addcmul_(carry.T.unsqueeze(-1), a.pow(C - i)).reshape(n, K*C)[:, :L].reshape(x.shape)
+
 
 # %% ../../nbs/rl/04_advantages.ipynb #da001afd
 def discounted_returns(
@@ -62,10 +65,10 @@ def discounted_returns(
     "What is still to come, from each sampled token on"
     if rewards.shape != mask.shape: raise ValueError(f"mask has shape {tuple(mask.shape)}, rewards {tuple(rewards.shape)}; they must agree")
     if not 0 <= gamma <= 1: raise ValueError(f"gamma={gamma} must be in [0, 1]")
-    order, m = _pack(mask), mask.bool()
-    x = torch.where(m, rewards.double(), 0.).gather(-1, order)
-    y = _scan(x, torch.full_like(x, gamma))
-    return torch.where(m, torch.zeros_like(y).scatter(-1, order, y), 0.).to(rewards.dtype)
+    m = mask.bool(); order = _pack(m)
+    x = torch.where(m, rewards, 0.).double()
+    y = _scan(x, gamma) if order is None else torch.zeros_like(x).scatter(-1, order, _scan(x.gather(-1, order), gamma))
+    return torch.where(m, y, 0.).to(rewards.dtype)
 
 # %% ../../nbs/rl/04_advantages.ipynb #67f9d8d9
 def gae(
@@ -79,9 +82,12 @@ def gae(
     if not rewards.shape == values.shape == mask.shape:
         raise ValueError(f"rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and mask {tuple(mask.shape)} must agree")
     if not (0 <= gamma <= 1 and 0 <= lam <= 1): raise ValueError(f"gamma={gamma} and lam={lam} must be in [0, 1]")
-    m, order = mask.bool(), _pack(mask)
-    r, v = (torch.where(m, x.double(), 0.).gather(-1, order) for x in (rewards, values))
-    delta = r + gamma*torch.nn.functional.pad(v[..., 1:], (0, 1)) - v
-    a = _scan(delta, torch.full_like(delta, gamma*lam))
-    back = lambda y: torch.where(m, torch.zeros_like(y).scatter(-1, order, y), 0.).to(values.dtype)
-    return back(a), back(a + v)
+    m = mask.bool(); order = _pack(m)
+    r, v = (torch.where(m, x, 0.) for x in (rewards, values))
+    if order is not None: r, v = r.gather(-1, order), v.gather(-1, order)
+    delta = r.double() - v
+    delta[..., :-1].add_(v[..., 1:], alpha=gamma)
+    a = _scan(delta, gamma*lam).to(values.dtype)
+    if order is not None: a, v = (torch.zeros_like(x).scatter(-1, order, x) for x in (a, v))
+    A = torch.where(m, a, 0.)
+    return A, A + v
