@@ -282,7 +282,7 @@ def _masks(self:AsyPPOTrainer, std, m):
     elif cfg.n_critics > 1: self.adv_keep = advantage_mask(std if cfg.mask == "low" else -std, m, cfg.k)
     if cfg.n_critics > 1 and cfg.beta: self.ent_keep = entropy_mask(std, m, cfg.h)
 
-# %% ../../nbs/asyppo/05_train.ipynb #0bcb5c52
+# %% ../../nbs/asyppo/05_train.ipynb #bf5f8205
 @patch
 def _objective(self:AsyPPOTrainer, b, rows, logp, ent, denom):
     "The loss of some rows of the batch, cut to the width of `b`"
@@ -290,6 +290,7 @@ def _objective(self:AsyPPOTrainer, b, rows, logp, ent, denom):
     return asyppo_loss(logp, b.behavior_logprobs, b.advantages, b.response_mask, adv_mask=self.adv_keep[rows, :w], entropy=ent,
                        ent_mask=self.ent_keep[rows, :w], clip=c.clip, clip_high=c.clip_high, beta=c.beta, renorm=c.renorm, denom=denom)
 
+# %% ../../nbs/asyppo/05_train.ipynb #771fe7cb
 @patch
 def _gradient(self:AsyPPOTrainer, batch, rows, prox, ref):
     "Accumulate the gradient of some rows; their loss, metrics and log-probabilities"
