@@ -199,7 +199,7 @@ def _check_source(source):
         raise TypeError(f"source: need a sequence of prompts or a function of the index, got {type(source).__name__}; use list(...)")
 
 def _summary(groups):
-    "Reward, length and age of the samples of a batch"
+    "Reward, length and truncation of the samples of a batch"
     samples = [x for g in groups for x in g.samples]; n = len(samples)
     return {"rollout/reward": sum(x.reward for x in samples)/n, "rollout/length": sum(len(x.response_ids) for x in samples)/n,
             "rollout/truncated": sum(x.finish_reason == "length" for x in samples)/n}

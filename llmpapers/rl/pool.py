@@ -177,11 +177,6 @@ async def logprobs(self:RolloutPool,
 
 # %% ../../nbs/rl/16_pool.ipynb #c15244e1
 @patch
-async def pids(self:RolloutPool)->list[int]: # Process ids
-    "Processes of the actors that are alive"
-    return list(await asyncio.gather(*(_get(a.pid.remote()) for a in self.actors if a is not None)))
-
-@patch
 async def close(self:RolloutPool)->None:
     "End all actors, and Ray if this pool has started it"
     for t in list(self.spawning): t.cancel()
