@@ -154,12 +154,13 @@ def _fsync(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-def _sha(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _sha(path):
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def _replace_text(path, text):
     "Write a small file whole or not at all"
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text); _fsync(tmp); os.replace(tmp, path); _fsync(path.parent)
+    tmp.write_text(text, encoding="utf-8"); _fsync(tmp); os.replace(tmp, path); _fsync(path.parent)
 
 def _steps(out):
     "Checkpoint folders under `out`, newest first, as (step, folder)"
