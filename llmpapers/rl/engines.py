@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -185,7 +186,7 @@ class HFEngine(_Rows):
         self.use_cache = use_cache if use_cache is not None else sum(p.numel() for p in model.parameters()) > 5_000_000
         kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
         if self.use_cache and kinds != {"full_attention"}: raise ValueError(f"use_cache: layers {sorted(kinds)} are not supported; pass use_cache=False")
-        self.pad_id, self.kv, self.mask, self.device = pad_id, None, None, next(self.model.parameters()).device
+        self.pad_id, self.block, self.device = pad_id, None, next(self.model.parameters()).device
         self.longest = getattr(model.config, "max_position_embeddings", None)
 
 # %% ../../nbs/rl/07_engines.ipynb #8c8e6a18
@@ -220,48 +221,109 @@ def _full(self:HFEngine, rows):
     return self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[torch.arange(len(n), device=self.device), n - 1]
 
 # %% ../../nbs/rl/07_engines.ipynb #884aa948
+@cache
+def _layer_class():
+    from transformers.cache_utils import DynamicLayer
+    class SlotLayer(DynamicLayer):
+        "Keys and values of one layer; `block` says where the new token of each row goes"
+        def __init__(self, block, keys, values):
+            super().__init__(); self.block, self.is_initialized = block, True
+            self.keys, self.values = keys.new_zeros(keys.shape), values.new_zeros(values.shape)
+
+        def update(self, keys, values, *args, **kw):
+            b = self.block; at, to = b.at[:b.rows], b.n - 1
+            self.keys[at, :, to], self.values[at, :, to] = keys[:,:,0], values[:,:,0]
+            return self.keys[:b.rows,:,:b.width], self.values[:b.rows,:,:b.width]
+
+        def get_seq_length(self): return self.block.width - 1
+        def get_mask_sizes(self, query_length): return self.block.width, 0
+    return SlotLayer
+
+# %% ../../nbs/rl/07_engines.ipynb #839252d6
+class _Block:
+    "The places of the rows in work"
+    def __init__(self, device): self.n, self.at, self.layers, self.kv = torch.zeros(0, dtype=torch.long, device=device), None, [], None
+
+    @property
+    def rows(self): return len(self.n)
+    @property
+    def width(self): return int(self.n.max()) if len(self.n) else 0
+
+    def add(self, kv, n):
+        "Put rows below the others; `kv` is their cache, left-padded, and `n` their lengths"
+        w, new = kv.layers[0].keys.shape[2], [(l.keys, l.values) for l in kv.layers]
+        to = (torch.arange(w, device=n.device)[None] + (w - n)[:,None]).clamp(max=w-1)[:,None,:,None]
+        self._room(self.rows + len(n), w, new)
+        for l, (k, v) in zip(self.layers, new):
+            rows = slice(self.rows, self.rows + len(n))
+            l.keys[rows,:,:w], l.values[rows,:,:w] = k.take_along_dim(to, 2), v.take_along_dim(to, 2)
+        self.n = torch.cat([self.n, n])
+
+# %% ../../nbs/rl/07_engines.ipynb #68cdc87e
+@patch
+def _room(self:_Block, rows, width, like):
+    "Memory for so many rows and columns"
+    if not self.layers:
+        from transformers import DynamicCache
+        self.layers = [_layer_class()(self, k[:0], v[:0]) for k, v in like]
+        self.kv = DynamicCache(); self.kv.layers, self.kv.layer_class_to_replicate = self.layers, None
+    R, _, W, _ = self.layers[0].keys.shape
+    if rows <= R and width <= W: return
+    R, W = (R if rows <= R else 2*rows), (W if width <= W else 2*width)
+    self.at = torch.arange(R, device=self.n.device)
+    for l in self.layers:
+        k, v = l.keys, l.values
+        l.keys, l.values = (x.new_zeros(R, x.shape[1], W, x.shape[3]) for x in (k, v))
+        l.keys[:len(k),:,:k.shape[2]], l.values[:len(v),:,:v.shape[2]] = k, v
+
+# %% ../../nbs/rl/07_engines.ipynb #1acbb36a
+@patch
+def grow(self:_Block):
+    "Make room for one token a row"
+    self.n = self.n + 1
+    self._room(self.rows, self.width, [])
+
+@patch
+def remove(self:_Block, gone):
+    "Free some places; who moves where, as two lists"
+    left = self.rows - len(gone)
+    holes, movers = [i for i in gone if i < left], [i for i in range(left, self.rows) if i not in gone]
+    if holes:
+        w = int(self.n[movers].max())
+        for l in self.layers: l.keys[holes,:,:w], l.values[holes,:,:w] = l.keys[movers,:,:w], l.values[movers,:,:w]
+        self.n[holes] = self.n[movers]
+    self.n = self.n[:left]
+    return holes, movers
+
+# %% ../../nbs/rl/07_engines.ipynb #b7a1d002
 @patch
 def _read_in(self:HFEngine, rows):
-    "Keys and values of new rows: cache, mask, next logits"
+    "Give new rows their place; their next logits"
     from transformers import DynamicCache
     ids, mask, pos = _left([r.request.prompt_ids + r.ids for r in rows], self.pad_id, self.device)
     kv = DynamicCache()
     out = self.model(input_ids=ids, attention_mask=mask, position_ids=pos, past_key_values=kv, use_cache=True, logits_to_keep=1)
-    return kv, mask, out.logits[:,-1]
+    if self.block is None: self.block = _Block(self.device)
+    self.block.add(kv, mask.sum(-1))
+    return out.logits[:,-1]
 
-# %% ../../nbs/rl/07_engines.ipynb #839252d6
 @patch
 def _next(self:HFEngine):
     "Next logits of the rows in the block, one token further"
+    b = self.block; b.grow()
+    mask = torch.arange(b.width, device=self.device)[None] < b.n[:,None]
     last = torch.tensor([[r.ids[-1]] for r in self.rows], device=self.device)
-    self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
-    pos = self.mask.sum(-1, keepdim=True) - 1
-    return self.model(input_ids=last, attention_mask=self.mask, position_ids=pos, past_key_values=self.kv, use_cache=True).logits[:,-1]
+    return self.model(input_ids=last, attention_mask=mask.long(), position_ids=b.n[:,None] - 1, past_key_values=b.kv, use_cache=True).logits[:,-1]
 
-# %% ../../nbs/rl/07_engines.ipynb #68cdc87e
-@patch
-def _join(self:HFEngine, kv, mask):
-    "Put new rows below those of the block"
-    if self.kv is None: self.kv, self.mask = kv, mask; return
-    a, b = self.mask.shape[1], mask.shape[1]; width = max(a, b)
-    fill = lambda x, n: torch.nn.functional.pad(x, (0, 0, width - n, 0))
-    for old, new in zip(self.kv.layers, kv.layers):
-        old.keys, old.values = torch.cat([fill(old.keys, a), fill(new.keys, b)]), torch.cat([fill(old.values, a), fill(new.values, b)])
-    pad = lambda m, n: torch.nn.functional.pad(m, (width - n, 0))
-    self.mask = torch.cat([pad(self.mask, a), pad(mask, b)])
-
-# %% ../../nbs/rl/07_engines.ipynb #1acbb36a
 @patch
 def _drop(self:HFEngine, gone):
-    "Remove rows, and the columns that nobody needs any more"
-    keep = [i for i, r in enumerate(self.rows) if id(r) not in gone]
-    if self.kv is not None and len(keep) < len(self.rows):
-        if not keep: self.kv = self.mask = None
-        else:
-            mask = self.mask[keep]; first = int(mask.any(0).long().argmax())
-            for l in self.kv.layers: l.keys, l.values = l.keys[keep][:,:,first:], l.values[keep][:,:,first:]
-            self.mask = mask[:,first:]
-    self.rows = [self.rows[i] for i in keep]
+    "Let rows go"
+    at = {i for i, r in enumerate(self.rows) if id(r) in gone}
+    if not at: return
+    if self.block is None: self.rows = [r for i, r in enumerate(self.rows) if i not in at]; return
+    for hole, mover in zip(*self.block.remove(at)): self.rows[hole] = self.rows[mover]
+    self.rows = self.rows[:self.block.rows]
+    if not self.rows: self.block = None
 
 # %% ../../nbs/rl/07_engines.ipynb #8acefab3
 @patch
@@ -271,9 +333,9 @@ def _logits(self:HFEngine):
     new = self._fill() if not (self.use_cache and self.rows and self.since < self.join_every) else []
     if new: self.since = 0
     if not self.use_cache: self.rows += new; return self._full(self.rows)
-    if self.kv is None: new, self.rows = self.rows + new, []
+    if self.block is None: new, self.rows = self.rows + new, []
     parts = [self._next()] if self.rows else []
-    if new: kv, mask, z = self._read_in(new); self._join(kv, mask); parts.append(z)
+    if new: parts.append(self._read_in(new))
     self.rows += new
     return torch.cat(parts)
 
@@ -327,7 +389,7 @@ def load_weights(self:HFEngine,
 )->None:
     "Use new weights from the next step on; requests in work go on"
     if weights is not None: copy_weights(self.model, weights)
-    if self.kv is not None: self.kv = self.mask = None
+    self.block = None
     self.version = int(version)
 
 # %% ../../nbs/rl/07_engines.ipynb #c801e1f6

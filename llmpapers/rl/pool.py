@@ -7,7 +7,10 @@ __all__ = ['start_ray', 'RolloutPool']
 
 # %% ../../nbs/rl/16_pool.ipynb #4e4aff99
 import asyncio
+import itertools
 import os
+import pickle
+import traceback
 from collections.abc import Callable, Sequence
 
 from fastcore.basics import patch
@@ -20,20 +23,51 @@ from .types import Group
 
 # %% ../../nbs/rl/16_pool.ipynb #88202875
 class _Actor:
-    "One engine in a process of its own"
-    def __init__(self, factory, rollout): self.engine, self.rollout, self.proxy = factory(), rollout, None
+    "One engine in a process of its own, and the rollouts that use it"
+    def __init__(self, factory, rollout):
+        self.engine, self.rollout, self.proxy, self.tasks, self.ended, self.news = factory(), rollout, None, {}, [], asyncio.Event()
 
     def _proxy(self):
         if self.proxy is None: self.proxy = EngineProxy(self.engine)
         return self.proxy
 
-    async def run(self, group, index):
-        try: return await self.rollout(EngineClient(self._proxy().generate, group.group_id, index), group, index)
-        except EngineLost: os._exit(1)
+    async def begin(self, jobs):
+        for key, group, index in jobs: self.tasks[key] = asyncio.ensure_future(self._run(key, group, index))
 
-    async def load_weights(self, weights, version, mode): await self._proxy().load_weights(weights, version, mode)
-    async def logprobs(self, ids): return await self._proxy().call(lambda e: e.logprobs(ids))
-    async def pid(self): return os.getpid()
+    async def _run(self, key, group, index):
+        try: res = await self.rollout(EngineClient(self._proxy().generate, group.group_id, index), group, index), None
+        except EngineLost: os._exit(1)
+        except asyncio.CancelledError: return
+        except Exception as e: res = None, _portable(e)
+        self.ended.append((key, *res)); self.tasks.pop(key, None); self.news.set()
+
+# %% ../../nbs/rl/16_pool.ipynb #b7a1c001
+def _portable(e):
+    "An exception that can be sent, with its traceback as a note"
+    text = "".join(traceback.format_exception(e))
+    try: pickle.loads(pickle.dumps(e))
+    except Exception: e = RuntimeError(f"{type(e).__name__}: {e}")
+    e.add_note(text)
+    return e
+
+# %% ../../nbs/rl/16_pool.ipynb #b7a1c003
+@patch
+async def collect(self:_Actor):
+    "Wait until a rollout has ended; all that have, as (key, sample, exception)"
+    await self.news.wait(); self.news.clear()
+    ended, self.ended = self.ended, []
+    return ended
+
+@patch
+async def cancel(self:_Actor, key):
+    if task := self.tasks.pop(key, None): task.cancel()
+
+@patch
+async def load_weights(self:_Actor, weights, version, mode): await self._proxy().load_weights(weights, version, mode)
+@patch
+async def logprobs(self:_Actor, ids): return await self._proxy().call(lambda e: e.logprobs(ids))
+@patch
+async def pid(self:_Actor): return os.getpid()
 
 # %% ../../nbs/rl/16_pool.ipynb #1f4e1620
 def start_ray(
@@ -67,6 +101,7 @@ class RolloutPool:
         self.factory, self.n_actors, self.slots, self.respawn, self.timeout_s = engine_factory, n_actors, max_inflight_per_actor, respawn, timeout_s
         self.options = dict(num_cpus=1) | (ray_options or {})
         self.actors, self.busy, self.deaths, self.respawned, self.spawning = [None]*n_actors, [0]*n_actors, [], 0, set()
+        self.keys, self.calls, self.outbox, self.ears = itertools.count(), [{} for _ in range(n_actors)], [[] for _ in range(n_actors)], [None]*n_actors
         self.failure, self.on_change, self.owns_ray = None, lambda: None, False
 
 # %% ../../nbs/rl/16_pool.ipynb #8bc0c511
@@ -100,11 +135,12 @@ def _put(self:RolloutPool, weights, version):
 @patch
 async def _spawn(self:RolloutPool, k):
     "An actor for place `k`, available once it has the current weights"
-    actor = self.ray.remote(_Actor).options(max_restarts=0, max_concurrency=self.slots + 4, **self.options).remote(self.factory, self.rollout)
+    actor = self.ray.remote(_Actor).options(max_restarts=0, max_concurrency=16, **self.options).remote(self.factory, self.rollout)
     version = None
     while version != self.version:
         version = self.version; await actor.load_weights.remote(self.ref, version, "keep")
-    self.actors[k], self.busy[k] = actor, 0
+    self.actors[k], self.busy[k], self.calls[k], self.outbox[k] = actor, 0, {}, []
+    self.ears[k] = asyncio.ensure_future(self._listen(k, actor))
     self.on_change()
 
 # %% ../../nbs/rl/16_pool.ipynb #242a1493
@@ -121,16 +157,40 @@ def submit(self:RolloutPool,
     "Begin a rollout where most slots are free"
     k = min((k for k in range(self.n_actors) if self.actors[k] is not None), key=lambda k: self.busy[k])
     self.busy[k] += 1
-    return asyncio.ensure_future(self._play(k, self.actors[k], group, index))
+    key, future = next(self.keys), asyncio.get_running_loop().create_future()
+    self.calls[k][key] = future; self.outbox[k].append((key, group, index))
+    if len(self.outbox[k]) == 1: asyncio.get_running_loop().call_soon(self._send, k, self.actors[k])
+    return asyncio.ensure_future(self._play(k, self.actors[k], key, future))
+
+# %% ../../nbs/rl/16_pool.ipynb #b7a1c005
+@patch
+def _send(self:RolloutPool, k, actor):
+    "One call for everything that waits to begin"
+    if self.actors[k] is not actor: return
+    jobs, self.outbox[k] = [j for j in self.outbox[k] if j[0] in self.calls[k]], []
+    if jobs: actor.begin.remote(jobs)
 
 @patch
-async def _play(self:RolloutPool, k, actor, group, index):
-    errors, ref = self.ray.exceptions, actor.run.remote(group, index)
-    try: return await asyncio.wait_for(asyncio.ensure_future(_get(ref)), self.timeout_s)
-    except errors.RayActorError as e: self._lost(k, actor); raise EngineLost(f"actor {k} died") from e
-    except (asyncio.CancelledError, asyncio.TimeoutError): self.ray.cancel(ref); raise
+async def _play(self:RolloutPool, k, actor, key, future):
+    try: return await asyncio.wait_for(future, self.timeout_s)
+    except (asyncio.CancelledError, asyncio.TimeoutError):
+        if self.actors[k] is actor: actor.cancel.remote(key)
+        raise
     finally:
-        if self.actors[k] is actor: self.busy[k] -= 1
+        if self.actors[k] is actor: self.busy[k] -= 1; self.calls[k].pop(key, None)
+
+# %% ../../nbs/rl/16_pool.ipynb #b7a1c006
+@patch
+async def _listen(self:RolloutPool, k, actor):
+    "Hand out what an actor has ended, as long as it lives"
+    while self.actors[k] is actor:
+        try: ended = await _get(actor.collect.remote())
+        except self.ray.exceptions.RayError: self.ray.kill(actor); return self._lost(k, actor)
+        for key, sample, error in ended:
+            f = self.calls[k].get(key)
+            if f is None or f.done(): continue
+            if error is None: f.set_result(sample)
+            else: f.set_exception(error)
 
 async def _get(ref): return await ref
 
@@ -140,6 +200,8 @@ def _lost(self:RolloutPool, k, actor):
     "Replace a dead actor, unless they die too fast"
     if self.actors[k] is not actor: return
     self.actors[k] = None; self.deaths.append(self.version)
+    for f in self.calls[k].values():
+        if not f.done(): f.set_exception(EngineLost(f"actor {k} died"))
     recent = sum(v > self.version - 10 for v in self.deaths)
     if recent > self.respawn:
         self.failure = RolloutPoolError(f"{recent} rollout actors died within ten versions, allowed are {self.respawn}; look at the logs of Ray")
@@ -179,8 +241,9 @@ async def logprobs(self:RolloutPool,
 @patch
 async def close(self:RolloutPool)->None:
     "End all actors, and Ray if this pool has started it"
-    for t in list(self.spawning): t.cancel()
-    await asyncio.gather(*self.spawning, return_exceptions=True)
+    ending = [*self.spawning, *(t for t in self.ears if t is not None)]
+    for t in ending: t.cancel()
+    await asyncio.gather(*ending, return_exceptions=True)
     for a in self.actors:
         if a is not None: self.ray.kill(a)
     self.actors = [None]*self.n_actors

@@ -81,7 +81,7 @@ def train_async(
     "Train a policy asynchronously; a run with a folder resumes"
     stop = tuple(t for t in [lm.tokenizer.eos_token_id] if t is not None)
     rollout = SingleTurn(lm.tokenizer, reward, SamplingConfig(cfg.max_new_tokens, cfg.temperature, stop, cfg.seed))
-    trainer = PolicyTrainer(lm.model, torch.optim.AdamW(lm.model.parameters(), lr=cfg.lr), PolicyLossConfig(cfg.loss),
+    trainer = PolicyTrainer(lm.model, torch.optim.AdamW(lm.model.parameters(), lr=cfg.lr, fused=True), PolicyLossConfig(cfg.loss),
                             temperature=cfg.temperature, max_tokens_per_micro=cfg.max_tokens_per_micro)
     if (cfg.actors or cfg.engine == "vllm") and folder is None: raise ValueError("folder: actors and vLLM read the model from a folder; give one")
     if folder is not None and not (Path(folder)/"model"/"config.json").exists(): save_lm(lm, Path(folder)/"model")
