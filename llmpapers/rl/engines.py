@@ -326,6 +326,14 @@ def _drop(self:HFEngine, gone):
     if not self.rows: self.block = None
 
 # %% ../../nbs/rl/07_engines.ipynb #8acefab3
+def _alike(rows):
+    "Cut rows, the longest first, where one is shorter than half of the first of its part"
+    res = []; size = lambda r: len(r.request.prompt_ids) + len(r.ids)
+    for r in sorted(rows, key=size, reverse=True):
+        if res and 2*size(r) >= size(res[-1][0]): res[-1].append(r)
+        else: res.append([r])
+    return res
+
 @patch
 def _logits(self:HFEngine):
     "Next logits of all active rows, in order; takes waiting ones in"
@@ -335,8 +343,7 @@ def _logits(self:HFEngine):
     if not self.use_cache: self.rows += new; return self._full(self.rows)
     if self.block is None: new, self.rows = self.rows + new, []
     parts = [self._next()] if self.rows else []
-    if new: parts.append(self._read_in(new))
-    self.rows += new
+    for rows in _alike(new): parts.append(self._read_in(rows)); self.rows += rows
     return torch.cat(parts)
 
 # %% ../../nbs/rl/07_engines.ipynb #3627ac23
