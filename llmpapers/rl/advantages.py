@@ -70,6 +70,19 @@ def discounted_returns(
     y = _scan(x, gamma) if order is None else torch.zeros_like(x).scatter(-1, order, _scan(x.gather(-1, order), gamma))
     return torch.where(m, y, 0.).to(rewards.dtype)
 
+# %% ../../nbs/rl/04_advantages.ipynb #b7a1e001
+def _gae(rewards, values, m, gamma, lam):
+    "Advantages and returns of some rows"
+    order = _pack(m)
+    r, v = (torch.where(m, x, 0.) for x in (rewards, values))
+    if order is not None: r, v = r.gather(-1, order), v.gather(-1, order)
+    delta, w = r.double(), v.double()
+    delta.sub_(w)[..., :-1].add_(w[..., 1:], alpha=gamma)
+    a = _scan(delta, gamma*lam).to(values.dtype)
+    if order is not None: a, v = (torch.zeros_like(x).scatter(-1, order, x) for x in (a, v))
+    A = torch.where(m, a, 0.)
+    return A, A + v
+
 # %% ../../nbs/rl/04_advantages.ipynb #67f9d8d9
 def gae(
     rewards:Tensor,    # (N,L) reward at each token
@@ -79,15 +92,11 @@ def gae(
     lam:float=.95,     # Trace parameter
 )->tuple[Tensor,Tensor]: # Advantages and returns, (N,L) each, 0 outside the mask
     "Generalised advantage estimation (Schulman et al., 2016) over the sampled tokens"
-    if not rewards.shape == values.shape == mask.shape:
-        raise ValueError(f"rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and mask {tuple(mask.shape)} must agree")
+    if not rewards.shape == values.shape == mask.shape or mask.dim() != 2:
+        raise ValueError(f"rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and mask {tuple(mask.shape)} must agree and be (N,L)")
     if not (0 <= gamma <= 1 and 0 <= lam <= 1): raise ValueError(f"gamma={gamma} and lam={lam} must be in [0, 1]")
-    m = mask.bool(); order = _pack(m)
-    r, v = (torch.where(m, x, 0.) for x in (rewards, values))
-    if order is not None: r, v = r.gather(-1, order), v.gather(-1, order)
-    delta = r.double() - v
-    delta[..., :-1].add_(v[..., 1:], alpha=gamma)
-    a = _scan(delta, gamma*lam).to(values.dtype)
-    if order is not None: a, v = (torch.zeros_like(x).scatter(-1, order, x) for x in (a, v))
-    A = torch.where(m, a, 0.)
-    return A, A + v
+    m = mask.bool(); L = max(1, m.shape[-1])
+    k = max(1, 2**16//L) if m.device.type == "cpu" else max(1, len(m))
+    parts = [_gae(*(x[i:i+k] for x in (rewards, values, m)), gamma, lam) for i in range(0, len(m), k)] or [(values*0., values*0.)]
+    return tuple(x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts))
+
