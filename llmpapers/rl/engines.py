@@ -315,6 +315,7 @@ def _next(self:HFEngine):
     last = torch.tensor([[r.ids[-1]] for r in self.rows], device=self.device)
     return self.model(input_ids=last, attention_mask=mask.long(), position_ids=b.n[:,None] - 1, past_key_values=b.kv, use_cache=True).logits[:,-1]
 
+# %% ../../nbs/rl/07_engines.ipynb #b7a1d004
 @patch
 def _drop(self:HFEngine, gone):
     "Let rows go"
