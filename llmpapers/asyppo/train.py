@@ -30,7 +30,7 @@ from ..rl.engines import HFEngine
 from ..rl.env import SingleTurn
 from ..rl.loop import InProcessPool, train_sync
 from ..rl.losses import PolicyLossConfig, policy_loss
-from ..rl.trainer import PolicyTrainer, _copy, _cut, _sum_over
+from ..rl.trainer import PolicyTrainer, cpu_copy
 from ..rl.types import Batch, SamplingConfig
 
 # %% ../../nbs/asyppo/05_train.ipynb #0fdb0e65
@@ -135,7 +135,7 @@ def fit(self:MiniCritic,
 @patch
 def state_dict(self:MiniCritic)->dict: # Tensors and plain values on the CPU
     "Weights and optimiser"
-    return _copy(dict(model=self.model.state_dict(), optimizer=self.opt.state_dict()))
+    return cpu_copy(dict(model=self.model.state_dict(), optimizer=self.opt.state_dict()))
 
 @patch
 def load_state_dict(self:MiniCritic,
@@ -284,29 +284,20 @@ def _masks(self:AsyPPOTrainer, std, m):
 
 # %% ../../nbs/asyppo/05_train.ipynb #bf5f8205
 @patch
-def _objective(self:AsyPPOTrainer, b, rows, logp, ent, denom):
-    "The loss of some rows of the batch, cut to the width of `b`"
-    w, c = b.input_ids.shape[1], self.cfg
-    return asyppo_loss(logp, b.behavior_logprobs, b.advantages, b.response_mask, adv_mask=self.adv_keep[rows, :w], entropy=ent,
-                       ent_mask=self.ent_keep[rows, :w], clip=c.clip, clip_high=c.clip_high, beta=c.beta, renorm=c.renorm, denom=denom)
-
-# %% ../../nbs/asyppo/05_train.ipynb #771fe7cb
-@patch
-def _gradient(self:AsyPPOTrainer, batch, rows, prox, ref):
-    "Accumulate the gradient of some rows; their loss, metrics and log-probabilities"
-    whole, mine, shape = batch.rows(rows), self._own(batch, rows), batch.input_ids.shape
-    denom = int(whole.response_mask.any(-1).sum())
-    lp, ent = torch.zeros(shape, device=self.device), torch.zeros(shape, device=self.device)
-    for r in mine:
-        b = _cut(batch, r); w = b.input_ids.shape[1]
-        logp, h = self.forward(b, with_entropy=True)
-        self._objective(b, r, logp, h, denom)[0].backward()
-        lp[r, :w], ent[r, :w] = torch.where(b.response_mask, logp.detach(), 0.), h.detach()
-    _sum_over(self.group, [lp, ent])
-    with torch.no_grad():
-        metrics = policy_loss(replace(self.loss, entropy_coef=0.), whole, lp[rows], entropy=ent[rows], denom=denom)[1]
-        loss, stats = self._objective(whole, rows, lp[rows], ent[rows], denom)
-    return loss.item(), metrics | self.watch | {f"asyppo/{k}": stats[k] for k in ("masked", "filtered")}, lp
+def objective(self:AsyPPOTrainer,
+    batch:Batch,           # Some rows of the batch, perhaps without their last columns
+    rows:list,             # Which rows of the batch they are
+    logprobs:Tensor,       # (n,L) under the policy being optimised
+    entropy:Tensor=None,   # (n,L) of the policy
+    denom:float=None,      # Rows of the minibatch
+    **kw,                  # Not used: AsyPPO has no reference policy
+)->tuple[Tensor,dict]:     # Scalar loss, metrics
+    "The masked loss, and the numbers to watch"
+    w, c = batch.input_ids.shape[1], self.cfg
+    loss, stats = asyppo_loss(logprobs, batch.behavior_logprobs, batch.advantages, batch.response_mask, adv_mask=self.adv_keep[rows, :w], entropy=entropy,
+                              ent_mask=self.ent_keep[rows, :w], clip=c.clip, clip_high=c.clip_high, beta=c.beta, renorm=c.renorm, denom=denom)
+    with torch.no_grad(): seen = policy_loss(replace(self.loss, entropy_coef=0.), batch, logprobs.detach(), entropy=entropy, denom=denom)[1]
+    return loss, seen | self.watch | {f"asyppo/{k}": stats[k] for k in ("masked", "filtered")}
 
 # %% ../../nbs/asyppo/05_train.ipynb #8641fd82
 class SumTask:
