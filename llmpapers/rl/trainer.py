@@ -265,6 +265,7 @@ def _update(self:PolicyTrainer):
 # %% ../../nbs/rl/09_trainer.ipynb #1595b835
 def _trained(batch): return batch.response_mask.any(-1).nonzero().squeeze(-1).tolist()
 
+# %% ../../nbs/rl/09_trainer.ipynb #b7a1a202
 @patch
 def _minibatches(self:PolicyTrainer, batch, epoch):
     "Row numbers of each optimiser step of a pass; rows without a sampled token are left out"
@@ -281,6 +282,7 @@ def _shared(self:PolicyTrainer, x):
     _sum_over(self.group, [x])
     return x
 
+# %% ../../nbs/rl/09_trainer.ipynb #b7a1a201
 @patch
 def _apply(self:PolicyTrainer):
     "The optimiser step"
@@ -330,6 +332,7 @@ def step(self:PolicyTrainer,
 # %% ../../nbs/rl/09_trainer.ipynb #d3b78f3f
 _counters = ("n_steps", "n_updates", "n_skipped", "skipped_in_row", "seed")
 
+# %% ../../nbs/rl/09_trainer.ipynb #b7a1a203
 @patch
 def weights(self:PolicyTrainer)->dict[str,Tensor]: # Name -> tensor on the CPU
     "A detached copy of the policy's weights; a tied weight appears once"
