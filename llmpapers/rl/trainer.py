@@ -206,7 +206,6 @@ def objective(self:PolicyTrainer,
     "What is minimised"
     return policy_loss(replace(self.loss, norm_len=self.loss.norm_len or norm_len), batch, logprobs, **kw)
 
-# %% ../../nbs/rl/09_trainer.ipynb #fdf35c56
 @patch
 def _gradient(self:PolicyTrainer, batch, rows, prox, ref):
     "Accumulate the gradient of some rows; their loss, metrics and log-probabilities"
@@ -265,7 +264,6 @@ def _update(self:PolicyTrainer):
 # %% ../../nbs/rl/09_trainer.ipynb #1595b835
 def _trained(batch): return batch.response_mask.any(-1).nonzero().squeeze(-1).tolist()
 
-# %% ../../nbs/rl/09_trainer.ipynb #b7a1a202
 @patch
 def _minibatches(self:PolicyTrainer, batch, epoch):
     "Row numbers of each optimiser step of a pass; rows without a sampled token are left out"
@@ -282,7 +280,6 @@ def _shared(self:PolicyTrainer, x):
     _sum_over(self.group, [x])
     return x
 
-# %% ../../nbs/rl/09_trainer.ipynb #b7a1a201
 @patch
 def _apply(self:PolicyTrainer):
     "The optimiser step"
@@ -332,7 +329,6 @@ def step(self:PolicyTrainer,
 # %% ../../nbs/rl/09_trainer.ipynb #d3b78f3f
 _counters = ("n_steps", "n_updates", "n_skipped", "skipped_in_row", "seed")
 
-# %% ../../nbs/rl/09_trainer.ipynb #b7a1a203
 @patch
 def weights(self:PolicyTrainer)->dict[str,Tensor]: # Name -> tensor on the CPU
     "A detached copy of the policy's weights; a tied weight appears once"
@@ -348,8 +344,8 @@ def weights(self:PolicyTrainer)->dict[str,Tensor]: # Name -> tensor on the CPU
 def state_dict(self:PolicyTrainer)->dict: # Tensors and plain values
     "Everything that is needed to go on: weights, optimiser, scheduler, critic, counters"
     part = lambda x: None if x is None else x.state_dict()
-    return dict(model=self.weights(), optimizer=cpu_copy(self.optimizer.state_dict()), scheduler=part(self.scheduler), critic=part(self.critic),
-                counters={k: getattr(self, k) for k in _counters})
+    return dict(model=self.weights(), optimizer=cpu_copy(self.optimizer.state_dict()), counters={k: getattr(self, k) for k in _counters},
+                scheduler=part(self.scheduler), critic=part(self.critic))
 
 # %% ../../nbs/rl/09_trainer.ipynb #36cff999
 @patch
