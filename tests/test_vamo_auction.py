@@ -52,6 +52,19 @@ def test_gsp_is_the_sorted_rule(seed, n, A, levels, reserve, slots):
 
 
 @fast
+@given(seeds, st.integers(1, 70), st.sampled_from([torch.double, torch.float]), st.integers(1, 4))
+def test_gsp_orders_bids_that_differ_in_the_last_bit(seed, A, dtype, slots):
+    "Next to equal bids: their order hangs on bits that the partition gives up to the column"
+    g = np.random.default_rng(seed)
+    one = torch.ones((), dtype=dtype)
+    steps = [one*1.]
+    for _ in range(7): steps.append(torch.nextafter(steps[-1], 2*one))
+    bids = torch.stack([*steps, 0*one, -0.*one])[torch.from_numpy(g.integers(0, 10, (1100, A)))]
+    w, p = gsp_auction(bids, 0., slots)
+    assert (w.tolist(), p.tolist()) == gsp_naive(bids, 0., slots)
+
+
+@fast
 @given(seeds, st.integers(0, 25), st.integers(1, 7), st.sampled_from([None, 3]), st.sampled_from([0., .2]), st.integers(1, 3), st.floats(0, 4))
 def test_batch_is_the_loop_and_money_is_conserved(seed, n, A, levels, reserve, S, money):
     bids, g = bids_of(seed, n, A, levels), rng(seed, "x")

@@ -16,21 +16,36 @@ from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/vamo/07_slots.ipynb #8ee8af80
-def _largest(bids, k):
-    "Largest k of each row, descending, and their columns; ties anyhow. NumPy partitions faster than torch on a CPU"
-    if bids.is_cuda or not bids.numel(): return bids.topk(k, dim=1)
-    idx = torch.from_numpy(np.argpartition(bids.numpy(), bids.shape[1] - k, axis=1)[:, -k:])
-    val, order = bids.gather(1, idx).sort(dim=1, descending=True)
-    return val, idx.gather(1, order)
+def _keys(bids, k, part=1024):
+    "Largest k of each row as integers, descending: the high bits of the bid, then the column, from the right; and the mask of the column"
+    A = bids.shape[1]
+    mask = (1 << max(1, (A - 1).bit_length())) - 1
+    x, column = (bids if bids.dtype in (torch.float, torch.double) else bids.double()).numpy(), mask - np.arange(A)
+    out, room = np.empty((len(x), k), np.int64), np.empty((min(part, len(x)), A))
+    for i in range(0, len(x), part):
+        q = np.add(x[i:i + part], 0., out=room[:len(x) - i]).view(np.int64)
+        q &= ~mask
+        q |= column
+        q.partition(A - k, axis=1)
+        out[i:i + part] = q[:, A - k:]
+    out.sort(axis=1)
+    return torch.from_numpy(out).flip(1), mask
 
 def _top(bids, k):
     "Largest k bids of each row and their columns, ties to the lower column"
-    val, idx = _largest(bids, min(k, bids.shape[1]))
-    tie = (val[:, 1:] == val[:, :-1]) & (val[:, 1:] > 0)
-    if tie.any():
-        rows = tie.any(1).nonzero().squeeze(1)
-        val[rows], idx[rows] = (x[:, :val.shape[1]] for x in bids[rows].sort(dim=1, descending=True, stable=True))
-    return val, idx
+    A, fast = bids.shape[1], bids.numel() and not bids.is_cuda
+    if fast:
+        key, mask = _keys(bids, min(k + 1, A))
+        idx = mask - (key & mask)
+        val = bids.gather(1, idx)
+        near = (key[:, 1:] ^ key[:, :-1]) <= mask
+    else:
+        val, idx = bids.topk(min(k + 1, A), dim=1)
+        near = val[:, 1:] == val[:, :-1]
+    near = (near & (val[:, 1:] > 0)).any(1)
+    if near.any(): val[near], idx[near] = (x[:, :val.shape[1]] for x in bids[near].sort(dim=1, descending=True, stable=True))
+    return val[:, :k], idx[:, :k]
+
 
 # %% ../../nbs/vamo/07_slots.ipynb #85063955
 def _check_bids(bids, reserve, slots):
@@ -118,9 +133,14 @@ def _first_broke(winner, price, seen, budget):
 def _outcome(winner, price, seen, values, sigma, draws, A, left):
     S = winner.shape[1]
     seen, at = seen & (winner >= 0), winner.clamp(min=0)
-    p = values.gather(1, at)
-    if sigma is not None: p = p + sigma.gather(1, at)*torch.special.ndtri(_low + (1 - 2*_low)*draws[:, 2*S:]).to(p.dtype)
-    converted = seen & (draws[:, S:2*S] < p)
+    p, coin = values.gather(1, at), draws[:, S:2*S]
+    if sigma is None: converted = seen & (coin < p)
+    else:
+        s = sigma.gather(1, at)
+        converted = seen & (coin < p + 2.001*s)  # the cut leaves the noise below two deviations: only these can convert
+        near = converted.nonzero(as_tuple=True)
+        noise = torch.special.ndtri(_low + (1 - 2*_low)*draws[:, 2*S:][near]).to(p.dtype)
+        converted[near] = coin[near] < p[near] + s[near]*noise
     who = (winner + 1).flatten()
     cost = torch.bincount(who, torch.where(seen, price, 0.).flatten().double(), minlength=A + 1)[1:]
     return Outcome(winner, price, seen, converted, cost, torch.bincount(who, converted.flatten().double(), minlength=A + 1)[1:], left)
