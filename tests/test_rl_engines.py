@@ -115,3 +115,23 @@ def test_scripted_engine_keeps_its_script():
     e = ScriptedEngine(lambda r: len(r.prompt_ids), max_active=2)
     out = generate(e, requests([3, 1, 2]))
     assert [len(c.token_ids) for c in out] == [3, 1, 2] and e.num_active == 0
+
+
+def test_a_pass_leaves_the_attention_of_a_shared_model_alone():
+    "The engine switches attention for its passes only, also when one fails, and not at all for eager models"
+    m = models[0]; e = HFEngine(m, use_cache=True)
+    for r in requests([2, 6]): e.add(r)
+    e.step(); e.step()
+    assert m.config._attn_implementation == 'sdpa'
+    inside = []
+    hook = m.register_forward_pre_hook(lambda *a: inside.append(m.config._attn_implementation) or 1/0)
+    try:
+        with pytest.raises(ZeroDivisionError): e.step()
+    finally: hook.remove()
+    assert inside == ['llmpapers_grouped'] and m.config._attn_implementation == 'sdpa'
+    eager = tiny_lm(tok, TinyLMConfig(layers=2, width=32, head_dim=16, max_len=64), seed=0, attn_implementation='eager')
+    seen = []
+    eager.register_forward_pre_hook(lambda *a: seen.append(eager.config._attn_implementation))
+    rs = requests([2, 6, 1])
+    assert [c.token_ids for c in generate(HFEngine(eager, use_cache=True), rs)] == [c.token_ids for c in generate(HFEngine(m, use_cache=True), rs)]
+    assert set(seen) == {'eager'}

@@ -3,6 +3,7 @@ import asyncio
 import json
 import math
 import random
+import time
 import warnings
 
 import pytest
@@ -184,6 +185,34 @@ def test_overlap_needs_a_copy_and_other_bad_input():
     with pytest.raises(ValueError, match='copy_model=True'): AsyncController(source, rollout, t, InProcessPool(e), SampleBuffer(2, 1.))
     with pytest.raises(ValueError, match='sync_mode'): controller(speak(), Fake(), SampleBuffer(2), sync_mode='drop')
     with pytest.raises(TypeError, match='source'): controller(speak(), Fake(), SampleBuffer(2), source=iter([1]))
+
+
+def test_weights_travel_while_training_goes_on_and_rollouts_wait():
+    events = []
+    class Slow(InProcessPool):
+        async def load_weights(self, weights, version, mode='keep'):
+            events.append('load'); await asyncio.sleep(.06); await InProcessPool.load_weights(self, weights, version, mode); events.append('arrived')
+        def submit(self, group, index): events.append('submit'); return InProcessPool.submit(self, group, index)
+    def act(n): events.append('train'); time.sleep(.03)
+    pool = Slow(ScriptedEngine(lambda r: r.sampling.max_new_tokens), 64)
+    c = AsyncController(lambda i: i, speak(), Fake(act), pool, SampleBuffer(2, 1.))
+    c.run(6)
+    between, inside = [], False
+    for e in events:
+        if e in ('load', 'arrived'): inside = e == 'load'
+        elif inside: between.append(e)
+    assert 'train' in between and 'submit' not in between and events.count('load') - events.count('arrived') <= 1
+    assert c.trained == list(range(12)) and c.buffer.staleness[2] <= 1 and [x[3] for x in c.timeline if x[0] == 'sync'] == [1, 2, 3, 4, 5, 6][:events.count('arrived')]
+
+
+def test_weights_that_do_not_arrive_end_the_run():
+    class Broken(InProcessPool):
+        async def load_weights(self, weights, version, mode='keep'):
+            await asyncio.sleep(.01)
+            if version == 2: raise RolloutPoolError('lost on the way')
+            await InProcessPool.load_weights(self, weights, version, mode)
+    pool = Broken(ScriptedEngine(lambda r: r.sampling.max_new_tokens), 64)
+    with pytest.raises(RolloutPoolError, match='on the way'): AsyncController(lambda i: i, speak(), Fake(), pool, SampleBuffer(2, 1.)).run(6)
 
 
 def test_an_engine_with_other_weights_is_noticed():

@@ -83,6 +83,20 @@ def test_padding_columns_do_not_matter():
     assert torch.equal(grad(make(), b)[0], grad(make(), replace(b, **wide))[0])
 
 
+def test_rows_padded_on_the_right_go_without_a_mask_and_others_do_not():
+    b, t = make_batch(), make()
+    seen = []
+    hook = t.model.register_forward_pre_hook(lambda m, a, kw: seen.append(kw['attention_mask']), with_kwargs=True)
+    lp = t.forward(b)[0]; n = b.attention_mask.sum(-1)
+    left = replace(b, **{k: torch.stack([x.roll(int(x.shape[0] - j)) for x, j in zip(v, n)]) for k, v in vars(b).items() if v.dim() == 2})
+    t.forward(left); hook.remove()
+    assert seen[0] is None and torch.equal(seen[1].bool(), left.attention_mask)
+    with torch.no_grad(): masked = t.model(input_ids=b.input_ids, attention_mask=b.attention_mask.long()).logits
+    from llmpapers.rl.logprobs import token_logprobs
+    want = token_logprobs(masked, b.input_ids)
+    assert (lp - want)[b.response_mask].abs().max() < 1e-5
+
+
 def test_the_gradient_is_that_of_the_plain_formula():
     b = make_batch()
     t = make('reinforce')

@@ -76,7 +76,7 @@ async def arun(self:AsyncController,
     n_steps:int,    # Batches in all
 )->list[dict]:      # One row of metrics a batch
     "The event loop of `run`, to be awaited"
-    self.queue, self.running, self.train, self.stopping, self.exhausted = asyncio.Queue(), {}, None, False, False
+    self.queue, self.running, self.train, self.sync, self.stopping, self.exhausted = asyncio.Queue(), {}, None, None, False, False
     self.dropped, self.quarantined, self.warned, self.mark = 0, 0, 0, time.perf_counter()
     await self._open()
     try:
@@ -86,6 +86,7 @@ async def arun(self:AsyncController,
             self._handle(await self.queue.get())
             while not self.queue.empty(): self._handle(self.queue.get_nowait())
             if self.pool.failure: raise self.pool.failure
+            if self.sync and self.sync.done(): await self._arrived()
             if self.train and self.train.done(): await self._finish_step()
         if self.stopping and self.train: await asyncio.wait([self.train]); await self._finish_step()
         if self.checkpoint and self.buffer.version: self._save()
@@ -106,10 +107,15 @@ async def _open(self:AsyncController):
     self.checks = 0; await self._check()
 
 @patch
+def _probed(self:AsyncController):
+    "Will the next weights be checked on arrival?"
+    return self.checks < self.probe_steps and hasattr(getattr(getattr(self.trainer, "model", None), "config", None), "vocab_size")
+
+@patch
 async def _check(self:AsyncController):
     "Engines and trainer must give a fixed sequence the same log-probabilities"
-    model = getattr(self.trainer, "model", None)
-    if self.checks >= self.probe_steps or not hasattr(getattr(model, "config", None), "vocab_size"): return
+    if not self._probed(): return
+    model = self.trainer.model
     self.checks += 1; ids = probe_ids(model.config.vocab_size); x = torch.tensor([ids], device=next(model.parameters()).device)
     with torch.no_grad(): expected = token_logprobs(model(input_ids=x).logits, x)[0,1:].cpu()
     for k, row in enumerate(await self.pool.logprobs(ids)):
@@ -130,7 +136,7 @@ def _admit(self:AsyncController, n_steps):
 @patch
 def _dispatch(self:AsyncController):
     "Give members that wait to free slots, oldest first"
-    while self.todo and self.pool.num_free() > 0:
+    while self.todo and self.sync is None and self.pool.num_free() > 0:
         gid, k = self.todo.popleft(); e = self.buffer.groups.get(gid)
         if e is None or e.samples[k] is not None or e.out[k]: continue
         attempt = self.buffer.dispatch(gid, k)
@@ -202,15 +208,15 @@ def _start_step(self:AsyncController):
 async def _finish_step(self:AsyncController):
     "Publish: next version, new weights, checkpoint, evaluation, one row"
     (groups, got, start, end), self.train = self.train.result(), None
+    if self.sync: await self._arrived()
     for gid in self.buffer.publish(): self._restart(gid)
     v = self.buffer.version; self.trained += [g.group_id for g in groups]; self.dropped = self.quarantined = self.warned = 0
-    if not self.stopping:
-        await self.pool.load_weights(None if self.shared else self.trainer.weights(), v, self.sync_mode); await self._check()
+    if not self.stopping: await self._send(v, end)
     sync = time.perf_counter() - end
     if self.checkpoint and (v % self.save_every == 0): self._save()
     if self.eval_fn and self.eval_every and v % self.eval_every == 0: got |= await asyncio.to_thread(self.eval_fn, self.trainer)
     step, self.mark, wait = time.perf_counter() - self.mark, time.perf_counter(), start - self.mark
-    self.timeline += [("train", start, end, v - 1), ("sync", end, end + sync, v)]
+    self.timeline += [("train", start, end, v - 1)]
     self.rows.append(dict(step=v) | _summary(groups) | {f"buffer/{k}": x for k, x in self.buffer.stats().items()} | got |
                      {"time/step": step, "time/wait_batch": wait, "time/train": end - start, "time/sync": sync, "time/overlap": 1 - wait/step})
     if self.metrics: self.metrics(self.rows[-1])
@@ -221,6 +227,24 @@ def _restart(self:AsyncController, gid):
     for key in [x for x in self.running if x[0] == gid]: self.running.pop(key)[1].cancel()
     self.todo += [(gid, k) for k in range(self.buffer.group_size)]
 
+# %% ../../nbs/rl/14_controller.ipynb #b7a1e202
+@patch
+async def _send(self:AsyncController, v, end):
+    "New weights to the engines, with or without waiting for their arrival"
+    weights = None if self.shared else self.trainer.weights()
+    async def load():
+        await self.pool.load_weights(weights, v, self.sync_mode)
+        self.timeline.append(("sync", end, time.perf_counter(), v))
+    self.sync = asyncio.ensure_future(load())
+    if self.shared or self._probed(): await self._arrived(); await self._check()
+    else: self.sync.add_done_callback(lambda _: self.queue.put_nowait(None))
+
+@patch
+async def _arrived(self:AsyncController):
+    "Wait until the engines have the weights that were sent last"
+    sync, self.sync = self.sync, None
+    await sync
+
 # %% ../../nbs/rl/14_controller.ipynb #63525d71
 @patch
 def _save(self:AsyncController): save(self.checkpoint, self.buffer.version, trainer=self.trainer, buffer=self.buffer, cursor=self.cursor)
@@ -228,7 +252,7 @@ def _save(self:AsyncController): save(self.checkpoint, self.buffer.version, trai
 @patch
 async def _close(self:AsyncController):
     "Stop what runs and let the pool go"
-    left = [f for _, f, _ in self.running.values()] + ([self.train] if self.train else [])
+    left = [f for _, f, _ in self.running.values()] + [f for f in (self.train, self.sync) if f]
     for f in left: f.cancel()
     await asyncio.gather(*left, return_exceptions=True)
     await self.pool.close()

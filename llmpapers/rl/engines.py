@@ -12,7 +12,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.scale import rng
+from .block import KVBlock, grouped_attention
 from .logprobs import token_logprobs
 from .types import Completion, Request, SamplingConfig
 
@@ -220,81 +220,6 @@ def _full(self:HFEngine, rows):
     mask = torch.arange(width, device=self.device)[None] < n[:,None]
     return self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[torch.arange(len(n), device=self.device), n - 1]
 
-# %% ../../nbs/rl/07_engines.ipynb #884aa948
-@cache
-def _layer_class():
-    from transformers.cache_utils import DynamicLayer
-    class SlotLayer(DynamicLayer):
-        "Keys and values of one layer; `block` says where the new token of each row goes"
-        def __init__(self, block, keys, values):
-            super().__init__(); self.block, self.is_initialized = block, True
-            self.keys, self.values = keys.new_zeros(keys.shape), values.new_zeros(values.shape)
-
-        def update(self, keys, values, *args, **kw):
-            b = self.block; at, to = b.at[:b.rows], b.n - 1
-            self.keys[at, :, to], self.values[at, :, to] = keys[:,:,0], values[:,:,0]
-            return self.keys[:b.rows,:,:b.width], self.values[:b.rows,:,:b.width]
-
-        def get_seq_length(self): return self.block.width - 1
-        def get_mask_sizes(self, query_length): return self.block.width, 0
-    return SlotLayer
-
-# %% ../../nbs/rl/07_engines.ipynb #839252d6
-class _Block:
-    "The places of the rows in work"
-    def __init__(self, device): self.n, self.at, self.layers, self.kv = torch.zeros(0, dtype=torch.long, device=device), None, [], None
-
-    @property
-    def rows(self): return len(self.n)
-    @property
-    def width(self): return int(self.n.max()) if len(self.n) else 0
-
-    def add(self, kv, n):
-        "Put rows below the others; `kv` is their cache, left-padded, and `n` their lengths"
-        w, new = kv.layers[0].keys.shape[2], [(l.keys, l.values) for l in kv.layers]
-        to = (torch.arange(w, device=n.device)[None] + (w - n)[:,None]).clamp(max=w-1)[:,None,:,None]
-        self._room(self.rows + len(n), w, new)
-        for l, (k, v) in zip(self.layers, new):
-            rows = slice(self.rows, self.rows + len(n))
-            l.keys[rows,:,:w], l.values[rows,:,:w] = k.take_along_dim(to, 2), v.take_along_dim(to, 2)
-        self.n = torch.cat([self.n, n])
-
-# %% ../../nbs/rl/07_engines.ipynb #68cdc87e
-@patch
-def _room(self:_Block, rows, width, like):
-    "Memory for so many rows and columns"
-    if not self.layers:
-        from transformers import DynamicCache
-        self.layers = [_layer_class()(self, k[:0], v[:0]) for k, v in like]
-        self.kv = DynamicCache(); self.kv.layers, self.kv.layer_class_to_replicate = self.layers, None
-    R, _, W, _ = self.layers[0].keys.shape
-    if rows <= R and width <= W: return
-    R, W = (R if rows <= R else 2*rows), (W if width <= W else 2*width)
-    self.at = torch.arange(R, device=self.n.device)
-    for l in self.layers:
-        k, v = l.keys, l.values
-        l.keys, l.values = (x.new_zeros(R, x.shape[1], W, x.shape[3]) for x in (k, v))
-        l.keys[:len(k),:,:k.shape[2]], l.values[:len(v),:,:v.shape[2]] = k, v
-
-# %% ../../nbs/rl/07_engines.ipynb #1acbb36a
-@patch
-def grow(self:_Block):
-    "Make room for one token a row"
-    self.n = self.n + 1
-    self._room(self.rows, self.width, [])
-
-@patch
-def remove(self:_Block, gone):
-    "Free some places; who moves where, as two lists"
-    left = self.rows - len(gone)
-    holes, movers = [i for i in gone if i < left], [i for i in range(left, self.rows) if i not in gone]
-    if holes:
-        w = int(self.n[movers].max())
-        for l in self.layers: l.keys[holes,:,:w], l.values[holes,:,:w] = l.keys[movers,:,:w], l.values[movers,:,:w]
-        self.n[holes] = self.n[movers]
-    self.n = self.n[:left]
-    return holes, movers
-
 # %% ../../nbs/rl/07_engines.ipynb #b7a1d002
 @patch
 def _read_in(self:HFEngine, rows):
@@ -302,18 +227,23 @@ def _read_in(self:HFEngine, rows):
     from transformers import DynamicCache
     ids, mask, pos = _left([r.request.prompt_ids + r.ids for r in rows], self.pad_id, self.device)
     kv = DynamicCache()
-    out = self.model(input_ids=ids, attention_mask=mask, position_ids=pos, past_key_values=kv, use_cache=True, logits_to_keep=1)
-    if self.block is None: self.block = _Block(self.device)
+    with grouped_attention(self.model):
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=pos, past_key_values=kv, use_cache=True, logits_to_keep=1)
+    if self.block is None: self.block = KVBlock(self.device)
     self.block.add(kv, mask.sum(-1))
     return out.logits[:,-1]
 
+# %% ../../nbs/rl/07_engines.ipynb #b7a1e106
 @patch
 def _next(self:HFEngine):
     "Next logits of the rows in the block, one token further"
     b = self.block; b.grow()
     mask = torch.arange(b.width, device=self.device)[None] < b.n[:,None]
     last = torch.tensor([[r.ids[-1]] for r in self.rows], device=self.device)
-    return self.model(input_ids=last, attention_mask=mask.long(), position_ids=b.n[:,None] - 1, past_key_values=b.kv, use_cache=True).logits[:,-1]
+    with grouped_attention(self.model) as grouped:
+        mask = torch.where(mask, 0., -torch.inf).to(self.model.dtype)[:,None,None] if grouped else mask.long()
+        out = self.model(input_ids=last, attention_mask=mask, position_ids=b.n[:,None] - 1, past_key_values=b.kv, use_cache=True)
+    return out.logits[:,-1]
 
 # %% ../../nbs/rl/07_engines.ipynb #b7a1d004
 @patch

@@ -31,14 +31,21 @@ class RolloutPoolError(RuntimeError):
 class EngineProxy:
     "An engine that many coroutines share"
     def __init__(self,
-        engine, # A `RolloutEngine`
+        engine,             # A `RolloutEngine`
+        threaded:bool=True, # Step in a thread, beside the event loop; False: in it, and nothing else happens during a step
     ):
-        self.engine, self.dead, self.held, self.pump = engine, None, False, None
+        self.engine, self.threaded, self.dead, self.held, self.pump = engine, threaded, None, False, None
         self.inbox, self.commands, self.waiting, self.dropped = [], deque(), {}, set()
 
     def _wake(self):
         if self.dead: raise EngineLost(str(self.dead))
         if self.pump is None or self.pump.done(): self.pump = asyncio.ensure_future(self._run())
+
+    async def _do(self, fn, *args):
+        if self.threaded: return await asyncio.to_thread(fn, *args)
+        try: return fn(*args)
+        finally:
+            for _ in range(4): await asyncio.sleep(0)
 
 # %% ../../nbs/rl/10_loop.ipynb #c98de5d6
 @patch
@@ -55,7 +62,7 @@ async def generate(self:EngineProxy,
 
 @patch
 async def call(self:EngineProxy,
-    fn:Callable, # Called with the engine, in a thread
+    fn:Callable, # Called with the engine
 )->object:       # What it returns
     "Run a command between two steps"
     future = asyncio.get_running_loop().create_future()
@@ -71,7 +78,7 @@ async def _run(self:EngineProxy):
         while True:
             await self._between()
             if self.engine.num_active:
-                for c in await asyncio.to_thread(self.engine.step):
+                for c in await self._do(self.engine.step):
                     if c.request_id in self.waiting: self.waiting.pop(c.request_id)[1].set_result(c)
             elif not self.commands and (self.held or not self.inbox): return
             await asyncio.sleep(0)
@@ -87,7 +94,7 @@ async def _between(self:EngineProxy):
     if self.dropped: self.engine.abort(self.dropped); self.dropped = set()
     while self.commands and not (self.held and self.engine.num_active):
         fn, future = self.commands.popleft()
-        try: res = await asyncio.to_thread(fn, self.engine)
+        try: res = await self._do(fn, self.engine)
         except Exception as e: future.set_exception(e)
         else: future.done() or future.set_result(res)
     if self.held: return

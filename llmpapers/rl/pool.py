@@ -28,7 +28,7 @@ class _Actor:
         self.engine, self.rollout, self.proxy, self.tasks, self.ended, self.news = factory(), rollout, None, {}, [], asyncio.Event()
 
     def _proxy(self):
-        if self.proxy is None: self.proxy = EngineProxy(self.engine)
+        if self.proxy is None: self.proxy = EngineProxy(self.engine, threaded=False)
         return self.proxy
 
     async def begin(self, jobs):

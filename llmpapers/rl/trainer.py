@@ -154,7 +154,9 @@ def forward(self:PolicyTrainer,
     "Log-probability of every token at the trainer's temperature"
     model = self.model if model is None else model
     cast = nullcontext() if self.autocast_dtype is None else torch.autocast(self.device.type, self.autocast_dtype)
-    with cast: logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False).logits
+    m = batch.attention_mask
+    mask = None if bool((m[:, 1:] <= m[:, :-1]).all()) else m.long()
+    with cast: logits = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
     lp = token_logprobs(logits, batch.input_ids, self.temperature)
     if not with_entropy: return lp, None
     grad = torch.is_grad_enabled() and bool(self.loss.entropy_coef)

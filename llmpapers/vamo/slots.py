@@ -31,6 +31,7 @@ def _keys(bids, k, part=1024):
     out.sort(axis=1)
     return torch.from_numpy(out).flip(1), mask
 
+# %% ../../nbs/vamo/07_slots.ipynb #c0ffee02
 def _top(bids, k):
     "Largest k bids of each row and their columns, ties to the lower column"
     A, fast = bids.shape[1], bids.numel() and not bids.is_cuda
@@ -45,7 +46,6 @@ def _top(bids, k):
     near = (near & (val[:, 1:] > 0)).any(1)
     if near.any(): val[near], idx[near] = (x[:, :val.shape[1]] for x in bids[near].sort(dim=1, descending=True, stable=True))
     return val[:, :k], idx[:, :k]
-
 
 # %% ../../nbs/vamo/07_slots.ipynb #85063955
 def _check_bids(bids, reserve, slots):
@@ -130,6 +130,7 @@ def _first_broke(winner, price, seen, budget):
         if len(bad): found.append((int(at[bad[0, 0]]), j))
     return (lambda f: (f[0]//S, f[1]))(min(found)) if found else None
 
+# %% ../../nbs/vamo/07_slots.ipynb #c0ffee12
 def _outcome(winner, price, seen, values, sigma, draws, A, left):
     S = winner.shape[1]
     seen, at = seen & (winner >= 0), winner.clamp(min=0)
