@@ -58,6 +58,7 @@ def run_ours(
     steps:int,          # Batches
     seed:int=0,         # Seed of weights, prompts and sampling
     how:str="sync",     # "sync", "async" (engine in this process) or "ray" (engine in an actor)
+    threads:int=1,      # Threads of PyTorch in this process
     longest:int=24,     # Longest answer, tokens
     lr:float=1e-3,      # Learning rate
 )->dict:                # Lists: seconds, tokens, reward
@@ -72,22 +73,23 @@ def run_ours(
     from llmpapers.rl.types import SamplingConfig
     from llmpapers.roll_flash.training import AsyncConfig, train_async
     tok = tokenizer(); m = policy(tok, seed); out = dict(seconds=[], tokens=[], reward=[]); ask = lambda i: prompt(i, longest, seed)
+    torch.set_num_threads(threads)
     def note(r):
         for k, v in dict(seconds=time.perf_counter(), tokens=r["train/tokens"], reward=r["rollout/reward"]).items(): out[k].append(v)
     if how == "sync":
-        trainer = PolicyTrainer(m, torch.optim.AdamW(m.parameters(), lr=lr, fused=True), PolicyLossConfig("ppo"), max_tokens_per_micro=2048)
+        trainer = PolicyTrainer(m, torch.optim.AdamW(m.parameters(), lr=lr, fused=True), PolicyLossConfig("ppo"), max_tokens_per_micro=1024)
         roll = SingleTurn(tok, score, SamplingConfig(longest, stop_token_ids=(tok.eos_token_id,), seed=seed))
         train_sync(HFEngine(m, tok.pad_token_id, use_cache=True), ask, roll, trainer, steps, batch_size=8, group_size=8, metrics=note)
     else:
-        cfg = AsyncConfig(async_ratio=1., max_new_tokens=longest, lr=lr, actors=int(how == "ray"), slots=128, seed=seed, save_every=10**6,
-                          max_tokens_per_micro=2048)
+        cfg = AsyncConfig(async_ratio=2., max_new_tokens=longest, lr=lr, actors=int(how == "ray"), slots=128, seed=seed, save_every=10**6,
+                          max_tokens_per_micro=1024)
         with tempfile.TemporaryDirectory() as d: train_async(LM(m, tok, "policy"), ask, score, steps, cfg, d if how == "ray" else None, note)
     return out
 
 # %% ../../nbs/benchmarks/02_grpo_trl.ipynb #8fab7984
-def _trl_args(d, steps, seed, longest, lr):
+def _trl_args(d, steps, seed, longest, lr, micro):
     "The same run for TRL"
-    return need("trl", "bench").GRPOConfig(output_dir=d, per_device_train_batch_size=64, num_generations=8, max_completion_length=longest, max_steps=steps,
+    return need("trl", "bench").GRPOConfig(output_dir=d, per_device_train_batch_size=micro, gradient_accumulation_steps=64//micro, num_generations=8, max_completion_length=longest, max_steps=steps,
         learning_rate=lr, lr_scheduler_type="constant", warmup_steps=0, weight_decay=.01, temperature=1., top_p=1., top_k=0, beta=0., loss_type="dapo",
         use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
         shuffle_dataset=False, seed=seed)
@@ -97,6 +99,7 @@ def run_trl(
     steps:int,          # Batches
     seed:int=0,         # Seed of weights, prompts and sampling
     threads:int=1,      # Threads of PyTorch
+    micro:int=64,       # Answers in one forward and backward pass; 64 is the whole batch
     longest:int=24,     # Longest answer, tokens
     lr:float=1e-3,      # Learning rate
 )->dict:                # Lists: seconds, tokens, reward
@@ -109,7 +112,7 @@ def run_trl(
             if "reward" not in logs: return
             for k, v in dict(seconds=time.perf_counter(), tokens=64*logs["completions/mean_length"], reward=logs["reward"]).items(): out[k].append(float(v))
     with tempfile.TemporaryDirectory() as d:
-        args = _trl_args(d, steps, seed, longest, lr)
+        args = _trl_args(d, steps, seed, longest, lr, micro)
         data = datasets.Dataset.from_dict(dict(prompt=[prompt(i, longest, seed) for i in range(8*steps)]))
         reward = lambda prompts, completions, **kw: [score(p, c) for p, c in zip(prompts, completions)]
         reward.__name__ = "share"; torch.set_num_threads(threads)
