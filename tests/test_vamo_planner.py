@@ -9,8 +9,10 @@ from torch import nn
 
 from llmpapers.core.scale import rng
 from llmpapers.vamo.auction import Market, MarketConfig, behaviour, draw_budgets, rollout
+from llmpapers.vamo.causal import load_planner, save_planner
 from llmpapers.vamo.planner import (CausalPlanner, DiffusionSchedule, InverseDynamics, MultiTaskPlanner, PlannerPolicy, TaskLinear, conditions,
-                                    day_return, fit_conditions, value_so_far)
+                                    day_return, fit_conditions, habits, logged, train_planner, training_set,
+                                    value_so_far)
 
 seeds = st.integers(0, 10**6)
 some, many = settings(max_examples=8, deadline=None), settings(max_examples=25, deadline=None)
@@ -64,6 +66,30 @@ def test_clean_undoes_noise(seed, N, data):
     x, eps = normal(2, 5, 3, seed=seed), normal(2, 5, 3, seed=seed + 1)
     assert torch.allclose(s.clean(s.add_noise(x, torch.full((2,), n), eps), n, eps), x, atol=1e-6)
     assert torch.equal(s.add_noise(x, torch.zeros(2).long(), eps), x)
+
+
+@given(seeds, st.integers(1, 50), st.data())
+@many
+def test_day_noise_and_v_give_each_other(seed, N, data):
+    s = DiffusionSchedule(N)
+    n = data.draw(st.integers(0, N))
+    x0, eps, at = normal(2, 5, 3, seed=seed), normal(2, 5, 3, seed=seed + 1), torch.full((2,), n)
+    x, v, a = s.add_noise(x0, at, eps), s.velocity(x0, at, eps), s.alpha_bar[n]
+    assert torch.allclose(s.clean(x, n, v, 'v'), x0, atol=1e-12)
+    assert torch.allclose((1 - a).sqrt()*x + a.sqrt()*v, eps, atol=1e-12)
+    assert torch.allclose(v, a.sqrt()*eps - (1 - a).sqrt()*x0, atol=1e-12)
+    if n: assert torch.allclose(s.clean(x, n, (1 - a).sqrt()*x + a.sqrt()*v), x0, atol=1e-6)
+    if n in (0, N): assert torch.allclose(v, -x0 if n else eps, atol=.5 if n else 0)     # the ends: the noise, and nearly minus the day
+
+
+def test_v_does_not_amplify_errors():
+    "An error of the guess enters the day times at most one; an error of the noise times its share over the signal's"
+    s, x0, eps, d = DiffusionSchedule(10), normal(1, 4, 2), normal(1, 4, 2, seed=1), normal(1, 4, 2, seed=2)
+    for n in range(1, 11):
+        at, a = torch.tensor([n]), s.alpha_bar[n]
+        x = s.add_noise(x0, at, eps)
+        assert torch.allclose(s.clean(x, n, s.velocity(x0, at, eps) + d, 'v') - x0, -(1 - a).sqrt()*d, atol=1e-9)
+        assert torch.allclose(s.clean(x, n, eps + d) - x0, -((1 - a)/a).sqrt()*d, atol=1e-6)
 
 
 @pytest.mark.parametrize('N', [0, -1, 2.5, True])
@@ -140,17 +166,20 @@ def test_padding_does_not_count(seed, real):
         assert all(v is None or v.isfinite().all() for v in g)
 
 
-def test_loss_is_a_mean_over_real_steps_only():
-    "Longer padding leaves the mean as it is, where a mean over all steps would shrink"
-    p, (b, k) = planner(), case()
+@pytest.mark.parametrize('predict', ['noise', 'v'])
+def test_loss_is_a_mean_over_real_steps_only(predict):
+    "Longer padding leaves the mean as it is, where a mean over all steps would shrink; the aim is what the network predicts"
+    p, (b, k) = planner(predict=predict), case()
     noise = p.draw(6, rng(0, "n"))._replace(prefix=torch.ones(6).long(), eps=normal(6, T, S))
     mask = torch.zeros(6, T).bool()
     mask[:, :2] = True
     x0 = p.normalise(b['states'])
     known = torch.arange(T).expand(6, T) < 1
     x = torch.where(known[..., None], x0, p.schedule.add_noise(x0, noise.n, noise.eps))*mask[..., None] + p.schedule.add_noise(0*x0, noise.n, noise.eps)*(~mask)[..., None]
-    guess = p.noise_guess(x, known, noise.n, b['cond'], noise.drop, k)
-    by_hand = (guess[:, 1] - noise.eps[:, 1]).square().mean()
+    guess = p.guess(x, known, noise.n, b['cond'], noise.drop, k)
+    a = p.schedule.alpha_bar[noise.n][:, None]
+    aim = noise.eps[:, 1] if predict == 'noise' else a.sqrt()*noise.eps[:, 1] - (1 - a).sqrt()*x0[:, 1]
+    by_hand = (guess[:, 1] - aim).square().mean()
     inv = (p.inverse(x0[:, :1], x0[:, 1:2], k)[:, 0] - b['actions'][:, 0]).square().mean()
     assert torch.allclose(p.loss(b | dict(mask=mask), k, noise), .5*(by_hand + inv), atol=1e-10)
 
@@ -228,11 +257,25 @@ def test_history_is_kept_bit_for_bit(seed, t, guidance, temperature):
 
 def test_history_is_put_back_at_every_denoising_step():
     p, (b, k) = planner(), case()
-    seen, real = [], p.noise_guess
-    p.noise_guess = lambda x, known, *a: (seen.append((x.clone(), known.clone())), real(x, known, *a))[1]
+    seen, real = [], p.guess
+    p.guess = lambda x, known, *a: (seen.append((x.clone(), known.clone())), real(x, known, *a))[1]
     p.plan(b['states'][:, :5], b['cond'], k, guidance=1, noise=normal(6, 4, T, S))
     assert len(seen) == 4
     for x, known in seen: assert torch.equal(x[:, :5], p.normalise(b['states'][:, :5])) and known[:, :5].all() and not known[:, 5:].any()
+
+
+@pytest.mark.parametrize('predict', ['noise', 'v'])
+def test_a_network_that_knows_the_day_plans_it(predict):
+    "With the true noise or the true v at every step the plan is the day, whatever noise it starts from"
+    p, (b, k) = planner(predict=predict), case()
+    p.fit(b['states'], b['actions'])
+    x0 = p.normalise(b['states'])
+    def oracle(x, known, n, *_):
+        a = p.schedule.alpha_bar[n][:, None, None]
+        eps = (x - a.sqrt()*x0)/(1 - a).sqrt()
+        return eps if predict == 'noise' else a.sqrt()*eps - (1 - a).sqrt()*x0
+    p.guess = oracle
+    for z in (1, 2): assert torch.allclose(p.plan(b['states'][:, :5], b['cond'], k, guidance=1, noise=normal(6, 4, T, S, seed=z)), b['states'], atol=1e-6)
 
 
 @given(seeds, st.integers(1, T - 1))
@@ -243,7 +286,7 @@ def test_guidance(seed, t):
     h, no = b['states'][:, :t], torch.zeros(6).bool()
     p = planner()
     x, known, n = normal(6, T, S, seed=seed), torch.arange(T).expand(6, T) < t, torch.full((6,), 2)
-    given_, free = p.noise_guess(x, known, n, b['cond'], no, k), p.noise_guess(x, known, n, b['cond'], ~no, k)
+    given_, free = p.guess(x, known, n, b['cond'], no, k), p.guess(x, known, n, b['cond'], ~no, k)
     assert torch.equal(p.guided(x, known, 2, b['cond'], k, 1), given_) and torch.equal(p.guided(x, known, 2, b['cond'], k, 0), free)
     for w in (-.5, .3, 1.2, 3.): assert torch.allclose(p.guided(x, known, 2, b['cond'], k, w), free + w*(given_ - free), atol=1e-9)
     for q in both():
@@ -334,6 +377,30 @@ def test_hidden_entries_of_the_next_state():
 
 @given(seeds, st.integers(1, T - 1))
 @some
+def test_a_hidden_entry_of_the_plan_does_not_move_the_action(seed, t):
+    b, k = case(seed=seed)
+    for hide in ((), (6,), (2, 6)):
+        p = planner(hide=hide)
+        p.fit(b['states'], b['actions'])
+        p.a_low.fill_(-1e6); p.a_high.fill_(1e6)              # no clamp, so that every difference shows
+        plan = p.plan(b['states'][:, :t], b['cond'], k, noise=normal(6, 4, T, S))
+        first = p.act(b['states'][:, :t], b['cond'], k, b['actions'][:, :t-1], plan)
+        for i in range(S):
+            other = plan.clone()
+            other[:, t, i] += 3.
+            same = torch.equal(p.act(b['states'][:, :t], b['cond'], k, b['actions'][:, :t-1], other), first)
+            assert same == (i in hide), (hide, i)
+
+
+def test_the_executed_last_action_is_still_seen():
+    p, (b, k) = planner(hide=(6,)), case()
+    other = b['states'].clone()
+    other[:, 4, 6] += 1.
+    assert not torch.equal(p.decide(b['states'][:, :5], b['states'], k), p.decide(other[:, :5], b['states'], k))
+
+
+@given(seeds, st.integers(1, T - 1))
+@some
 def test_decision_is_the_inverse_of_the_planned_step(seed, t):
     p, (b, k) = planner(), case(seed=seed)
     p.fit(b['states'], b['actions'])
@@ -406,6 +473,62 @@ def test_policy_replans_as_often_as_told():
     assert calls == [1, 5, 9]
 
 
+# ---- files, logs, training ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('kind, kw', [(MultiTaskPlanner, {}), (MultiTaskPlanner, dict(predict='noise', hide=())), (CausalPlanner, {})])
+def test_a_file_gives_the_same_planner(tmp_path, kind, kw):
+    p, (b, k) = planner(kind=kind, **kw).float(), case()
+    p.fit(b['states'].float(), b['actions'].float())
+    q = load_planner(save_planner(p, tmp_path/'p.pt')).float()      # as `p`, whose schedule was rounded with it
+    assert type(q) is kind and q.config == p.config and not q.training and [f.name for f in tmp_path.iterdir()] == ['p.pt']
+    h, y = b['states'][:, :5].float(), b['cond'].float()
+    assert torch.equal(p.plan(h, y, k), q.plan(h, y, k)) and torch.equal(p.act(h, y, k, None), q.act(h, y, k, None))
+
+
+def test_a_file_older_than_the_options_guesses_noise_and_shows_everything(tmp_path):
+    p, (b, k) = planner(predict='noise', hide=()).float(), case()
+    saved = torch.load(save_planner(p, tmp_path/'p.pt'), weights_only=True)
+    for name in ('predict', 'hide'): del saved['config'][name]
+    torch.save(saved, tmp_path/'old.pt')
+    q = load_planner(tmp_path/'old.pt').float()
+    assert (q.predict, q.config['hide']) == ('noise', ())
+    assert torch.equal(p.act(b['states'][:, :5].float(), b['cond'].float(), k, None), q.act(b['states'][:, :5].float(), b['cond'].float(), k, None))
+    assert (MultiTaskPlanner(8, 3).predict, MultiTaskPlanner(8, 3).config['hide']) == ('v', (6,))     # what is new gets the new defaults
+
+
+def test_bad_files(tmp_path):
+    torch.save(dict(a=1), tmp_path/'x.pt')
+    with pytest.raises(ValueError, match='holds no planner'): load_planner(tmp_path/'x.pt')
+    torch.save(dict(kind='Sequential', config={}, state={}), tmp_path/'y.pt')
+    with pytest.raises(ValueError, match='Sequential'): load_planner(tmp_path/'y.pt')
+
+
+def test_training_days_of_all_tasks():
+    m = Market(MarketConfig(days=4, volume=1500.), 0)
+    logs, again, other = (training_set(m, (1, 2), 3, s) for s in (0, 0, 1))
+    assert len(logs.task) == 2*3*sum(map(len, habits.values())) and logs.batch['states'].shape == (36, 48, 8)
+    assert all(torch.equal(logs.batch[n], again.batch[n]) and not torch.equal(logs.batch[n], other.batch[n]) for n in logs.batch)
+    for k in habits:
+        r = logs.batch['cond'][logs.task == k, 0]
+        assert r.min() == 0 and abs(r.max() - 1) < 1e-5
+    one, _ = logged(m, 1, 0, 'pid', 3, 0)
+    assert torch.equal(logs.batch['states'][:3], one.states) and torch.equal(logs.returns[:3], day_return(one.states, one.rewards))
+
+
+@pytest.mark.parametrize('kind', [MultiTaskPlanner, CausalPlanner])
+def test_training_is_reproducible_and_lowers_the_loss(kind):
+    m = Market(MarketConfig(days=4, volume=1500.), 0)
+    logs = training_set(m, (1, 2), 3, 0)
+    def run(seed=0):
+        torch.manual_seed(0)
+        p = kind(8, 3, d=16)
+        return p, train_planner(p, logs, 30, 24, seed=seed)
+    p, losses = run()
+    assert losses == run()[1] and losses != run(1)[1] and len(losses) == 30 and not p.training
+    assert sum(losses[-5:]) < .8*sum(losses[:5])
+    assert torch.allclose(p.mean, logs.batch['states'].flatten(0, 1).mean(0), atol=1e-5) and torch.equal(p.r_high, logs.scale.high)
+    with pytest.raises(ValueError, match='steps=0'): train_planner(p, logs, 0)
+
+
 # ---- sizes and bad input --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('temporal', kinds)
 def test_default_planners_are_small(temporal):
@@ -429,7 +552,8 @@ def test_causal_planner_refuses_a_leak():
     with pytest.raises(ValueError, match='future'): CausalPlanner(8, 3, temporal='sincos+times')
 
 
-@pytest.mark.parametrize('kw, words', [(dict(K=0), 'K=0'), (dict(blocks=0), 'blocks=0'), (dict(drop=1.), 'drop=1.0'), (dict(state_dim=0), 'state_dim=0')])
+@pytest.mark.parametrize('kw, words', [(dict(K=0), 'K=0'), (dict(blocks=0), 'blocks=0'), (dict(drop=1.), 'drop=1.0'), (dict(state_dim=0), 'state_dim=0'),
+                                       (dict(predict='day'), "predict='day'"), (dict(hide=(8,)), 'no state entry 8'), (dict(state_dim=5), 'no state entry 6')])
 def test_bad_sizes(kw, words):
     with pytest.raises(ValueError) as e: MultiTaskPlanner(**(dict(state_dim=8, K=3) | kw))
     assert words in str(e.value)
