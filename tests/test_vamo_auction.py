@@ -381,3 +381,18 @@ def test_logs_refuse(tmp_path):
     with pytest.raises(ValueError, match="leastWinningCost"): load_auctionnet(tmp_path/"c.csv")
     with pytest.raises(ValueError, match="chunk=0"): load_auctionnet(tmp_path/"b.csv", chunk=0)
     assert len(auctionnet_columns) == 18
+
+
+@few
+@given(seeds, st.integers(0, 3), st.integers(1, 20), st.sampled_from(behaviours))
+def test_states_do_not_see_later_prices(seed, task, t, kind):
+    "Rivals of step `t` and after are made dearer: every state and action up to `t` stays, what follows does not"
+    runs = []
+    for factor in (1., 3.):
+        m = Market(small, 3); d = m.day(2)
+        m._days[2] = d._replace(rivals=torch.where((d.step >= t)[:, None], factor*d.rivals, d.rivals))
+        B = draw_budgets(Market(small, 3), 2, task, 6, rng(seed, "b"))
+        runs.append(rollout(m, 2, task, B, behaviour(kind, 6, rng(seed, "p"), steps=24)))
+    a, b = runs
+    assert torch.equal(a.states[:, :t+1], b.states[:, :t+1]) and torch.equal(a.actions[:, :t+1], b.actions[:, :t+1])
+    assert not torch.equal(a.states[:, t+1:], b.states[:, t+1:])

@@ -11,7 +11,8 @@ from torch import nn
 from torch.func import functional_call
 
 from llmpapers.core.scale import rng
-from llmpapers.vamo.mtl import MTLTrainer, aggregate, available, make_related_tasks, mtl_step, run_lanes, task_gradients
+from llmpapers.vamo.mtl import (MTLTrainer, aggregate, available, make_related_tasks, mtl_step, perceptron, perceptron_layers, perceptron_start,
+                                run_lanes, task_gradients)
 
 agg = pytest.importorskip('torchjd.aggregation')
 seeds = st.integers(0, 10**6)
@@ -195,3 +196,40 @@ def test_trainer_learns_and_keeps_the_best(name):
     start = float(val(n).detach()); tr = MTLTrainer(n, name, lr=5e-3)
     infos = tr.fit(lambda i: (loss, val), 60, val, every=5)
     assert len(infos) == 60 and float(val(n).detach()) == pytest.approx(tr.best_val, rel=1e-5) and tr.best_val < start
+
+
+# ---- perceptrons in one vector --------------------------------------------------------------------------------------
+@given(seeds, st.sampled_from([(3, 1), (2, 4, 1), (5, 3, 3, 2)]), st.sampled_from([torch.relu, torch.tanh]))
+@some
+def test_perceptron_is_the_module(seed, sizes, act):
+    theta = torch.stack([perceptron_start(sizes, seed + i).double() for i in range(3)]); x, layers = normal(3, 7, sizes[0], seed=seed), perceptron_layers(sizes)
+    for t, xi, out in zip(theta, x, perceptron(theta, x, sizes, act)):
+        h = xi
+        for at, a, b in zip(layers, sizes, sizes[1:]):
+            lin = nn.Linear(a, b).double(); lin.weight.data, lin.bias.data = t[at][:a*b].view(a, b).T, t[at][a*b:]
+            h = lin(h) if at is layers[-1] else act(lin(h))
+        assert torch.allclose(out, h) and torch.allclose(perceptron(t, xi, sizes, act), h)
+    assert layers[-1].stop == theta.shape[1] and [l.start for l in layers[1:]] == [l.stop for l in layers[:-1]]
+
+
+def test_perceptron_start():
+    sizes = (400, 50, 1); layers = perceptron_layers(sizes); u, z = perceptron_start(sizes, 1), perceptron_start(sizes, 1, 'normal')
+    assert torch.equal(u, perceptron_start(sizes, 1)) and not torch.equal(u, perceptron_start(sizes, 2))
+    assert u[layers[0]].abs().max() <= 400**-.5 and abs(float(u[layers[0]].std())*(3*400)**.5 - 1) < .05
+    assert abs(float(z[layers[0]][:20000].std())*400**.5 - 1) < .05 and (z[layers[0]][20000:] == 0).all()
+    with pytest.raises(ValueError, match='init'): perceptron_start(sizes, 1, 'he')
+    with pytest.raises(ValueError, match='needs'): perceptron(u[:-1], torch.ones(2, 400), sizes)
+
+
+@given(seeds, st.integers(2, 5))
+@some
+def test_imtl_projections_are_equal_for_any_number_of_tasks(seed, K):
+    G = normal(K, 12, seed=seed); g = aggregate('imtl_g', G)[0]; along = (G/G.norm(dim=1, keepdim=True))@g
+    assert (along - along.mean()).abs().max() < 1e-6*along.abs().max()
+
+
+@given(seeds, st.integers(2, 5), st.sampled_from([.2, .4, .8]))
+@few
+def test_cagrad_stays_at_its_distance_from_the_mean(seed, K, c):
+    G = normal(K, 12, seed=seed); g0 = G.mean(0)
+    assert abs(float((aggregate('cagrad', G, c=c)[0] - g0).norm()/g0.norm()) - c) < .1*c

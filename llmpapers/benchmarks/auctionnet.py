@@ -9,7 +9,6 @@ __all__ = ['make_bids', 'load_environment', 'compare', 'child']
 import importlib
 import json
 import statistics
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.bench import race
+from ..core.bench import fresh, race
 from ..core.scale import rng
 from ..vamo.slots import run_auctions
 
@@ -75,7 +74,4 @@ def child(
     timeout:float=600, # Seconds before it is given up
 )->dict:               # Its result
     "`compare` in a fresh process"
-    code = "import json, sys\nfrom llmpapers.benchmarks.auctionnet import compare\nprint('\\nresult', json.dumps(compare(*json.loads(sys.argv[1]))))"
-    r = subprocess.run([sys.executable, "-W", "ignore", "-c", code, json.dumps(args)], capture_output=True, text=True, timeout=timeout)
-    if r.returncode: raise RuntimeError(f"the measurement failed: {(r.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return json.loads(r.stdout.rsplit("result", 1)[1])
+    return fresh("llmpapers.benchmarks.auctionnet:compare", *args, timeout=timeout)

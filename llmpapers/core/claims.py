@@ -140,14 +140,14 @@ def claims_table(
 
 # %% ../../nbs/core/04_claims.ipynb #b1331931
 def claims_in(
-    path:str|Path,   # A notebook, or a folder of notebooks (searched in the order of their names)
+    path:str|Path,   # A notebook, or a folder of notebooks in the order of their names, pages `00_*` left out: they repeat what the others claim
 )->ClaimTable:       # The claims in their outputs; a later one replaces an earlier one of the same key
     "Claims found in the outputs of executed notebooks"
     path = Path(path)
     if not path.exists(): raise ValueError(f"path={str(path)!r} does not exist; it needs a notebook or a folder of notebooks")
     found = {}
     for nb in sorted(path.rglob("*.ipynb")) if path.is_dir() else [path]:
-        if any(p.startswith(".") for p in nb.relative_to(path).parts): continue
+        if any(p.startswith(".") for p in nb.relative_to(path).parts) or path.is_dir() and nb.name.startswith("00_"): continue
         try: cells = json.loads(nb.read_text(encoding="utf-8"))["cells"]
         except (ValueError, KeyError) as e: raise ValueError(f"{nb.name} is not a notebook ({type(e).__name__})") from e
         for cell in cells:

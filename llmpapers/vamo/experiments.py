@@ -19,6 +19,7 @@ from ..core.scale import need, pick_device, rng
 from ..core.stats import Interval, mean_ci, permutation_test
 from .alignment import AlignedWeighter, entropy_weights, vamo_step
 from .auction import Market, MarketConfig, Trajectories, behaviour, draw_budgets, final_value, ratio_to_hindsight, rollout
+from .mtl import perceptron, perceptron_layers, perceptron_start
 from .planner import CausalPlanner, MultiTaskPlanner, PlannerPolicy, conditions, day_return, fit_conditions
 
 # %% ../../nbs/vamo/06_experiments.ipynb #14184cea
@@ -47,6 +48,7 @@ class StudyConfig:
     width:int=32                          # Hidden units
     lambdas:tuple=(.03, .1, .3, 1., math.inf) # Grid of the temperature; the last is uniform
     normalize:str="cos"                   # "cos", "rms" or "none": score of the agreement
+    scope:str="all"                       # "all", "shared" (without the last layer) or "last": parameters in the agreement of a policy
     backbone:str="policy"                 # "policy" (perceptron, all runs at once), "causal" or "diffusion" (planner)
 
 # %% ../../nbs/vamo/06_experiments.ipynb #9f7a6a53
@@ -110,23 +112,15 @@ def mix(
 # %% ../../nbs/vamo/06_experiments.ipynb #591961ff
 def _pairs(t): return t.states.flatten(0, 1), t.actions.flatten()
 
-def _size(width): return 8*width + width + width*width + width + width + 1
+def _sizes(width): return 8, width, width, 1
 
 def _act(theta, x, width):
     "Actions (...,n) of perceptrons theta (...,P) on states x (...,n,8)"
-    h, at = x, 0
-    for a, b in ((8, width), (width, width), (width, 1)):
-        W, c = theta[..., at:at + a*b].unflatten(-1, (a, b)), theta[..., at + a*b:at + a*b + b]
-        at += a*b + b
-        h = h @ W + c[..., None, :]
-        if b > 1: h = torch.tanh(h)
-    return h[..., 0]
+    return perceptron(theta, x, _sizes(width), torch.tanh)[..., 0]
 
 def _start(width, seed):
     "Initial parameters"
-    g, parts = rng(seed, "init"), []
-    for a, b in ((8, width), (width, width), (width, 1)): parts += [torch.randn(a*b, generator=g)/math.sqrt(a), torch.zeros(b)]
-    return torch.cat(parts)
+    return perceptron_start(_sizes(width), seed, "normal")
 
 # %% ../../nbs/vamo/06_experiments.ipynb #d8e661b6
 class Trained(NamedTuple):
@@ -155,6 +149,7 @@ def train_policies(
     theta = torch.stack([_start(config.width, config.seed + i) for i in range(M)]).repeat(len(runs), 1, 1).requires_grad_()
     opt, g = torch.optim.Adam([theta], config.lr), rng(config.seed, "batches")
     best, score, total = theta.detach().clone(), torch.full((len(runs), M), torch.inf), torch.zeros(len(runs), M, K2)
+    last = perceptron_layers(_sizes(config.width))[-1]; part = dict(all=slice(None), shared=slice(last.start), last=last)[config.scope]
     for step in range(config.steps + 1):
         if step % every == 0 or step == config.steps:
             with torch.no_grad(): now = (_act(theta, sx, config.width) - sy).square().mean(-1)
@@ -166,7 +161,7 @@ def train_policies(
         copy = theta.detach()[:, :, None].expand(-1, -1, K2, -1).contiguous().requires_grad_()
         loss = (_act(copy, x, config.width) - y).square().mean(-1)
         G, = torch.autograd.grad(loss.sum(), copy)
-        W = torch.stack([mix(name, lam, G[r], n, config.normalize) for r, (name, lam) in enumerate(runs)])
+        W = torch.stack([mix(name, lam, G[r][..., part], n, config.normalize) for r, (name, lam) in enumerate(runs)])
         theta.grad = torch.einsum("rmk,rmkp->rmp", W, G)
         opt.step(); total += W
     return Trained(best, score, total/config.steps, mean, std)
@@ -196,8 +191,8 @@ def _row(i, name, loss=math.nan, ratio=math.nan, kept=math.nan, lam=math.nan, fi
     return dict(market=i, method=name, lam=lam, loss=loss, ratio=ratio, kept=kept, fixed=fixed)
 
 # %% ../../nbs/vamo/06_experiments.ipynb #30488b19
-def _study_policies(config, logs):
-    pd, runs = need("pandas"), arms(config)
+def _study_policies(config, logs, runs=None):
+    pd, runs = need("pandas"), runs or arms(config)
     t, rows = train_policies(config, logs, runs), []
     chosen = _chosen(runs, t.select)
     for i, l in enumerate(logs):
@@ -218,14 +213,20 @@ def _study_policies(config, logs):
 def run_study(
     config:StudyConfig,  # The study
     progress:bool=False, # Print a line per market of a planner study
+    runs:list=None,      # Arms of a policy study; None takes `arms(config)`
+    logs:list=None,      # One `Logs` a market, to be used again by several studies; None collects them
 )->"DataFrame":          # A row per market and method: test loss x 100, R/R*, limits kept, temperature; `fixed` rows hold every temperature
     "Log, train, select, test: one study over markets"
     if config.backbone not in ("policy", "causal", "diffusion"): raise ValueError(f"backbone={config.backbone!r} must be 'policy', 'causal' or 'diffusion'")
     if not max(config.train_days) < config.val_day < min(config.test_days): raise ValueError("days must be in time order: training, then validation, then test")
     if max(config.test_days) >= config.market.days: raise ValueError(f"test_days={config.test_days} need a market of {max(config.test_days) + 1} days")
     if config.markets < 1 or config.steps < 1 or not config.lambdas: raise ValueError("markets and steps must be at least 1, lambdas not empty")
-    logs = [collect(config, i) for i in range(config.markets)]
-    return _study_policies(config, logs) if config.backbone == "policy" else _study_planners(config, logs, progress)
+    if config.normalize not in ("cos", "rms", "none"): raise ValueError(f"normalize={config.normalize!r} must be 'cos', 'rms' or 'none'")
+    if config.scope not in ("all", "shared", "last"): raise ValueError(f"scope={config.scope!r} must be 'all', 'shared' or 'last'")
+    if config.backbone != "policy" and (runs or config.scope != "all"): raise ValueError("runs and scope are for backbone='policy'")
+    if logs is None: logs = [collect(config, i) for i in range(config.markets)]
+    if len(logs) != config.markets: raise ValueError(f"logs are of {len(logs)} markets, config.markets is {config.markets}")
+    return _study_policies(config, logs, runs) if config.backbone == "policy" else _study_planners(config, logs, progress)
 
 # %% ../../nbs/vamo/06_experiments.ipynb #587f206b
 def paired_ci(

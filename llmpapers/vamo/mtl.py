@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['from_gram', 'from_losses', 'task_gradients', 'available', 'aggregate', 'MTLTrainer', 'mtl_step', 'RelatedTasks',
-           'make_related_tasks', 'run_lanes']
+           'make_related_tasks', 'perceptron_layers', 'perceptron', 'perceptron_start', 'run_lanes']
 
 # %% ../../nbs/vamo/02_mtl.ipynb #09bbc4e5
 import contextlib
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -286,17 +287,41 @@ def make_related_tasks(
     return RelatedTasks([x for x, _ in data], [y for _, y in data], *val, x, (x@W).relu()@h0, tuple(c))
 
 # %% ../../nbs/vamo/02_mtl.ipynb #fa69d953
-def _mlp(theta, x, sizes):
-    "Perceptron with all its parameters in one vector"
-    i = 0
-    for j, (a, b) in enumerate(zip(sizes, sizes[1:])):
-        x = x@theta[i:i+a*b].view(a, b) + theta[i+a*b:i+a*b+b]; i += a*b + b
-        if j < len(sizes) - 2: x = x.relu()
+def perceptron_layers(
+    sizes:tuple,  # Inputs, units of each hidden layer, outputs
+)->list:          # One slice of the parameter vector per layer: its weights, then its biases
+    "Where the layers of a perceptron lie in its parameter vector"
+    ends = [0]
+    for a, b in zip(sizes, sizes[1:]): ends.append(ends[-1] + a*b + b)
+    return [slice(*e) for e in zip(ends, ends[1:])]
+
+def perceptron(
+    theta:Tensor,            # [...,P] all parameters of a network in one vector; leading axes count networks
+    x:Tensor,                # [...,n,inputs] samples of each network
+    sizes:tuple,             # As in `perceptron_layers`
+    act:Callable=torch.relu, # Activation of the hidden layers
+)->Tensor:                   # [...,n,outputs]
+    "Perceptrons whose parameters are rows of one tensor"
+    layers = perceptron_layers(sizes)
+    if theta.shape[-1] != layers[-1].stop: raise ValueError(f"theta has {theta.shape[-1]} parameters, sizes={tuple(sizes)} needs {layers[-1].stop}")
+    for at, a, b in zip(layers, sizes, sizes[1:]):
+        W, bias = theta[..., at].split([a*b, b], -1)
+        x = x@W.unflatten(-1, (a, b)) + bias[..., None, :]
+        if at is not layers[-1]: x = act(x)
     return x
 
-def _init(sizes, seed):
-    g = rng(seed, "init"); u = lambda a, *n: (2*torch.rand(*n, generator=g) - 1)/a**.5
-    return torch.cat([t.flatten() for a, b in zip(sizes, sizes[1:]) for t in (u(a, a, b), u(a, b))])
+# %% ../../nbs/vamo/02_mtl.ipynb #edbb142f
+def perceptron_start(
+    sizes:tuple,        # As in `perceptron_layers`
+    seed:int,           # Of the draw
+    init:str="uniform", # "uniform" within 1/sqrt(inputs of the layer), biases too; or "normal" with that deviation, biases zero
+)->Tensor:              # [P] parameters
+    "Initial parameters of a perceptron, drawn from a stream of their own"
+    if init not in ("uniform", "normal"): raise ValueError(f"init={init!r} must be 'uniform' or 'normal'")
+    g = rng(seed, "init"); u = lambda a, n: (2*torch.rand(n, generator=g) - 1)/a**.5
+    if init == "uniform": parts = [(u(a, a*b), u(a, b)) for a, b in zip(sizes, sizes[1:])]
+    else: parts = [(torch.randn(a*b, generator=g)/math.sqrt(a), torch.zeros(b)) for a, b in zip(sizes, sizes[1:])]
+    return torch.cat([t for p in parts for t in p])
 
 def _padded(v, n): return torch.cat([v, v.new_zeros(n - len(v), *v.shape[1:])])
 
@@ -332,11 +357,11 @@ def run_lanes(
     seeds = list(range(len(tasks))) if seeds is None else seeds
     D, S = _Lanes(tasks, seeds, steps, batch), len(tasks); sizes = (D.X.shape[-1], hidden, hidden, D.val[1].shape[-1]); many = sizes[-1] > 1
     pick = torch.eye(D.K) if many else torch.ones(D.K, 1)
-    task_loss = lambda th, x, y, p: (_mlp(th, x, sizes)@p - y).square().mean()
-    all_loss = lambda th, x, y: (_mlp(th, x, sizes) - y).square().mean()
+    task_loss = lambda th, x, y, p: (perceptron(th, x, sizes)@p - y).square().mean()
+    all_loss = lambda th, x, y: (perceptron(th, x, sizes) - y).square().mean()
     grads, grad_val = vmap(vmap(grad_and_value(task_loss), (None, 0, 0, 0)), (0, 0, 0, None)), vmap(grad_and_value(all_loss))
     losses_of = vmap(vmap(task_loss, (None, 0, 0, 0)), (0, 0, 0, None))
-    theta = torch.stack([_init(sizes, i) for i in seeds]).requires_grad_(); opt = torch.optim.Adam([theta], lr)
+    theta = torch.stack([perceptron_start(sizes, i) for i in seeds]).requires_grad_(); opt = torch.optim.Adam([theta], lr)
     needs, states = _methods[method][1], [None]*S; best, best_val, ws, vals, last = theta.detach().clone(), torch.full((S,), float("inf")), [], [], None
     for i in range(steps + 1):
         th = theta.detach(); gv, val = grad_val(th, *D.val) if "m" in needs.split() else (None, None)
