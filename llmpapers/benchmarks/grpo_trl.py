@@ -58,9 +58,9 @@ def run_ours(
     steps:int,          # Batches
     seed:int=0,         # Seed of weights, prompts and sampling
     how:str="sync",     # "sync", "async" (engine in this process) or "ray" (engine in an actor)
-    threads:int=1,      # Threads of PyTorch in this process
     longest:int=24,     # Longest answer, tokens
     lr:float=1e-3,      # Learning rate
+    lag:float=1.,       # Versions that a sample may be old, for the asynchronous ones
 )->dict:                # Lists: seconds, tokens, reward
     "GRPO with this library"
     import torch
@@ -73,7 +73,6 @@ def run_ours(
     from llmpapers.rl.types import SamplingConfig
     from llmpapers.roll_flash.training import AsyncConfig, train_async
     tok = tokenizer(); m = policy(tok, seed); out = dict(seconds=[], tokens=[], reward=[]); ask = lambda i: prompt(i, longest, seed)
-    torch.set_num_threads(threads)
     def note(r):
         for k, v in dict(seconds=time.perf_counter(), tokens=r["train/tokens"], reward=r["rollout/reward"]).items(): out[k].append(v)
     if how == "sync":
@@ -81,15 +80,15 @@ def run_ours(
         roll = SingleTurn(tok, score, SamplingConfig(longest, stop_token_ids=(tok.eos_token_id,), seed=seed))
         train_sync(HFEngine(m, tok.pad_token_id, use_cache=True), ask, roll, trainer, steps, batch_size=8, group_size=8, metrics=note)
     else:
-        cfg = AsyncConfig(async_ratio=2., max_new_tokens=longest, lr=lr, actors=int(how == "ray"), slots=128, seed=seed, save_every=10**6,
+        cfg = AsyncConfig(async_ratio=lag, max_new_tokens=longest, lr=lr, actors=int(how == "ray"), slots=128, seed=seed, save_every=10**6,
                           max_tokens_per_micro=1024)
         with tempfile.TemporaryDirectory() as d: train_async(LM(m, tok, "policy"), ask, score, steps, cfg, d if how == "ray" else None, note)
     return out
 
 # %% ../../nbs/benchmarks/02_grpo_trl.ipynb #8fab7984
-def _trl_args(d, steps, seed, longest, lr, micro):
+def _trl_args(d, steps, seed, longest, lr):
     "The same run for TRL"
-    return need("trl", "bench").GRPOConfig(output_dir=d, per_device_train_batch_size=micro, gradient_accumulation_steps=64//micro, num_generations=8, max_completion_length=longest, max_steps=steps,
+    return need("trl", "bench").GRPOConfig(output_dir=d, per_device_train_batch_size=64, num_generations=8, max_completion_length=longest, max_steps=steps,
         learning_rate=lr, lr_scheduler_type="constant", warmup_steps=0, weight_decay=.01, temperature=1., top_p=1., top_k=0, beta=0., loss_type="dapo",
         use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
         shuffle_dataset=False, seed=seed)
@@ -99,7 +98,6 @@ def run_trl(
     steps:int,          # Batches
     seed:int=0,         # Seed of weights, prompts and sampling
     threads:int=1,      # Threads of PyTorch
-    micro:int=64,       # Answers in one forward and backward pass; 64 is the whole batch
     longest:int=24,     # Longest answer, tokens
     lr:float=1e-3,      # Learning rate
 )->dict:                # Lists: seconds, tokens, reward
@@ -112,7 +110,7 @@ def run_trl(
             if "reward" not in logs: return
             for k, v in dict(seconds=time.perf_counter(), tokens=64*logs["completions/mean_length"], reward=logs["reward"]).items(): out[k].append(float(v))
     with tempfile.TemporaryDirectory() as d:
-        args = _trl_args(d, steps, seed, longest, lr, micro)
+        args = _trl_args(d, steps, seed, longest, lr)
         data = datasets.Dataset.from_dict(dict(prompt=[prompt(i, longest, seed) for i in range(8*steps)]))
         reward = lambda prompts, completions, **kw: [score(p, c) for p, c in zip(prompts, completions)]
         reward.__name__ = "share"; torch.set_num_threads(threads)

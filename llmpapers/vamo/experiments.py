@@ -48,6 +48,7 @@ class StudyConfig:
     width:int=32                          # Hidden units
     lambdas:tuple=(.03, .1, .3, 1., math.inf) # Grid of the temperature; the last is uniform
     normalize:str="cos"                   # "cos", "rms" or "none": score of the agreement
+    predict:str="v"                       # What a diffusion planner guesses: "v" or "noise"
     scope:str="all"                       # "all", "shared" (without the last layer) or "last": parameters in the agreement of a policy
     backbone:str="policy"                 # "policy" (perceptron, all runs at once), "causal" or "diffusion" (planner)
 
@@ -280,7 +281,7 @@ def make_planner(
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         if config.backbone == "causal": return CausalPlanner(8, 1, d=config.width, temporal=temporal, T=config.market.steps)
-        return MultiTaskPlanner(8, 1, d=config.width, temporal=temporal, T=config.market.steps, blocks=4, periods=periods)
+        return MultiTaskPlanner(8, 1, d=config.width, temporal=temporal, T=config.market.steps, blocks=4, periods=periods, predict=config.predict)
 
 # %% ../../nbs/vamo/06_experiments.ipynb #dbe6aa35
 def _sets(logs, device):
