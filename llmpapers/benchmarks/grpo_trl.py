@@ -57,10 +57,10 @@ def policy(
 def run_ours(
     steps:int,          # Batches
     seed:int=0,         # Seed of weights, prompts and sampling
-    how:str="sync",     # "sync", "async" (engine in this process) or "ray" (engine in an actor)
+    how:str="sync",     # "sync", or "ray" (asynchronous, engine in an actor)
     longest:int=24,     # Longest answer, tokens
     lr:float=1e-3,      # Learning rate
-    lag:float=1.,       # Versions that a sample may be old, for the asynchronous ones
+    lag:float=1.,       # Versions that a sample may be old on Ray
 )->dict:                # Lists: seconds, tokens, reward
     "GRPO with this library"
     import torch
@@ -80,9 +80,9 @@ def run_ours(
         roll = SingleTurn(tok, score, SamplingConfig(longest, stop_token_ids=(tok.eos_token_id,), seed=seed))
         train_sync(HFEngine(m, tok.pad_token_id, use_cache=True), ask, roll, trainer, steps, batch_size=8, group_size=8, metrics=note)
     else:
-        cfg = AsyncConfig(async_ratio=lag, max_new_tokens=longest, lr=lr, actors=int(how == "ray"), slots=128, seed=seed, save_every=10**6,
+        cfg = AsyncConfig(async_ratio=lag, max_new_tokens=longest, lr=lr, actors=1, slots=128, seed=seed, save_every=10**6,
                           max_tokens_per_micro=1024)
-        with tempfile.TemporaryDirectory() as d: train_async(LM(m, tok, "policy"), ask, score, steps, cfg, d if how == "ray" else None, note)
+        with tempfile.TemporaryDirectory() as d: train_async(LM(m, tok, "policy"), ask, score, steps, cfg, d, note)
     return out
 
 # %% ../../nbs/benchmarks/02_grpo_trl.ipynb #8fab7984
