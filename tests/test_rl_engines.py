@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from llmpapers.core.lm import TinyLMConfig, tiny_lm, word_tokenizer
+from llmpapers.rl.decoder import why_not
 from llmpapers.rl.engines import HFEngine, ScriptedEngine, WeightSyncError, check_sync, generate, probe_ids, sample_tokens
 from llmpapers.rl.logprobs import token_logprobs
 from llmpapers.rl.types import Request, SamplingConfig
@@ -20,12 +21,12 @@ def requests(lengths, seed=0, new=10, temperature=1.):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(1, 5), st.booleans(), st.integers(0, 3), st.sampled_from([0, 1]))
-def test_schedule_does_not_matter(lengths, max_active, cache, late, which):
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(1, 5), st.booleans(), st.integers(0, 3), st.sampled_from([0, 1]), st.sampled_from([None, False]))
+def test_schedule_does_not_matter(lengths, max_active, cache, late, which, decoder):
     "Batch size, cache, late requests and an abort with resume leave tokens as they are and log-probabilities within 1e-5"
     rs = requests(lengths)
     want = {c.request_id: c for r in rs for c in generate(HFEngine(models[which], use_cache=False), [r])}
-    e = HFEngine(models[which], max_active=max_active, use_cache=cache)
+    e = HFEngine(models[which], max_active=max_active, use_cache=cache, use_decoder=decoder)
     got = {}
     for i, r in enumerate(rs):
         e.add(r)
@@ -119,7 +120,7 @@ def test_scripted_engine_keeps_its_script():
 
 def test_a_pass_leaves_the_attention_of_a_shared_model_alone():
     "The engine switches attention for its passes only, also when one fails, and not at all for eager models"
-    m = models[0]; e = HFEngine(m, use_cache=True)
+    m = models[0]; e = HFEngine(m, use_cache=True, use_decoder=False)
     for r in requests([2, 6]): e.add(r)
     e.step(); e.step()
     assert m.config._attn_implementation == 'sdpa'
@@ -135,3 +136,53 @@ def test_a_pass_leaves_the_attention_of_a_shared_model_alone():
     rs = requests([2, 6, 1])
     assert [c.token_ids for c in generate(HFEngine(eager, use_cache=True), rs)] == [c.token_ids for c in generate(HFEngine(m, use_cache=True), rs)]
     assert set(seen) == {'eager'}
+
+
+def test_decoder_is_used_where_it_can_be_and_hooks_are_not_lost():
+    "Qwen is written out, GPT-NeoX is not, and a hook set later is called from the next batch on"
+    assert why_not(models[0]) is None and 'GPTNeoX' in why_not(models[1])
+    m = tiny_lm(tok, TinyLMConfig(layers=2, width=32, head_dim=16, max_len=64), seed=0)
+    rs, e = requests([2, 6, 1]), HFEngine(m, use_cache=True)
+    first = generate(e, rs)
+    assert e.decoder is not None
+    seen = []
+    m.model.layers[0].mlp.register_forward_hook(lambda *a: seen.append(1))
+    second = generate(e, rs)
+    assert e.decoder is None and seen
+    assert [c.token_ids for c in first] == [c.token_ids for c in second]
+    with pytest.raises(ValueError, match='use_decoder: .* has a hook'): HFEngine(m, use_cache=True, use_decoder=True)
+    neox = HFEngine(models[1], use_cache=True); generate(neox, rs)
+    assert neox.decoder is None
+
+
+@pytest.mark.parametrize('told', [True, False])
+def test_decoder_sees_weights_that_change_in_place(told):
+    "A trainer changes the shared module: seen at once after `load_weights(None)`, otherwise from the next batch on"
+    m = tiny_lm(tok, TinyLMConfig(layers=2, width=32, head_dim=16, max_len=64), seed=0)
+    rs, e = requests([2, 6, 1]), HFEngine(m, use_cache=True)
+    generate(e, rs)
+    if told:
+        for r in rs: e.add(r)
+        early = {c.request_id: c for _ in range(3) for c in e.step()}
+    with torch.no_grad():
+        for a, b in zip(m.parameters(), models[2].parameters()): a.copy_(b)
+    if told:
+        e.load_weights(None, 1)
+        got = early | {c.request_id: c for _ in range(20) for c in e.step()}
+        with torch.no_grad():
+            for r in rs:
+                ids = torch.tensor([r.prompt_ids + got[r.request_id].token_ids]); n = len(r.prompt_ids)
+                lp = [token_logprobs(models[k](input_ids=ids).logits, ids)[0, n:].tolist() for k in (0, 2)]
+                for t, (v, x) in enumerate(zip(got[r.request_id].token_versions(), got[r.request_id].logprobs)): assert abs(lp[v][t] - x) < 1e-5
+        assert any(1 in c.token_versions() for c in got.values())
+    else: assert [c.token_ids for c in generate(e, rs)] == [c.token_ids for c in generate(HFEngine(models[2], use_cache=True), rs)]
+
+
+def test_memory_of_the_block_is_kept_and_wiped_of_meaning():
+    "A second batch in the same memory gives what a fresh engine gives"
+    e = HFEngine(models[0], use_cache=True)
+    generate(e, requests([12, 9, 11, 3], seed=1))
+    where = e.block.layers[0].keys.data_ptr()
+    rs = requests([4, 1, 7])
+    assert [c.token_ids for c in generate(e, rs)] == [c.token_ids for c in generate(HFEngine(models[0], use_cache=False), rs)]
+    assert e.block.layers[0].keys.data_ptr() == where

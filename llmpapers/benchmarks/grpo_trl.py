@@ -76,12 +76,12 @@ def run_ours(
     def note(r):
         for k, v in dict(seconds=time.perf_counter(), tokens=r["train/tokens"], reward=r["rollout/reward"]).items(): out[k].append(v)
     if how == "sync":
-        trainer = PolicyTrainer(m, torch.optim.AdamW(m.parameters(), lr=lr, fused=True), PolicyLossConfig("ppo"), max_tokens_per_micro=1024)
+        trainer = PolicyTrainer(m, torch.optim.AdamW(m.parameters(), lr=lr, fused=True), PolicyLossConfig("ppo"), max_tokens_per_micro=2048)
         roll = SingleTurn(tok, score, SamplingConfig(longest, stop_token_ids=(tok.eos_token_id,), seed=seed))
         train_sync(HFEngine(m, tok.pad_token_id, use_cache=True), ask, roll, trainer, steps, batch_size=8, group_size=8, metrics=note)
     else:
         cfg = AsyncConfig(async_ratio=lag, max_new_tokens=longest, lr=lr, actors=1, slots=128, seed=seed, save_every=10**6,
-                          max_tokens_per_micro=1024)
+                          max_tokens_per_micro=2048)
         with tempfile.TemporaryDirectory() as d: train_async(LM(m, tok, "policy"), ask, score, steps, cfg, d, note)
     return out
 

@@ -51,6 +51,17 @@ class KVBlock:
 
 # %% ../../nbs/rl/18_block.ipynb #7996442b
 @patch
+def places(self:KVBlock,
+    n:Tensor, # (r,) lengths of new rows
+    like,     # (keys, values) of each layer; sizes of heads and dtypes are taken from them
+)->slice:     # Their rows
+    "Make room for new rows below the others"
+    rows = slice(self.rows, self.rows + len(n))
+    self._room(rows.stop, int(n.max()), like)
+    self.n = torch.cat([self.n, n])
+    return rows
+
+@patch
 def add(self:KVBlock,
     kv,       # Cache of a pass over new rows, left-padded
     n:Tensor, # (r,) their lengths
@@ -58,11 +69,8 @@ def add(self:KVBlock,
     "Put rows below the others"
     w, new = kv.layers[0].keys.shape[2], [(l.keys, l.values) for l in kv.layers]
     to = (torch.arange(w, device=n.device)[None] + (w - n)[:,None]).clamp(max=w-1)[:,None,:,None]
-    self._room(self.rows + len(n), w, new)
-    for l, (k, v) in zip(self.layers, new):
-        rows = slice(self.rows, self.rows + len(n))
-        l.keys[rows,:,:w], l.values[rows,:,:w] = k.take_along_dim(to, 2), v.take_along_dim(to, 2)
-    self.n = torch.cat([self.n, n])
+    rows = self.places(n, new)
+    for l, (k, v) in zip(self.layers, new): l.keys[rows,:,:w], l.values[rows,:,:w] = (x.take_along_dim(to, 2)[:,:,:w] for x in (k, v))
 
 # %% ../../nbs/rl/18_block.ipynb #01b0c3dc
 @patch
@@ -87,6 +95,11 @@ def grow(self:KVBlock)->None:
     "Make room for one token a row"
     self.n = self.n + 1
     self._room(self.rows, self.width, [])
+
+@patch
+def clear(self:KVBlock)->None:
+    "Let all rows go; the memory is kept"
+    self.n = self.n[:0]
 
 @patch
 def remove(self:KVBlock,

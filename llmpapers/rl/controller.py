@@ -7,6 +7,7 @@ __all__ = ['AsyncController']
 
 # %% ../../nbs/rl/14_controller.ipynb #558e652f
 import asyncio
+import gc
 import json
 import signal
 import time
@@ -79,6 +80,7 @@ async def arun(self:AsyncController,
     self.queue, self.running, self.train, self.sync, self.stopping, self.exhausted = asyncio.Queue(), {}, None, None, False, False
     self.dropped, self.quarantined, self.warned, self.mark = 0, 0, 0, time.perf_counter()
     await self._open()
+    if thaw := gc.get_freeze_count() == 0: gc.collect(); gc.freeze()
     try:
         while self.buffer.version < n_steps and not self.stopping:
             self._admit(n_steps); self._dispatch(); self._start_step()
@@ -90,7 +92,9 @@ async def arun(self:AsyncController,
             if self.train and self.train.done(): await self._finish_step()
         if self.stopping and self.train: await asyncio.wait([self.train]); await self._finish_step()
         if self.checkpoint and self.buffer.version: self._save()
-    finally: await self._close()
+    finally:
+        if thaw: gc.unfreeze()
+        await self._close()
     if self.stopping: raise KeyboardInterrupt
     return self.rows
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..core.scale import rng
 from .block import KVBlock, grouped_attention
+from .decoder import Decoder, why_not
 from .logprobs import token_logprobs
 from .types import Completion, Request, SamplingConfig
 
@@ -178,15 +179,20 @@ class HFEngine(_Rows):
         copy_model:bool=False,     # Own a copy of the weights; needed if a trainer works at the same time
         version:int=0,             # Version of the weights at the beginning
         join_every:int=4,          # Steps between two passes that read new requests in, with a cache
+        use_decoder:bool|None=None,# Write the passes out, see `Decoder`; None: on a CPU up to 50 million parameters, where it can be done
     ):
         super().__init__(max_active, version)
         self.join_every, self.since = join_every, 0
         self.model = copy.deepcopy(model).requires_grad_(False) if copy_model else model
         self.model.eval()
-        self.use_cache = use_cache if use_cache is not None else sum(p.numel() for p in model.parameters()) > 5_000_000
+        size = sum(p.numel() for p in model.parameters())
+        self.use_cache = use_cache if use_cache is not None else size > 5_000_000
         kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
         if self.use_cache and kinds != {"full_attention"}: raise ValueError(f"use_cache: layers {sorted(kinds)} are not supported; pass use_cache=False")
-        self.pad_id, self.block, self.device = pad_id, None, next(self.model.parameters()).device
+        self.pad_id, self.device, self.stale, self.decoder = pad_id, next(self.model.parameters()).device, False, None
+        self.block = KVBlock(self.device) if self.use_cache else None
+        if use_decoder and (reason := why_not(model)): raise ValueError(f"use_decoder: {reason}; pass None or False")
+        self.use_decoder = (self.device.type == "cpu" and size <= 50_000_000) if use_decoder is None else use_decoder
         self.longest = getattr(model.config, "max_position_embeddings", None)
 
 # %% ../../nbs/rl/07_engines.ipynb #8c8e6a18
@@ -224,12 +230,13 @@ def _full(self:HFEngine, rows):
 @patch
 def _read_in(self:HFEngine, rows):
     "Give new rows their place; their next logits"
+    seqs = [r.request.prompt_ids + r.ids for r in rows]
+    if self.decoder: return self.decoder.read_in(self.block, seqs)
     from transformers import DynamicCache
-    ids, mask, pos = _left([r.request.prompt_ids + r.ids for r in rows], self.pad_id, self.device)
+    ids, mask, pos = _left(seqs, self.pad_id, self.device)
     kv = DynamicCache()
     with grouped_attention(self.model):
         out = self.model(input_ids=ids, attention_mask=mask, position_ids=pos, past_key_values=kv, use_cache=True, logits_to_keep=1)
-    if self.block is None: self.block = KVBlock(self.device)
     self.block.add(kv, mask.sum(-1))
     return out.logits[:,-1]
 
@@ -237,12 +244,13 @@ def _read_in(self:HFEngine, rows):
 @patch
 def _next(self:HFEngine):
     "Next logits of the rows in the block, one token further"
-    b = self.block; b.grow()
+    b, new = self.block, torch.tensor([r.ids[-1] for r in self.rows], device=self.device)
+    if self.decoder: return self.decoder.next(b, new)
+    b.grow()
     mask = torch.arange(b.width, device=self.device)[None] < b.n[:,None]
-    last = torch.tensor([[r.ids[-1]] for r in self.rows], device=self.device)
     with grouped_attention(self.model) as grouped:
         mask = torch.where(mask, 0., -torch.inf).to(self.model.dtype)[:,None,None] if grouped else mask.long()
-        out = self.model(input_ids=last, attention_mask=mask, position_ids=b.n[:,None] - 1, past_key_values=b.kv, use_cache=True)
+        out = self.model(input_ids=new[:,None], attention_mask=mask, position_ids=b.n[:,None] - 1, past_key_values=b.kv, use_cache=True)
     return out.logits[:,-1]
 
 # %% ../../nbs/rl/07_engines.ipynb #b7a1d004
@@ -251,10 +259,10 @@ def _drop(self:HFEngine, gone):
     "Let rows go"
     at = {i for i, r in enumerate(self.rows) if id(r) in gone}
     if not at: return
-    if self.block is None: self.rows = [r for i, r in enumerate(self.rows) if i not in at]; return
+    if not self.use_cache: self.rows = [r for i, r in enumerate(self.rows) if i not in at]; return
     for hole, mover in zip(*self.block.remove(at)): self.rows[hole] = self.rows[mover]
     self.rows = self.rows[:self.block.rows]
-    if not self.rows: self.block = None
+    if not self.rows and self.device.type != "cpu": self.block = KVBlock(self.device)
 
 # %% ../../nbs/rl/07_engines.ipynb #8acefab3
 def _alike(rows):
@@ -266,13 +274,19 @@ def _alike(rows):
     return res
 
 @patch
+def _fresh(self:HFEngine):
+    "Begin with an empty block and the weights of now"
+    self.block.clear(); self.stale = False
+    self.decoder = Decoder(self.model) if self.use_decoder and why_not(self.model) is None else None
+
+@patch
 def _logits(self:HFEngine):
     "Next logits of all active rows, in order; takes waiting ones in"
     self.since += 1
     new = self._fill() if not (self.use_cache and self.rows and self.since < self.join_every) else []
     if new: self.since = 0
     if not self.use_cache: self.rows += new; return self._full(self.rows)
-    if self.block is None: new, self.rows = self.rows + new, []
+    if self.stale or not self.rows: new, self.rows = self.rows + new, []; self._fresh()
     parts = [self._next()] if self.rows else []
     for rows in _alike(new): parts.append(self._read_in(rows)); self.rows += rows
     return torch.cat(parts)
@@ -327,7 +341,7 @@ def load_weights(self:HFEngine,
 )->None:
     "Use new weights from the next step on; requests in work go on"
     if weights is not None: copy_weights(self.model, weights)
-    self.block = None
+    self.stale = True
     self.version = int(version)
 
 # %% ../../nbs/rl/07_engines.ipynb #c801e1f6

@@ -64,6 +64,12 @@ class SingleTurn:
         keep_text:bool=False,     # Keep prompt and response as text in `Sample.info`
     ):
         self.tokenizer, self.reward, self.sampling, self.in_thread, self.keep_text = tokenizer, reward, sampling, in_thread, keep_text
+        self.last = None, None
+
+    def _encode(self, prompt):
+        "Tokens of a prompt; the members of a group ask one after the other"
+        if prompt != self.last[0]: self.last = prompt, self.tokenizer(prompt, add_special_tokens=False).input_ids
+        return self.last[1]
 
     async def __call__(self,
         client:Client,  # Bound to the member
@@ -72,7 +78,7 @@ class SingleTurn:
     )->Sample:          # The scored response
         "Sample one response and score it"
         prompt, info = _text(group.prompt)
-        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        ids = self._encode(prompt)
         c = await client.generate(ids, self.sampling)
         text = self.tokenizer.decode([t for t in c.token_ids if t not in self.sampling.stop_token_ids])
         reward = await (asyncio.to_thread(self.reward, prompt, text, info) if self.in_thread else _value(self.reward(prompt, text, info)))

@@ -268,7 +268,7 @@ def train_sync(
     version, cursor, rows = state.get("step", 0), state.get("cursor", 0) or 0, []
     shared = getattr(engine, "model", 0) is getattr(trainer, "model", 1)
     async def main(version=version, cursor=cursor):
-        proxy = EngineProxy(engine)
+        proxy = EngineProxy(engine, threaded=False)
         while version < n_steps:
             await proxy.load_weights(None if shared else trainer.weights(), version); start = time.perf_counter()
             groups, cursor = await _sync_step(proxy, source, rollout, version, cursor, batch_size, group_size, group_filter)

@@ -7,12 +7,16 @@ __all__ = ['start_ray', 'RolloutPool']
 
 # %% ../../nbs/rl/16_pool.ipynb #4e4aff99
 import asyncio
+import gc
 import itertools
 import os
 import pickle
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 
+import torch
 from fastcore.basics import patch
 
 from ..core.scale import need
@@ -26,6 +30,8 @@ class _Actor:
     "One engine in a process of its own, and the rollouts that use it"
     def __init__(self, factory, rollout):
         self.engine, self.rollout, self.proxy, self.tasks, self.ended, self.news = factory(), rollout, None, {}, [], asyncio.Event()
+        self.idle = asyncio.Event()
+        gc.collect(); gc.freeze()
 
     def _proxy(self):
         if self.proxy is None: self.proxy = EngineProxy(self.engine, threaded=False)
@@ -40,6 +46,7 @@ class _Actor:
         except asyncio.CancelledError: return
         except Exception as e: res = None, _portable(e)
         self.ended.append((key, *res)); self.tasks.pop(key, None); self.news.set()
+        if not self.tasks: self.idle.set()
 
 # %% ../../nbs/rl/16_pool.ipynb #b7a1c001
 def _portable(e):
@@ -50,11 +57,29 @@ def _portable(e):
     e.add_note(text)
     return e
 
+# %% ../../nbs/rl/16_pool.ipynb #c0ffee17
+def _flat(weights):
+    "Tensors by name -> for each dtype (names and shapes, one array)"
+    by = {}
+    for k, v in weights.items():
+        v = v.detach().cpu(); v = v.float() if v.dtype == torch.bfloat16 else v
+        by.setdefault(v.dtype, []).append((k, v))
+    return [([(k, v.shape) for k, v in kv], torch.cat([v.reshape(-1) for _, v in kv]).numpy()) for kv in by.values()]
+
+def _named(parts):
+    "What `_flat` has packed, by name"
+    if parts is None: return None
+    return {k: v.view(shape) for names, x in parts for (k, shape), v in zip(names, torch.tensor(x).split([s.numel() for _, s in names]))}
+
 # %% ../../nbs/rl/16_pool.ipynb #b7a1c003
 @patch
 async def collect(self:_Actor):
     "Wait until a rollout has ended; all that have, as (key, sample, exception)"
-    await self.news.wait(); self.news.clear()
+    await self.news.wait()
+    if self.tasks:
+        self.idle.clear()
+        with suppress(asyncio.TimeoutError): await asyncio.wait_for(self.idle.wait(), .01)
+    self.news.clear()
     ended, self.ended = self.ended, []
     return ended
 
@@ -63,7 +88,7 @@ async def cancel(self:_Actor, key):
     if task := self.tasks.pop(key, None): task.cancel()
 
 @patch
-async def load_weights(self:_Actor, weights, version, mode): await self._proxy().load_weights(weights, version, mode)
+async def load_weights(self:_Actor, weights, version, mode): await self._proxy().load_weights(_named(weights), version, mode)
 @patch
 async def logprobs(self:_Actor, ids): return await self._proxy().call(lambda e: e.logprobs(ids))
 @patch
@@ -128,9 +153,7 @@ def shares(self:RolloutPool,
 @patch
 def _put(self:RolloutPool, weights, version):
     "One object for all actors"
-    array = lambda v: (v.float() if str(v.dtype) == "torch.bfloat16" else v).detach().cpu().numpy()
-    plain = None if weights is None else {k: array(v) for k, v in read_weights(weights).items()}
-    self.ref, self.version = self.ray.put(plain), int(version)
+    self.ref, self.version = self.ray.put(None if weights is None else _flat(read_weights(weights))), int(version)
 
 @patch
 async def _spawn(self:RolloutPool, k):
@@ -160,7 +183,8 @@ def submit(self:RolloutPool,
     key, future = next(self.keys), asyncio.get_running_loop().create_future()
     self.calls[k][key] = future; self.outbox[k].append((key, group, index))
     if len(self.outbox[k]) == 1: asyncio.get_running_loop().call_soon(self._send, k, self.actors[k])
-    return asyncio.ensure_future(self._play(k, self.actors[k], key, future))
+    future.add_done_callback(partial(self._over, k, self.actors[k], key))
+    return future if self.timeout_s is None else asyncio.ensure_future(asyncio.wait_for(future, self.timeout_s))
 
 # %% ../../nbs/rl/16_pool.ipynb #b7a1c005
 @patch
@@ -171,13 +195,11 @@ def _send(self:RolloutPool, k, actor):
     if jobs: actor.begin.remote(jobs)
 
 @patch
-async def _play(self:RolloutPool, k, actor, key, future):
-    try: return await asyncio.wait_for(future, self.timeout_s)
-    except (asyncio.CancelledError, asyncio.TimeoutError):
-        if self.actors[k] is actor: actor.cancel.remote(key)
-        raise
-    finally:
-        if self.actors[k] is actor: self.busy[k] -= 1; self.calls[k].pop(key, None)
+def _over(self:RolloutPool, k, actor, key, future):
+    "A rollout has ended, failed, or was given up"
+    if self.actors[k] is not actor: return
+    self.busy[k] -= 1; self.calls[k].pop(key, None)
+    if future.cancelled(): actor.cancel.remote(key)
 
 # %% ../../nbs/rl/16_pool.ipynb #b7a1c006
 @patch

@@ -26,17 +26,23 @@ from .types import Batch
 
 # %% ../../nbs/rl/09_trainer.ipynb #94a3c54e
 def micro_batches(
-    lengths:list,    # Length of each row, in tokens
-    max_tokens:int,  # Largest rows times width; a single row may exceed it
-)->list[list[int]]:  # Row numbers of each micro-batch, the longest rows first
-    "Cut rows into micro-batches of at most `max_tokens` padded tokens"
+    lengths:list,     # Length of each row, in tokens
+    max_tokens:int,   # Largest rows times width; a single row may exceed it
+    overhead:int=128, # What a pass costs besides its tokens, in tokens
+)->list[list[int]]:   # Row numbers of each micro-batch, the longest rows first
+    "Cut rows into micro-batches of at most `max_tokens` padded tokens, with the least cost"
     if max_tokens < 1: raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     order = sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i))
-    res, width = [], 0
-    for i in order:
-        if res and (len(res[-1]) + 1)*width <= max_tokens: res[-1].append(i)
-        else: res.append([i]); width = int(lengths[i])
-    return res
+    n, best = [int(lengths[i]) for i in order], [(0, 0)]
+    for i in range(1, len(n) + 1):
+        costs = []
+        for j in range(i - 1, -1, -1):
+            if (size := (i - j)*n[j]) > max_tokens and i - j > 1: break
+            costs.append((best[j][0] + size + overhead, j))
+        best.append(min(costs))
+    ends = [len(n)] if n else []
+    while ends and ends[-1]: ends.append(best[ends[-1]][1])
+    return [order[a:b] for b, a in reversed(list(zip(ends, ends[1:])))]
 
 # %% ../../nbs/rl/09_trainer.ipynb #6b145d11
 def loss_denom(
