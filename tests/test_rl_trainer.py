@@ -303,3 +303,16 @@ def test_two_ranks_equal_one_process():
 def test_a_failing_rank_is_reported():
     from llmpapers.rl.parallel import run_ranks
     with pytest.raises(RuntimeError, match='division by zero'): run_ranks(lambda group: 1/0, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 120), st.integers(0, 40))
+def test_no_other_cut_is_cheaper(lengths, budget, overhead):
+    "All ways to cut the sorted rows are tried"
+    n, costs = sorted(lengths, reverse=True), []
+    for ways in range(2**(len(n) - 1)):
+        ends = [0] + [i + 1 for i in range(len(n) - 1) if ways >> i & 1] + [len(n)]
+        sizes = [(b - a, (b - a)*n[a]) for a, b in zip(ends, ends[1:])]
+        if all(rows == 1 or size <= budget for rows, size in sizes): costs.append(sum(size + overhead for _, size in sizes))
+    cut = micro_batches(lengths, budget, overhead)
+    assert sum(len(m)*max(lengths[i] for i in m) + overhead for m in cut) == min(costs)

@@ -17,7 +17,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention as sdpa, si
 
 from .block import KVBlock
 
-# %% ../../nbs/rl/19_decoder.ipynb #5adcf31e
+# %% ../../nbs/rl/19_decoder.ipynb #be984788
 def unit_rms(
     x:Tensor,   # (...,D) vectors
     eps:Tensor, # Scalar, added to the mean square
@@ -26,7 +26,7 @@ def unit_rms(
     n = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x*torch.addcmul(eps, n, n, value=1/x.shape[-1]).rsqrt_()
 
-# %% ../../nbs/rl/19_decoder.ipynb #b1b7e410
+# %% ../../nbs/rl/19_decoder.ipynb #213f9ed9
 def rotate(
     x:Tensor,   # (...,d) heads
     cos:Tensor, # (...,d) cosines, the second half like the first
@@ -35,7 +35,7 @@ def rotate(
     "Rotary position embedding"
     return torch.addcmul(x*cos, x.roll(x.shape[-1]//2, -1), sin)
 
-# %% ../../nbs/rl/19_decoder.ipynb #401e1157
+# %% ../../nbs/rl/19_decoder.ipynb #96a3b3a6
 @dataclass(frozen=True)
 class PackedLayer:
     "Weights of a layer as one token a row needs them; a bias that a model lacks is None"
@@ -47,7 +47,7 @@ class PackedLayer:
     gate_up:Tensor  # (2F,D) gate above up, the norm before them multiplied in
     down:Tensor     # (F,D)
 
-# %% ../../nbs/rl/19_decoder.ipynb #a3ffe012
+# %% ../../nbs/rl/19_decoder.ipynb #627d20c0
 def pack_layer(
     layer:nn.Module, # A decoder layer of Llama, Qwen2 or Qwen3
 )->PackedLayer:      # Copies of its weights; the two output matrices are views
@@ -59,7 +59,7 @@ def pack_layer(
     return PackedLayer(torch.cat([p.weight for p in three])*layer.input_layernorm.weight, bias, qk, a.o_proj.weight.t(), a.o_proj.bias,
                        torch.cat([m.gate_proj.weight, m.up_proj.weight])*layer.post_attention_layernorm.weight, m.down_proj.weight.t())
 
-# %% ../../nbs/rl/19_decoder.ipynb #b137ed7b
+# %% ../../nbs/rl/19_decoder.ipynb #bbcd4f76
 @cache
 def _known():
     from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
@@ -69,7 +69,7 @@ def _touched(m):
     "Something was attached to the module, or it is a kind of linear layer of its own"
     return bool(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)) or isinstance(m, nn.Linear) and type(m) is not nn.Linear
 
-# %% ../../nbs/rl/19_decoder.ipynb #392e0231
+# %% ../../nbs/rl/19_decoder.ipynb #f9342746
 def why_not(
     model:nn.Module, # Any model
 )->str|None:         # The reason, or None if there is none
@@ -85,7 +85,7 @@ def why_not(
     if bad := [n for n, m in model.named_modules() if _touched(m)]: return f"{bad[0] or 'the model'} has a hook or a forward pass of its own"
     return None
 
-# %% ../../nbs/rl/19_decoder.ipynb #b54be3a4
+# %% ../../nbs/rl/19_decoder.ipynb #a597bd63
 class Decoder:
     "The forward pass of a Llama or Qwen, written out for a `KVBlock`"
     def __init__(self,
@@ -99,7 +99,7 @@ class Decoder:
         self.head, self.head_bias = model.lm_head.weight*body.norm.weight, model.lm_head.bias
         self.cos = self.sin = self.embed.new_zeros(0, self.d)
 
-# %% ../../nbs/rl/19_decoder.ipynb #a0e3fd6d
+# %% ../../nbs/rl/19_decoder.ipynb #f19a57ef
 @patch
 def _angles(self:Decoder, width):
     "Tables for at least so many positions"
@@ -108,7 +108,7 @@ def _angles(self:Decoder, width):
         self.cos, self.sin = c[0], torch.cat([-s[0,:,:self.d//2], s[0,:,self.d//2:]], -1)
     return self.cos, self.sin
 
-# %% ../../nbs/rl/19_decoder.ipynb #fe784cc1
+# %% ../../nbs/rl/19_decoder.ipynb #fe0a77b8
 @patch
 def _qkv(self:Decoder, x, l, cos, sin):
     "Residual stream (...,D) -> queries (...,H,d), keys and values (...,G,d)"
@@ -118,6 +118,7 @@ def _qkv(self:Decoder, x, l, cos, sin):
     qk = rotate(qk, cos, sin)
     return qk[..., :self.H, :], qk[..., self.H:, :], v
 
+# %% ../../nbs/rl/19_decoder.ipynb #6be30790
 @patch
 def _after(self:Decoder, x, a, l):
     "Residual stream (n,D) and what attention gave (n,Hd) -> residual stream behind the layer"
@@ -129,7 +130,7 @@ def _after(self:Decoder, x, a, l):
 @patch
 def _logits(self:Decoder, x): return linear(unit_rms(x, self.eps), self.head, self.head_bias)
 
-# %% ../../nbs/rl/19_decoder.ipynb #b5bf7fa3
+# %% ../../nbs/rl/19_decoder.ipynb #b63b33e2
 @patch
 def _pass(self:Decoder, block, ids, n):
     "One pass over right-padded rows (r,w)"
@@ -143,7 +144,7 @@ def _pass(self:Decoder, block, ids, n):
         x = self._after(x, sdpa(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).reshape(r*w, -1), l)
     return self._logits(x.view(r, w, -1)[torch.arange(r, device=n.device), n - 1])
 
-# %% ../../nbs/rl/19_decoder.ipynb #e42d6d5a
+# %% ../../nbs/rl/19_decoder.ipynb #277df75d
 @patch
 @torch.no_grad()
 def read_in(self:Decoder,
@@ -157,7 +158,7 @@ def read_in(self:Decoder,
     ids = torch.tensor([s + [0]*(w - len(s)) for s in seqs], device=n.device)
     return torch.cat([self._pass(block, i, m) for i, m in zip(ids.split(max(1, tokens//w)), n.split(max(1, tokens//w)))])
 
-# %% ../../nbs/rl/19_decoder.ipynb #00228e0d
+# %% ../../nbs/rl/19_decoder.ipynb #4d4d8a22
 def cut_rows(
     n:list[int],      # Lengths of the rows, in the order of the block
     worth:float=.75,  # Cut only if the work falls below this share
@@ -168,7 +169,7 @@ def cut_rows(
     if c == R or c*tail[0] + (R - c)*tail[c] > worth*R*tail[0]: return [(0, R, tail[0])]
     return [(0, c, tail[0]), (c, R, tail[c])]
 
-# %% ../../nbs/rl/19_decoder.ipynb #b971d73e
+# %% ../../nbs/rl/19_decoder.ipynb #31e3d224
 @patch
 def _attend(self:Decoder, q, layer, parts, mask):
     "Attention of one query a row (R,H,d) over the block -> (R,Hd)"
@@ -176,7 +177,7 @@ def _attend(self:Decoder, q, layer, parts, mask):
     out = [sdpa(q[a:b], layer.keys[a:b,:,:w], layer.values[a:b,:,:w], mask[a:b,:,:,:w]) for a, b, w in parts]
     return (out[0] if len(out) == 1 else torch.cat(out)).reshape(R, -1)
 
-# %% ../../nbs/rl/19_decoder.ipynb #63c313f9
+# %% ../../nbs/rl/19_decoder.ipynb #a4a44f51
 @patch
 @torch.no_grad()
 def next(self:Decoder,

@@ -69,6 +69,7 @@ def _spans(versions):
     cut = [i for i, v in enumerate(versions) if i == 0 or versions[i-1] != v] + [len(versions)]
     return [(versions[a], a, b) for a, b in zip(cut, cut[1:])]
 
+# %% ../../nbs/rl/07_engines.ipynb #c0ffee75
 @dataclass
 class _Row:
     "A request in work: its response so far, with the log-probability and the version of each token"
@@ -273,6 +274,7 @@ def _alike(rows):
         else: res.append([r])
     return res
 
+# %% ../../nbs/rl/07_engines.ipynb #c0ffee72
 @patch
 def _fresh(self:HFEngine):
     "Begin with an empty block and the weights of now"
@@ -318,6 +320,7 @@ def read_weights(
     if not isinstance(weights, Mapping): raise TypeError(f"weights: need a mapping or a folder, got {type(weights).__name__}")
     return {k: v if isinstance(v, Tensor) else torch.tensor(v) for k, v in weights.items()}
 
+# %% ../../nbs/rl/07_engines.ipynb #c0ffee77
 def copy_weights(
     model:torch.nn.Module,                  # Module that is overwritten
     weights:"Mapping[str,Tensor]|str|Path", # See `read_weights`
