@@ -316,7 +316,7 @@ def step(self:PolicyTrainer,
     batch, returns = self._credit(batch)
     extra = {} if self.critic is None else {f"critic/{k}": float(v) for k, v in self.critic.step(batch, returns).items()}
     plan = [rows for e in range(self.epochs) for rows in self._minibatches(batch, e)]
-    mine = self._own(batch, _trained(batch))
+    mine = self._own(batch, _trained(batch)) if len(plan) > 1 or self.loss.kl_coef else None
     prox = self._shared(self.score(batch, micro=mine)) if len(plan) > 1 else None
     ref = self._shared(self.score(batch, self.ref_model, mine)) if self.loss.kl_coef else None
     self.n_steps += 1
