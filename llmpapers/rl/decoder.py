@@ -160,13 +160,12 @@ def read_in(self:Decoder,
 
 # %% ../../nbs/rl/19_decoder.ipynb #4d4d8a22
 def cut_rows(
-    n:list[int],      # Lengths of the rows, in the order of the block
-    worth:float=.75,  # Cut only if the work falls below this share
+    n:list[int], # Lengths of the rows, in the order of the block
 )->list[tuple[int,int,int]]: # (first row, row behind the last, width) of each part, one or two
-    "Where to cut rows in two parts, each as wide as its own longest row"
+    "Where to cut rows in two parts, each as wide as its own longest row; a quarter of the work has to fall away"
     R, tail = len(n), list(accumulate(reversed(n), max))[::-1]
     c = min(range(1, R + 1), key=lambda c: c*tail[0] + (R - c)*(tail[c] if c < R else 0))
-    if c == R or c*tail[0] + (R - c)*tail[c] > worth*R*tail[0]: return [(0, R, tail[0])]
+    if c == R or c*tail[0] + (R - c)*tail[c] > .75*R*tail[0]: return [(0, R, tail[0])]
     return [(0, c, tail[0]), (c, R, tail[c])]
 
 # %% ../../nbs/rl/19_decoder.ipynb #31e3d224
