@@ -1,4 +1,5 @@
 "Tiny language models: tokenizers, seeded weights, save and load, and the same numbers in a vLLM engine"
+
 import importlib.util, json, os, random, subprocess, sys
 from pathlib import Path
 
@@ -7,14 +8,25 @@ import torch
 from hypothesis import given, settings, strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmpapers.core.lm import (LM, TinyLMConfig, archs, char_tokenizer, encode_batch, load_lm, n_params, save_lm,
-                               tiny_lm, word_tokenizer)
+from llmpapers.core.lm import (
+    LM,
+    TinyLMConfig,
+    archs,
+    char_tokenizer,
+    encode_batch,
+    load_lm,
+    n_params,
+    save_lm,
+    tiny_lm,
+    word_tokenizer,
+)
 
 words = "so we now add take a b c d = + - : ; 0 1 2 3 4 5 6 7 8 9 answer".split()
 
 
 @pytest.fixture(scope="module")
-def tok(): return word_tokenizer(words)
+def tok():
+    return word_tokenizer(words)
 
 
 @settings(max_examples=100, deadline=None)
@@ -26,14 +38,24 @@ def test_char_round_trip(text):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from(" |;\n"), st.lists(st.sampled_from(["so", "we", "a", "<", "é", "--"]), min_size=1, max_size=20))
+@given(
+    st.sampled_from(" |;\n"),
+    st.lists(st.sampled_from(["so", "we", "a", "<", "é", "--"]), min_size=1, max_size=20),
+)
 def test_word_round_trip(sep, seq):
     t = word_tokenizer(["so", "we", "a", "<", "é", "--"], sep=sep)
     assert t.decode(t(sep.join(seq)).input_ids) == sep.join(seq)
     assert len(t(sep.join(seq)).input_ids) == len(seq)
 
 
-@pytest.mark.parametrize("make", [lambda: word_tokenizer(words), lambda: word_tokenizer(words, sep="|"), lambda: char_tokenizer("abc \n")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: word_tokenizer(words),
+        lambda: word_tokenizer(words, sep="|"),
+        lambda: char_tokenizer("abc \n"),
+    ],
+)
 def test_auto_tokenizer_round_trip(make, tmp_path):
     t = make()
     t.save_pretrained(tmp_path)
@@ -48,20 +70,23 @@ def test_auto_tokenizer_round_trip(make, tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_reload_is_bit_for_bit(arch, tied, tok, tmp_path):
     lm = load_lm(f"tiny-{arch}", tok, device="cpu", seed=3, tied=tied, layers=2)
-    folder = save_lm(lm, tmp_path/"m")
+    folder = save_lm(lm, tmp_path / "m")
     x = encode_batch(tok, ["so we now add a", "c = 8"])
     with torch.no_grad():
         ref = lm.model(**x).logits
         assert torch.equal(ref, load_lm(folder, device="cpu").model(**x).logits)
         assert torch.equal(ref, AutoModelForCausalLM.from_pretrained(folder)(**x).logits)
-    assert json.loads((folder/"config.json").read_text())["vocab_size"] == len(tok)
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == len(tok)
 
 
 def test_seed_decides_the_weights(tok):
-    torch.manual_seed(0); want = torch.rand(4)
-    torch.manual_seed(0); a = tiny_lm(tok, seed=1)
+    torch.manual_seed(0)
+    want = torch.rand(4)
+    torch.manual_seed(0)
+    a = tiny_lm(tok, seed=1)
     assert torch.equal(torch.rand(4), want)
-    torch.manual_seed(99); b = tiny_lm(tok, seed=1)
+    torch.manual_seed(99)
+    b = tiny_lm(tok, seed=1)
     c = tiny_lm(tok, seed=2)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     assert not all(torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters()))
@@ -70,22 +95,28 @@ def test_seed_decides_the_weights(tok):
 
 def test_save_is_atomic(tok, tmp_path, monkeypatch):
     old, new = (load_lm("tiny-qwen3", tok, device="cpu", seed=s, layers=1) for s in (0, 1))
-    folder = save_lm(old, tmp_path/"m")
+    folder = save_lm(old, tmp_path / "m")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    monkeypatch.setattr(type(new.tokenizer), "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"): save_lm(new, folder)
+    monkeypatch.setattr(
+        type(new.tokenizer),
+        "save_pretrained",
+        lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")),
+    )
+    with pytest.raises(OSError, match="disk full"):
+        save_lm(new, folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["m"]  # no half-written folder is left
     monkeypatch.undo()
     save_lm(new, folder)
-    assert (folder/"model.safetensors").read_bytes() != before["model.safetensors"]
+    assert (folder / "model.safetensors").read_bytes() != before["model.safetensors"]
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
 def test_save_refuses_other_folders(tok, tmp_path):
-    (tmp_path/"notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds no model"): save_lm(load_lm("tiny-qwen3", tok, layers=1), tmp_path)
-    assert (tmp_path/"notes.txt").read_text() == "mine"
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds no model"):
+        save_lm(load_lm("tiny-qwen3", tok, layers=1), tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_hub_id_without_network_says_what_to_do(tmp_path):
@@ -94,21 +125,38 @@ def test_hub_id_without_network_says_what_to_do(tmp_path):
     p = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert p.returncode == 1
     last = p.stderr.strip().splitlines()[-1]
-    assert last.startswith("RuntimeError: name:") and "hf download nobody/no-such-model" in last and "tiny-qwen3" in last
+    assert (
+        last.startswith("RuntimeError: name:")
+        and "hf download nobody/no-such-model" in last
+        and "tiny-qwen3" in last
+    )
 
 
 def test_a_given_tokenizer_must_fit(tok, tmp_path):
-    folder = save_lm(load_lm("tiny-qwen3", tok, layers=1), tmp_path/"m")
-    with pytest.raises(ValueError, match="tokenizer: has"): load_lm(folder, word_tokenizer(map(str, range(500))))
+    folder = save_lm(load_lm("tiny-qwen3", tok, layers=1), tmp_path / "m")
+    with pytest.raises(ValueError, match="tokenizer: has"):
+        load_lm(folder, word_tokenizer(map(str, range(500))))
 
 
-@pytest.mark.parametrize("field,value", [("arch", "rnn"), ("layers", 0), ("heads", 2.0), ("kv_heads", 3), ("width", True),
-                                         ("head_dim", -1), ("max_len", 0), ("dropout", 1.0)])
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("arch", "rnn"),
+        ("layers", 0),
+        ("heads", 2.0),
+        ("kv_heads", 3),
+        ("width", True),
+        ("head_dim", -1),
+        ("max_len", 0),
+        ("dropout", 1.0),
+    ],
+)
 def test_bad_sizes_name_the_field(field, value):
-    with pytest.raises(ValueError, match=f"^{field}:"): TinyLMConfig(**{field: value})
+    with pytest.raises(ValueError, match=f"^{field}:"):
+        TinyLMConfig(**{field: value})
 
 
-vllm_child = r'''
+vllm_child = r"""
 import json, os, sys
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind",
                   VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
@@ -124,29 +172,49 @@ for arch, folder in json.loads(sys.argv[1]).items():
                      logps=[[d[t].logprob for t, d in zip(r.outputs[0].token_ids, r.outputs[0].logprobs)] for r in res])
     del llm
 open(sys.argv[4], "w").write(json.dumps(out))
-'''
+"""
 
 
 @pytest.mark.xdist_group("vllm")
 @pytest.mark.timeout(600)
 def test_vllm_computes_the_same_numbers(tok, tmp_path):
-    if importlib.util.find_spec("vllm") is None: pytest.skip("vllm is not installed: the engine check is left out")
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed: the engine check is left out")
     probe = subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True, text=True)
-    if probe.returncode: pytest.skip(f"vllm cannot be imported: {probe.stderr.strip().splitlines()[-1]}")
-    lms = {a: load_lm(f"tiny-{a}", tok, device="cpu", seed=5, width=128, layers=2, max_len=128) for a in archs}
-    folders = {a: str(save_lm(lm, tmp_path/a)) for a, lm in lms.items()}
+    if probe.returncode:
+        pytest.skip(f"vllm cannot be imported: {probe.stderr.strip().splitlines()[-1]}")
+    lms = {
+        a: load_lm(f"tiny-{a}", tok, device="cpu", seed=5, width=128, layers=2, max_len=128)
+        for a in archs
+    }
+    folders = {a: str(save_lm(lm, tmp_path / a)) for a, lm in lms.items()}
     rnd = random.Random(0)
     prompts = [[rnd.randrange(4, len(tok)) for _ in range(n)] for n in (3, 7, 12, 30)]
-    out, text = tmp_path/"out.json", "so we now add"
+    out, text = tmp_path / "out.json", "so we now add"
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-    p = subprocess.run([sys.executable, "-c", vllm_child, json.dumps(folders), json.dumps(prompts), text, str(out)],
-                       env=env, capture_output=True, text=True)
+    p = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            vllm_child,
+            json.dumps(folders),
+            json.dumps(prompts),
+            text,
+            str(out),
+        ],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert p.returncode == 0, p.stderr[-4000:]
     for arch, res in json.loads(out.read_text()).items():
-        assert res["prompt"] == tok(text).input_ids      # vLLM reads our tokenizer from the folder
+        assert res["prompt"] == tok(text).input_ids  # vLLM reads our tokenizer from the folder
         for prompt, ids, logps in zip(prompts, res["ids"], res["logps"]):
-            with torch.no_grad(): z = lms[arch].model(torch.tensor([prompt + ids])).logits[0, len(prompt)-1:-1]
+            with torch.no_grad():
+                z = lms[arch].model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
             ref = z.log_softmax(-1)
             assert len(ids) == 16 and ref.argmax(-1).tolist() == ids, arch
-            assert (ref.gather(-1, torch.tensor(ids)[:, None])[:, 0] - torch.tensor(logps)).abs().max() < 1e-3, arch
+            assert (
+                ref.gather(-1, torch.tensor(ids)[:, None])[:, 0] - torch.tensor(logps)
+            ).abs().max() < 1e-3, arch
         assert ref.std() > 0.3  # the comparison is not between two flat distributions

@@ -1,4 +1,5 @@
 "The sample buffer under random operations: bound, no loss, no dead end, and the same future after a round trip through JSON"
+
 import json
 import math
 
@@ -8,20 +9,23 @@ from hypothesis import given, settings, strategies as st
 from llmpapers.rl.buffer import SampleBuffer
 from llmpapers.rl.types import Sample
 
-ALPHAS = [0, .5, 1, 1.5, 2, 3.25]
+ALPHAS = [0, 0.5, 1, 1.5, 2, 3.25]
 
 
-def make(n=2, version=0): return Sample([1], [2]*n, [True]*n, [-.1]*n, [version]*n, 1.)
+def make(n=2, version=0):
+    return Sample([1], [2] * n, [True] * n, [-0.1] * n, [version] * n, 1.0)
 
 
 class Run:
     "A buffer, what is out, and where every admitted group has gone"
-    def __init__(self, alpha, batch=3, size=2, on_stale='wait'):
+
+    def __init__(self, alpha, batch=3, size=2, on_stale="wait"):
         self.b = SampleBuffer(batch, alpha, size, on_stale)
         self.out, self.gone = [], {}
 
     def admit(self, _):
-        if self.b.capacity(): self.b.admit(dict(n=self.b.next_id))
+        if self.b.capacity():
+            self.b.admit(dict(n=self.b.next_id))
 
     def dispatch(self, x):
         if p := self.b.pending():
@@ -29,59 +33,91 @@ class Run:
             self.out.append((g.group_id, k, self.b.dispatch(g.group_id, k)))
 
     def commit(self, x):
-        if self.out: assert isinstance(self.b.commit(*self.out.pop(x % len(self.out)), make()), bool)
+        if self.out:
+            assert isinstance(self.b.commit(*self.out.pop(x % len(self.out)), make()), bool)
 
     def fail(self, x):
         if self.out:
             i, k, a = self.out.pop(x % len(self.out))
             known = i in self.b.groups
-            again = self.b.fail(i, k, a, 'planned')
-            if known and not again and i not in self.b.groups: self.gone[i] = 'quarantined'
+            again = self.b.fail(i, k, a, "planned")
+            if known and not again and i not in self.b.groups:
+                self.gone[i] = "quarantined"
 
     def late(self, x):
         "A result of an attempt that is over changes nothing"
-        before = json.dumps(self.b.state_dict()['groups'], sort_keys=True)
+        before = json.dumps(self.b.state_dict()["groups"], sort_keys=True)
         assert self.b.commit(x, 0, 10**6, make()) is False
-        assert json.dumps(self.b.state_dict()['groups'], sort_keys=True) == before
+        assert json.dumps(self.b.state_dict()["groups"], sort_keys=True) == before
 
     def drop(self, x):
         if self.b.groups and x % 5 == 0:
             i = sorted(self.b.groups)[x % len(self.b.groups)]
-            self.b.drop(i, 'equal rewards'); self.gone[i] = 'dropped'
+            self.b.drop(i, "equal rewards")
+            self.gone[i] = "dropped"
 
     def train(self, _):
         start = {i: e.version for i, e in self.b.groups.items()}
         got = self.b.take()
-        if got is None: return
-        assert len(got) == self.b.batch_size and [g.group_id for g in got] == sorted(g.group_id for g in got)
+        if got is None:
+            return
+        assert len(got) == self.b.batch_size and [g.group_id for g in got] == sorted(
+            g.group_id for g in got
+        )
         for g in got:
             assert self.b.version - start[g.group_id] <= math.ceil(self.b.async_ratio)
             assert g.group_id not in self.gone and all(isinstance(s, Sample) for s in g.samples)
-            self.gone[g.group_id] = 'trained'
+            self.gone[g.group_id] = "trained"
         self.b.publish()
 
     def check(self):
         b = self.b
         assert b.capacity() >= 0
-        assert set(range(b.next_id)) == set(self.gone) | set(b.groups) and not set(self.gone) & set(b.groups)
-        assert len(b.groups) <= (1 + math.ceil(b.async_ratio))*b.batch_size
-        assert b.consumed == sum(v == 'trained' for v in self.gone.values()) == b.version*b.batch_size
+        assert set(range(b.next_id)) == set(self.gone) | set(b.groups) and not set(self.gone) & set(
+            b.groups
+        )
+        assert len(b.groups) <= (1 + math.ceil(b.async_ratio)) * b.batch_size
+        assert (
+            b.consumed
+            == sum(v == "trained" for v in self.gone.values())
+            == b.version * b.batch_size
+        )
 
     def finish(self):
         "From here on nothing fails: everything outstanding must be trained or wait for a last partial batch"
         for _ in range(10_000):
-            if not self.b.groups: break
-            while self.b.pending(): self.dispatch(0)
-            while self.out: self.commit(0)
+            if not self.b.groups:
+                break
+            while self.b.pending():
+                self.dispatch(0)
+            while self.out:
+                self.commit(0)
             before = self.b.version
             self.train(0)
             if self.b.version == before:
-                if self.b.capacity(): self.admit(0)
-                else: raise AssertionError(f'stuck: {self.b.stats()}')
-            if self.b.version > 60: break
+                if self.b.capacity():
+                    self.admit(0)
+                else:
+                    raise AssertionError(f"stuck: {self.b.stats()}")
+            if self.b.version > 60:
+                break
 
 
-OPS = ('admit', 'admit', 'dispatch', 'dispatch', 'dispatch', 'commit', 'commit', 'commit', 'fail', 'late', 'drop', 'train', 'train')
+OPS = (
+    "admit",
+    "admit",
+    "dispatch",
+    "dispatch",
+    "dispatch",
+    "commit",
+    "commit",
+    "commit",
+    "fail",
+    "late",
+    "drop",
+    "train",
+    "train",
+)
 ops = st.lists(st.tuples(st.sampled_from(OPS), st.integers(0, 50)), max_size=250)
 
 
@@ -90,8 +126,10 @@ ops = st.lists(st.tuples(st.sampled_from(OPS), st.integers(0, 50)), max_size=250
 def test_bound_and_no_loss(alpha, batch, size, sequence):
     "Staleness is at most ceil(alpha), and every admitted group is in exactly one place"
     r = Run(alpha, batch, size)
-    for op, x in sequence: getattr(r, op)(x); r.check()
-    assert r.b.count['aborted'] == 0
+    for op, x in sequence:
+        getattr(r, op)(x)
+        r.check()
+    assert r.b.count["aborted"] == 0
 
 
 @settings(max_examples=80, deadline=None)
@@ -99,8 +137,10 @@ def test_bound_and_no_loss(alpha, batch, size, sequence):
 def test_no_dead_end(alpha, sequence):
     "From any reachable state the buffer goes on"
     r = Run(alpha)
-    for op, x in sequence: getattr(r, op)(x)
-    r.finish(); r.check()
+    for op, x in sequence:
+        getattr(r, op)(x)
+    r.finish()
+    r.check()
 
 
 @settings(max_examples=60, deadline=None)
@@ -108,13 +148,16 @@ def test_no_dead_end(alpha, sequence):
 def test_round_trip_continues_identically(alpha, first, second):
     "A buffer loaded from JSON behaves like the one that was saved, once what was out is pending again in both"
     r = Run(alpha)
-    for op, x in first: getattr(r, op)(x)
+    for op, x in first:
+        getattr(r, op)(x)
     state = json.loads(json.dumps(r.b.state_dict()))
     a, b = Run(alpha), Run(alpha)
-    a.b.load_state_dict(state); b.b.load_state_dict(json.loads(json.dumps(a.b.state_dict())))
+    a.b.load_state_dict(state)
+    b.b.load_state_dict(json.loads(json.dumps(a.b.state_dict())))
     a.gone, b.gone = dict(r.gone), dict(r.gone)
     for op, x in second:
-        getattr(a, op)(x); getattr(b, op)(x)
+        getattr(a, op)(x)
+        getattr(b, op)(x)
         assert a.b.state_dict() == b.b.state_dict()
     assert a.b.stats() == b.b.stats()
 
@@ -123,10 +166,11 @@ def test_round_trip_continues_identically(alpha, first, second):
 @given(st.sampled_from([1, 2, 3.25]), ops)
 def test_abort_bounds_too_and_keeps_every_prompt(alpha, sequence):
     "The paper's policy keeps the bound by starting groups again; prompts stay"
-    r = Run(alpha, on_stale='abort')
+    r = Run(alpha, on_stale="abort")
     prompts = {}
     for op, x in sequence:
-        getattr(r, op)(x); r.check()
+        getattr(r, op)(x)
+        r.check()
         prompts |= {i: e.prompt for i, e in r.b.groups.items()}
         assert all(e.prompt == dict(n=i) for i, e in r.b.groups.items())
 
@@ -136,29 +180,48 @@ def test_synchronous_loop():
     b = SampleBuffer(4)
     for v in range(5):
         assert b.capacity() == 4
-        for p in range(4): b.admit(p)
+        for p in range(4):
+            b.admit(p)
         assert b.capacity() == 0 and b.take() is None
-        for g, k in b.pending(): b.commit(g.group_id, k, b.dispatch(g.group_id, k), make())
-        assert [g.group_id for g in b.take()] == list(range(4*v, 4*v + 4)); b.publish()
-    assert b.stats()['staleness_max'] == 0
+        for g, k in b.pending():
+            b.commit(g.group_id, k, b.dispatch(g.group_id, k), make())
+        assert [g.group_id for g in b.take()] == list(range(4 * v, 4 * v + 4))
+        b.publish()
+    assert b.stats()["staleness_max"] == 0
 
 
 def test_partial_batch_ends_the_data():
     b = SampleBuffer(4, 1)
-    for p in range(3): b.admit(p)
-    for g, k in b.pending(): b.commit(g.group_id, k, b.dispatch(g.group_id, k), make())
+    for p in range(3):
+        b.admit(p)
+    for g, k in b.pending():
+        b.commit(g.group_id, k, b.dispatch(g.group_id, k), make())
     assert b.take() is None and len(b.take(partial=True)) == 3
 
 
-@pytest.mark.parametrize('kw,word', [(dict(batch_size=0), 'batch_size'), (dict(batch_size=2, group_size=0), 'group_size'), (dict(batch_size=2, async_ratio=-1), 'async_ratio'),
-                                     (dict(batch_size=2, async_ratio=float('nan')), 'async_ratio'), (dict(batch_size=2, on_stale='drop'), 'on_stale')])
+@pytest.mark.parametrize(
+    "kw,word",
+    [
+        (dict(batch_size=0), "batch_size"),
+        (dict(batch_size=2, group_size=0), "group_size"),
+        (dict(batch_size=2, async_ratio=-1), "async_ratio"),
+        (dict(batch_size=2, async_ratio=float("nan")), "async_ratio"),
+        (dict(batch_size=2, on_stale="drop"), "on_stale"),
+    ],
+)
 def test_bad_arguments(kw, word):
-    with pytest.raises(ValueError, match=word): SampleBuffer(**kw)
+    with pytest.raises(ValueError, match=word):
+        SampleBuffer(**kw)
 
 
 def test_operations_out_of_order():
     b = SampleBuffer(1)
-    with pytest.raises(RuntimeError, match='no batch'): b.publish()
-    b.admit(0); b.commit(0, 0, b.dispatch(0, 0), make()); b.take()
-    with pytest.raises(RuntimeError, match='not been published'): b.take()
-    with pytest.raises(ValueError, match='not outstanding'): b.drop(0, 'x')
+    with pytest.raises(RuntimeError, match="no batch"):
+        b.publish()
+    b.admit(0)
+    b.commit(0, 0, b.dispatch(0, 0), make())
+    b.take()
+    with pytest.raises(RuntimeError, match="not been published"):
+        b.take()
+    with pytest.raises(ValueError, match="not outstanding"):
+        b.drop(0, "x")

@@ -1,41 +1,75 @@
 "Rollout engines: schedules do not matter, versions cover every token, weights arrive whole or not at all"
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from llmpapers.core.lm import TinyLMConfig, tiny_lm, word_tokenizer
 from llmpapers.rl.decoder import why_not
-from llmpapers.rl.engines import HFEngine, ScriptedEngine, WeightSyncError, check_sync, generate, probe_ids, sample_tokens
+from llmpapers.rl.engines import (
+    HFEngine,
+    ScriptedEngine,
+    WeightSyncError,
+    check_sync,
+    generate,
+    probe_ids,
+    sample_tokens,
+)
 from llmpapers.rl.logprobs import token_logprobs
 from llmpapers.rl.types import Request, SamplingConfig
 
-tok = word_tokenizer([*'abcdefghij', 'end'])
-end = tok('end').input_ids[0]
-models = [tiny_lm(tok, TinyLMConfig(arch=a, layers=2, width=32, head_dim=16, max_len=64), seed=i) for i, a in enumerate(('qwen3', 'gpt_neox', 'qwen3'))]
+tok = word_tokenizer([*"abcdefghij", "end"])
+end = tok("end").input_ids[0]
+models = [
+    tiny_lm(tok, TinyLMConfig(arch=a, layers=2, width=32, head_dim=16, max_len=64), seed=i)
+    for i, a in enumerate(("qwen3", "gpt_neox", "qwen3"))
+]
 
 
-def requests(lengths, seed=0, new=10, temperature=1.):
+def requests(lengths, seed=0, new=10, temperature=1.0):
     g = torch.Generator().manual_seed(seed)
     sc = SamplingConfig(new, temperature, (end,), seed)
-    return [Request(f'r{i}', torch.randint(4, len(tok), (n,), generator=g).tolist(), sc) for i, n in enumerate(lengths)]
+    return [
+        Request(f"r{i}", torch.randint(4, len(tok), (n,), generator=g).tolist(), sc)
+        for i, n in enumerate(lengths)
+    ]
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(1, 5), st.booleans(), st.integers(0, 3), st.sampled_from([0, 1]), st.sampled_from([None, False]))
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=8),
+    st.integers(1, 5),
+    st.booleans(),
+    st.integers(0, 3),
+    st.sampled_from([0, 1]),
+    st.sampled_from([None, False]),
+)
 def test_schedule_does_not_matter(lengths, max_active, cache, late, which, decoder):
     "Batch size, cache, late requests and an abort with resume leave tokens as they are and log-probabilities within 1e-5"
     rs = requests(lengths)
-    want = {c.request_id: c for r in rs for c in generate(HFEngine(models[which], use_cache=False), [r])}
+    want = {
+        c.request_id: c for r in rs for c in generate(HFEngine(models[which], use_cache=False), [r])
+    }
     e = HFEngine(models[which], max_active=max_active, use_cache=cache, use_decoder=decoder)
     got = {}
     for i, r in enumerate(rs):
         e.add(r)
-        for _ in range(late): got |= {c.request_id: c for c in e.step()}
+        for _ in range(late):
+            got |= {c.request_id: c for c in e.step()}
     parts = {c.request_id: c for c in e.abort()}
     assert e.num_active == 0
     for r in rs:
-        if r.request_id in parts: e.add(Request(r.request_id, r.prompt_ids, r.sampling, parts[r.request_id] if parts[r.request_id].token_ids else None))
-    while e.num_active: got |= {c.request_id: c for c in e.step()}
+        if r.request_id in parts:
+            e.add(
+                Request(
+                    r.request_id,
+                    r.prompt_ids,
+                    r.sampling,
+                    parts[r.request_id] if parts[r.request_id].token_ids else None,
+                )
+            )
+    while e.num_active:
+        got |= {c.request_id: c for c in e.step()}
     for k, w in want.items():
         assert got[k].token_ids == w.token_ids and got[k].finish_reason == w.finish_reason
         assert max(abs(a - b) for a, b in zip(got[k].logprobs, w.logprobs)) < 1e-5
@@ -47,39 +81,52 @@ def test_weights_in_the_middle(first, second, cache):
     "Each token has the log-probability of the version it carries, with a cache and without"
     e = HFEngine(models[0], use_cache=cache, copy_model=True)
     rs = requests([1, 5, 9])
-    for r in rs: e.add(r)
+    for r in rs:
+        e.add(r)
     done = []
     for v, steps in ((1, first), (2, second)):
-        for _ in range(steps): done += e.step()
+        for _ in range(steps):
+            done += e.step()
         e.load_weights(models[2 if v == 1 else 0].state_dict(), v)
-    while e.num_active: done += e.step()
+    while e.num_active:
+        done += e.step()
     of = {0: models[0], 1: models[2], 2: models[0]}
     by = {r.request_id: r for r in rs}
     for c in done:
         ids = torch.tensor([by[c.request_id].prompt_ids + c.token_ids])
         for v, a, b in c.versions:
-            with torch.no_grad(): lp = token_logprobs(of[v](input_ids=ids).logits, ids)[0, len(by[c.request_id].prompt_ids):]
+            with torch.no_grad():
+                lp = token_logprobs(of[v](input_ids=ids).logits, ids)[
+                    0, len(by[c.request_id].prompt_ids) :
+                ]
             assert (lp[a:b] - torch.tensor(c.logprobs[a:b])).abs().max() < 1e-5
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(2, 50), st.floats(0, .9999), st.floats(.1, 3), st.integers(0, 99))
+@given(st.integers(2, 50), st.floats(0, 0.9999), st.floats(0.1, 3), st.integers(0, 99))
 def test_inversion(V, u, temperature, seed):
-    z = torch.randn(1, V, generator=torch.Generator().manual_seed(seed))*3
+    z = torch.randn(1, V, generator=torch.Generator().manual_seed(seed)) * 3
     i, lp = sample_tokens(z, torch.tensor([u]), torch.tensor([temperature]))
-    p = (z[0].double()/temperature).softmax(-1); cdf = p.cumsum(-1)
+    p = (z[0].double() / temperature).softmax(-1)
+    cdf = p.cumsum(-1)
     k = int(i)
-    assert cdf[k] > u - 1e-6 and (k == 0 or cdf[k-1] <= u + 1e-6) and abs(lp.item() - p[k].log().item()) < 1e-4
+    assert (
+        cdf[k] > u - 1e-6
+        and (k == 0 or cdf[k - 1] <= u + 1e-6)
+        and abs(lp.item() - p[k].log().item()) < 1e-4
+    )
 
 
 def test_tokens_without_mass_are_never_drawn():
-    z = torch.tensor([[-1e9, 0., -1e9, 0.]]).expand(1001, -1)
+    z = torch.tensor([[-1e9, 0.0, -1e9, 0.0]]).expand(1001, -1)
     ids, _ = sample_tokens(z, torch.linspace(0, 1 - 1e-7, 1001), torch.ones(1001))
     assert set(ids.tolist()) == {1, 3}
 
 
 def test_greedy_needs_no_seed():
-    a, b = (generate(HFEngine(models[0]), requests([3, 4], seed=5, temperature=0.)) for _ in range(2))
+    a, b = (
+        generate(HFEngine(models[0]), requests([3, 4], seed=5, temperature=0.0)) for _ in range(2)
+    )
     assert [c.token_ids for c in a] == [c.token_ids for c in b]
 
 
@@ -87,29 +134,43 @@ def test_errors_name_the_argument():
     e = HFEngine(models[0])
     r = requests([3])[0]
     e.add(r)
-    with pytest.raises(ValueError, match='request_id'): e.add(r)
-    with pytest.raises(ValueError, match='64'): e.add(Request('long', [4]*60, SamplingConfig(5)))
-    with pytest.raises(ValueError, match='active requests'): generate(e, [r])
-    with pytest.raises(ValueError, match='max_active'): HFEngine(models[0], max_active=0)
-    with pytest.raises(ValueError, match='missing'): HFEngine(models[0], copy_model=True).load_weights({}, 1)
-    w = dict(models[0].state_dict()); k = next(iter(w)); w[k] = w[k][:-1]
-    with pytest.raises(ValueError, match='shape'): HFEngine(models[0], copy_model=True).load_weights(w, 1)
-    with pytest.raises(ValueError, match='safetensors'): HFEngine(models[0]).load_weights('/nowhere', 1)
+    with pytest.raises(ValueError, match="request_id"):
+        e.add(r)
+    with pytest.raises(ValueError, match="64"):
+        e.add(Request("long", [4] * 60, SamplingConfig(5)))
+    with pytest.raises(ValueError, match="active requests"):
+        generate(e, [r])
+    with pytest.raises(ValueError, match="max_active"):
+        HFEngine(models[0], max_active=0)
+    with pytest.raises(ValueError, match="missing"):
+        HFEngine(models[0], copy_model=True).load_weights({}, 1)
+    w = dict(models[0].state_dict())
+    k = next(iter(w))
+    w[k] = w[k][:-1]
+    with pytest.raises(ValueError, match="shape"):
+        HFEngine(models[0], copy_model=True).load_weights(w, 1)
+    with pytest.raises(ValueError, match="safetensors"):
+        HFEngine(models[0]).load_weights("/nowhere", 1)
 
 
 def test_half_loaded_weights_leave_the_old_ones():
     e = HFEngine(models[0], copy_model=True)
     before = {k: v.clone() for k, v in e.model.state_dict().items()}
-    w = dict(models[2].state_dict()); w['unknown'] = torch.zeros(1)
-    with pytest.raises(ValueError, match='unknown'): e.load_weights(w, 1)
-    assert all(torch.equal(before[k], v) for k, v in e.model.state_dict().items()) and e.version == 0
+    w = dict(models[2].state_dict())
+    w["unknown"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="unknown"):
+        e.load_weights(w, 1)
+    assert (
+        all(torch.equal(before[k], v) for k, v in e.model.state_dict().items()) and e.version == 0
+    )
 
 
 def test_probe_notices_other_weights():
     ids = probe_ids(len(tok))
     want = HFEngine(models[0]).logprobs(ids)
     assert check_sync(HFEngine(models[0], copy_model=True), want, ids) == 0
-    with pytest.raises(WeightSyncError, match='did not arrive'): check_sync(HFEngine(models[2]), want, ids)
+    with pytest.raises(WeightSyncError, match="did not arrive"):
+        check_sync(HFEngine(models[2]), want, ids)
 
 
 def test_scripted_engine_keeps_its_script():
@@ -120,27 +181,41 @@ def test_scripted_engine_keeps_its_script():
 
 def test_a_pass_leaves_the_attention_of_a_shared_model_alone():
     "The engine switches attention for its passes only, also when one fails, and not at all for eager models"
-    m = models[0]; e = HFEngine(m, use_cache=True, use_decoder=False)
-    for r in requests([2, 6]): e.add(r)
-    e.step(); e.step()
-    assert m.config._attn_implementation == 'sdpa'
+    m = models[0]
+    e = HFEngine(m, use_cache=True, use_decoder=False)
+    for r in requests([2, 6]):
+        e.add(r)
+    e.step()
+    e.step()
+    assert m.config._attn_implementation == "sdpa"
     inside = []
-    hook = m.register_forward_pre_hook(lambda *a: inside.append(m.config._attn_implementation) or 1/0)
+    hook = m.register_forward_pre_hook(
+        lambda *a: inside.append(m.config._attn_implementation) or 1 / 0
+    )
     try:
-        with pytest.raises(ZeroDivisionError): e.step()
-    finally: hook.remove()
-    assert inside == ['llmpapers_grouped'] and m.config._attn_implementation == 'sdpa'
-    eager = tiny_lm(tok, TinyLMConfig(layers=2, width=32, head_dim=16, max_len=64), seed=0, attn_implementation='eager')
+        with pytest.raises(ZeroDivisionError):
+            e.step()
+    finally:
+        hook.remove()
+    assert inside == ["llmpapers_grouped"] and m.config._attn_implementation == "sdpa"
+    eager = tiny_lm(
+        tok,
+        TinyLMConfig(layers=2, width=32, head_dim=16, max_len=64),
+        seed=0,
+        attn_implementation="eager",
+    )
     seen = []
     eager.register_forward_pre_hook(lambda *a: seen.append(eager.config._attn_implementation))
     rs = requests([2, 6, 1])
-    assert [c.token_ids for c in generate(HFEngine(eager, use_cache=True), rs)] == [c.token_ids for c in generate(HFEngine(m, use_cache=True), rs)]
-    assert set(seen) == {'eager'}
+    assert [c.token_ids for c in generate(HFEngine(eager, use_cache=True), rs)] == [
+        c.token_ids for c in generate(HFEngine(m, use_cache=True), rs)
+    ]
+    assert set(seen) == {"eager"}
 
 
 def test_decoder_is_used_where_it_can_be_and_hooks_are_not_lost():
     "Qwen is written out, GPT-NeoX is not, and a hook set later is called from the next batch on"
-    assert why_not(models[0]) is None and 'GPTNeoX' in why_not(models[1])
+    assert why_not(models[0]) is None and "GPTNeoX" in why_not(models[1])
     m = tiny_lm(tok, TinyLMConfig(layers=2, width=32, head_dim=16, max_len=64), seed=0)
     rs, e = requests([2, 6, 1]), HFEngine(m, use_cache=True)
     first = generate(e, rs)
@@ -150,32 +225,46 @@ def test_decoder_is_used_where_it_can_be_and_hooks_are_not_lost():
     second = generate(e, rs)
     assert e.decoder is None and seen
     assert [c.token_ids for c in first] == [c.token_ids for c in second]
-    with pytest.raises(ValueError, match='use_decoder: .* has a hook'): HFEngine(m, use_cache=True, use_decoder=True)
-    neox = HFEngine(models[1], use_cache=True); generate(neox, rs)
+    with pytest.raises(ValueError, match="use_decoder: .* has a hook"):
+        HFEngine(m, use_cache=True, use_decoder=True)
+    neox = HFEngine(models[1], use_cache=True)
+    generate(neox, rs)
     assert neox.decoder is None
 
 
-@pytest.mark.parametrize('told', [True, False])
+@pytest.mark.parametrize("told", [True, False])
 def test_decoder_sees_weights_that_change_in_place(told):
     "A trainer changes the shared module: seen at once after `load_weights(None)`, otherwise from the next batch on"
     m = tiny_lm(tok, TinyLMConfig(layers=2, width=32, head_dim=16, max_len=64), seed=0)
     rs, e = requests([2, 6, 1]), HFEngine(m, use_cache=True)
     generate(e, rs)
     if told:
-        for r in rs: e.add(r)
+        for r in rs:
+            e.add(r)
         early = {c.request_id: c for _ in range(3) for c in e.step()}
     with torch.no_grad():
-        for a, b in zip(m.parameters(), models[2].parameters()): a.copy_(b)
+        for a, b in zip(m.parameters(), models[2].parameters()):
+            a.copy_(b)
     if told:
         e.load_weights(None, 1)
         got = early | {c.request_id: c for _ in range(20) for c in e.step()}
         with torch.no_grad():
             for r in rs:
-                ids = torch.tensor([r.prompt_ids + got[r.request_id].token_ids]); n = len(r.prompt_ids)
-                lp = [token_logprobs(models[k](input_ids=ids).logits, ids)[0, n:].tolist() for k in (0, 2)]
-                for t, (v, x) in enumerate(zip(got[r.request_id].token_versions(), got[r.request_id].logprobs)): assert abs(lp[v][t] - x) < 1e-5
+                ids = torch.tensor([r.prompt_ids + got[r.request_id].token_ids])
+                n = len(r.prompt_ids)
+                lp = [
+                    token_logprobs(models[k](input_ids=ids).logits, ids)[0, n:].tolist()
+                    for k in (0, 2)
+                ]
+                for t, (v, x) in enumerate(
+                    zip(got[r.request_id].token_versions(), got[r.request_id].logprobs)
+                ):
+                    assert abs(lp[v][t] - x) < 1e-5
         assert any(1 in c.token_versions() for c in got.values())
-    else: assert [c.token_ids for c in generate(e, rs)] == [c.token_ids for c in generate(HFEngine(models[2], use_cache=True), rs)]
+    else:
+        assert [c.token_ids for c in generate(e, rs)] == [
+            c.token_ids for c in generate(HFEngine(models[2], use_cache=True), rs)
+        ]
 
 
 def test_memory_of_the_block_is_kept_and_wiped_of_meaning():
@@ -184,5 +273,7 @@ def test_memory_of_the_block_is_kept_and_wiped_of_meaning():
     generate(e, requests([12, 9, 11, 3], seed=1))
     where = e.block.layers[0].keys.data_ptr()
     rs = requests([4, 1, 7])
-    assert [c.token_ids for c in generate(e, rs)] == [c.token_ids for c in generate(HFEngine(models[0], use_cache=False), rs)]
+    assert [c.token_ids for c in generate(e, rs)] == [
+        c.token_ids for c in generate(HFEngine(models[0], use_cache=False), rs)
+    ]
     assert e.block.layers[0].keys.data_ptr() == where

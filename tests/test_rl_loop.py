@@ -1,4 +1,5 @@
 "The asynchronous controller: equal to the synchronous loop at ratio 0, bounded, lossless, and clear about faults"
+
 import asyncio
 import json
 import math
@@ -20,51 +21,87 @@ from llmpapers.rl.losses import PolicyLossConfig
 from llmpapers.rl.trainer import PolicyTrainer
 from llmpapers.rl.types import Completion, Sample, SamplingConfig
 
-tok = word_tokenizer([*'abcdefgh'])
+tok = word_tokenizer([*"abcdefgh"])
 
 
-def source(i): return 'abcdefgh'[i % 8]
-def reward(prompt, response, info): return sum(w == prompt for w in response.split())/3
+def source(i):
+    return "abcdefgh"[i % 8]
+
+
+def reward(prompt, response, info):
+    return sum(w == prompt for w in response.split()) / 3
 
 
 rollout = SingleTurn(tok, reward, SamplingConfig(3, seed=0))
 
 
-def make(copy_model=True, loss='ppo'):
+def make(copy_model=True, loss="ppo"):
     m = tiny_lm(tok, TinyLMConfig(layers=1, width=16, head_dim=8, max_len=16), 0)
-    return PolicyTrainer(m, torch.optim.AdamW(m.parameters(), lr=3e-3), PolicyLossConfig(loss)), HFEngine(m, max_active=256, copy_model=copy_model)
+    return PolicyTrainer(
+        m, torch.optim.AdamW(m.parameters(), lr=3e-3), PolicyLossConfig(loss)
+    ), HFEngine(m, max_active=256, copy_model=copy_model)
 
 
 class Fake:
     "A trainer without a model"
-    def __init__(self, act=lambda n: {}): self.n, self.act = 0, act
-    def step(self, batch): self.n += 1; return self.act(self.n) or {}
-    def weights(self): return {}
-    def state_dict(self): return dict(model={}, counters=dict(n=self.n))
-    def load_state_dict(self, state): self.n = state['counters']['n']
+
+    def __init__(self, act=lambda n: {}):
+        self.n, self.act = 0, act
+
+    def step(self, batch):
+        self.n += 1
+        return self.act(self.n) or {}
+
+    def weights(self):
+        return {}
+
+    def state_dict(self):
+        return dict(model={}, counters=dict(n=self.n))
+
+    def load_state_dict(self, state):
+        self.n = state["counters"]["n"]
 
 
-def speak(times=lambda g, k: 0., fail=lambda g, k, a: False):
+def speak(times=lambda g, k: 0.0, fail=lambda g, k, a: False):
     async def play(client, group, index):
         c = await client.generate([4], SamplingConfig(2))
         await asyncio.sleep(times(group.group_id, index))
-        if fail(group.group_id, index, group.attempt): raise ValueError(f'planned {group.group_id}')
-        return Sample([4], c.token_ids, [True]*len(c.token_ids), c.logprobs, c.token_versions(), float(index))
+        if fail(group.group_id, index, group.attempt):
+            raise ValueError(f"planned {group.group_id}")
+        return Sample(
+            [4],
+            c.token_ids,
+            [True] * len(c.token_ids),
+            c.logprobs,
+            c.token_versions(),
+            float(index),
+        )
+
     return play
 
 
 def controller(play, trainer, buffer, source=lambda i: i, slots=64, **kw):
-    return AsyncController(source, play, trainer, InProcessPool(ScriptedEngine(lambda r: r.sampling.max_new_tokens), slots), buffer, **kw)
+    return AsyncController(
+        source,
+        play,
+        trainer,
+        InProcessPool(ScriptedEngine(lambda r: r.sampling.max_new_tokens), slots),
+        buffer,
+        **kw,
+    )
 
 
-@pytest.mark.parametrize('loss', ['reinforce', 'ppo', 'decoupled_ppo', 'tis'])
+@pytest.mark.parametrize("loss", ["reinforce", "ppo", "decoupled_ppo", "tis"])
 def test_ratio_zero_is_the_synchronous_loop(loss):
     a, e = make(False, loss)
     train_sync(e, source, rollout, a, 3, batch_size=4, group_size=4)
     b, e = make(True, loss)
-    c = AsyncController(source, rollout, b, InProcessPool(e, 256), SampleBuffer(4, 0., 4))
+    c = AsyncController(source, rollout, b, InProcessPool(e, 256), SampleBuffer(4, 0.0, 4))
     c.run(3)
-    assert all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values())
+    )
     assert c.trained == list(range(12))
 
 
@@ -72,95 +109,159 @@ def test_ratio_zero_is_the_synchronous_loop(loss):
 @given(st.integers(0, 10**6))
 def test_completion_order_does_not_matter(seed):
     rnd = random.Random(seed)
+
     class Jitter(SingleTurn):
         async def __call__(self, client, group, index):
             s = await super().__call__(client, group, index)
-            await asyncio.sleep(rnd.random()*.01)
+            await asyncio.sleep(rnd.random() * 0.01)
             return s
+
     def run(roll):
         t, e = make()
-        AsyncController(source, roll, t, InProcessPool(e, 256), SampleBuffer(3, 0., 2)).run(2)
+        AsyncController(source, roll, t, InProcessPool(e, 256), SampleBuffer(3, 0.0, 2)).run(2)
         return t.weights()
+
     a, b = run(rollout), run(Jitter(tok, reward, rollout.sampling))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.sampled_from([0, .5, 1, 1.5, 2, 3.25]), st.integers(0, 999), st.sampled_from(['keep', 'abort', 'wait']))
+@given(
+    st.sampled_from([0, 0.5, 1, 1.5, 2, 3.25]),
+    st.integers(0, 999),
+    st.sampled_from(["keep", "abort", "wait"]),
+)
 def test_bound_and_no_loss_under_delays(alpha, seed, mode):
     rnd = random.Random(seed)
     delay = {}
-    times = lambda g, k: delay.setdefault((g, k), rnd.lognormvariate(-6.5, 1.5) if rnd.random() < .9 else .05)
+    times = lambda g, k: delay.setdefault(
+        (g, k), rnd.lognormvariate(-6.5, 1.5) if rnd.random() < 0.9 else 0.05
+    )
     seen = []
+
     class Watch(Fake):
         def step(self, batch):
-            seen.append((self.n, batch.versions.tolist(), batch.token_versions[batch.response_mask].tolist())); return super().step(batch)
+            seen.append(
+                (
+                    self.n,
+                    batch.versions.tolist(),
+                    batch.token_versions[batch.response_mask].tolist(),
+                )
+            )
+            return super().step(batch)
+
     c = controller(speak(times), Watch(), SampleBuffer(3, alpha, 2), slots=7, sync_mode=mode)
     c.run(8)
-    assert sorted(c.trained) == list(range(24)) and c.buffer.staleness[2] <= math.ceil(alpha) and c.buffer.stats()['failures'] == 0
-    for v, starts, tokens in seen: assert min(starts) >= v - math.ceil(alpha) and max(tokens) <= v and min(tokens) >= min(starts)
+    assert (
+        sorted(c.trained) == list(range(24))
+        and c.buffer.staleness[2] <= math.ceil(alpha)
+        and c.buffer.stats()["failures"] == 0
+    )
+    for v, starts, tokens in seen:
+        assert (
+            min(starts) >= v - math.ceil(alpha) and max(tokens) <= v and min(tokens) >= min(starts)
+        )
 
 
 def test_a_member_that_fails_once_is_repeated_and_one_that_always_fails_is_set_aside(tmp_path):
     fail = lambda g, k, a: (g == 2 and a == 0) or (g == 5 and k == 1)
-    c = controller(speak(fail=fail), Fake(), SampleBuffer(4, 1., 2), source=list(range(12)), checkpoint=tmp_path)
+    c = controller(
+        speak(fail=fail),
+        Fake(),
+        SampleBuffer(4, 1.0, 2),
+        source=list(range(12)),
+        checkpoint=tmp_path,
+    )
     c.run(3)
-    assert sorted(c.trained) == [i for i in range(12) if i != 5] and [f['group_id'] for f in c.failed] == [5]
-    line = json.loads((tmp_path/'failed.jsonl').read_text().splitlines()[0])
-    assert line['group_id'] == 5 and 'planned 5' in line['error'] and 'Traceback' in line['error']
+    assert sorted(c.trained) == [i for i in range(12) if i != 5] and [
+        f["group_id"] for f in c.failed
+    ] == [5]
+    line = json.loads((tmp_path / "failed.jsonl").read_text().splitlines()[0])
+    assert line["group_id"] == 5 and "planned 5" in line["error"] and "Traceback" in line["error"]
 
 
 def test_too_many_failures_stop_the_run():
-    with pytest.raises(RuntimeError, match='failed 3 times within one batch; the last: ValueError: planned'):
-        controller(speak(fail=lambda g, k, a: True), Fake(), SampleBuffer(4, 1.)).run(3)
+    with pytest.raises(
+        RuntimeError, match="failed 3 times within one batch; the last: ValueError: planned"
+    ):
+        controller(speak(fail=lambda g, k, a: True), Fake(), SampleBuffer(4, 1.0)).run(3)
 
 
 def test_a_broken_engine_stops_the_run():
-    c = AsyncController(lambda i: i, speak(), Fake(), InProcessPool(ScriptedEngine(lambda r: 1//0)), SampleBuffer(2))
-    with pytest.raises(RolloutPoolError, match='ZeroDivisionError'): c.run(1)
+    c = AsyncController(
+        lambda i: i,
+        speak(),
+        Fake(),
+        InProcessPool(ScriptedEngine(lambda r: 1 // 0)),
+        SampleBuffer(2),
+    )
+    with pytest.raises(RolloutPoolError, match="ZeroDivisionError"):
+        c.run(1)
 
 
 def test_a_trainer_that_raises_stops_the_run():
-    def boom(n): raise FloatingPointError('loss is not finite')
-    with pytest.raises(FloatingPointError, match='loss'): controller(speak(), Fake(boom), SampleBuffer(2, 1.)).run(3)
+    def boom(n):
+        raise FloatingPointError("loss is not finite")
+
+    with pytest.raises(FloatingPointError, match="loss"):
+        controller(speak(), Fake(boom), SampleBuffer(2, 1.0)).run(3)
 
 
 def test_filtered_groups_free_their_places():
     keep = lambda g: g.group_id % 3 != 0
-    c = controller(speak(), Fake(), SampleBuffer(4, 1., 2), group_filter=keep)
+    c = controller(speak(), Fake(), SampleBuffer(4, 1.0, 2), group_filter=keep)
     c.run(4)
-    assert len(c.trained) == 16 and all(i % 3 for i in c.trained) and c.buffer.count['dropped/filtered'] > 0
+    assert (
+        len(c.trained) == 16
+        and all(i % 3 for i in c.trained)
+        and c.buffer.count["dropped/filtered"] > 0
+    )
 
 
 def test_nothing_passes_for_a_while_then_it_goes_on():
-    c = controller(speak(), Fake(), SampleBuffer(2, 1.), group_filter=lambda g: g.group_id >= 10)
+    c = controller(speak(), Fake(), SampleBuffer(2, 1.0), group_filter=lambda g: g.group_id >= 10)
     c.run(2)
     assert len(c.trained) == 4 and min(c.trained) >= 10
 
 
 def test_nothing_ever_passes():
-    with warnings.catch_warnings(record=True) as w, pytest.raises(RuntimeError, match='rejected 100 batches'):
-        warnings.simplefilter('always')
-        controller(speak(), Fake(), SampleBuffer(2, 1.), group_filter=lambda g: False).run(1)
-    assert sum('groups rejected' in str(x.message) for x in w) >= 9
+    with (
+        warnings.catch_warnings(record=True) as w,
+        pytest.raises(RuntimeError, match="rejected 100 batches"),
+    ):
+        warnings.simplefilter("always")
+        controller(speak(), Fake(), SampleBuffer(2, 1.0), group_filter=lambda g: False).run(1)
+    assert sum("groups rejected" in str(x.message) for x in w) >= 9
 
 
 def test_the_end_of_the_data():
-    c = controller(speak(), Fake(), SampleBuffer(4, 2.), source=list(range(10)))
+    c = controller(speak(), Fake(), SampleBuffer(4, 2.0), source=list(range(10)))
     c.run(100)
-    assert sorted(c.trained) == list(range(10)) and [r['step'] for r in c.rows] == [1, 2, 3]
+    assert sorted(c.trained) == list(range(10)) and [r["step"] for r in c.rows] == [1, 2, 3]
 
 
-@pytest.mark.parametrize('alpha', [0., 1., 2.])
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0])
 def test_stop_and_resume_trains_each_prompt_once(tmp_path, alpha):
     out = []
     for stop_at in (2, 4, None):
         t = Fake()
-        c = controller(speak(lambda g, k: .002*(g % 5)), t, SampleBuffer(3, alpha, 2), source=list(range(30)), checkpoint=tmp_path, slots=5)
+        c = controller(
+            speak(lambda g, k: 0.002 * (g % 5)),
+            t,
+            SampleBuffer(3, alpha, 2),
+            source=list(range(30)),
+            checkpoint=tmp_path,
+            slots=5,
+        )
         if stop_at:
-            c.eval_fn, c.eval_every = (lambda tr: (_ for _ in ()).throw(OSError('power cut')) if tr.n == stop_at else {}), 1
-            with pytest.raises(OSError, match='power cut'): c.run(10)
-        else: c.run(10)
+            c.eval_fn, c.eval_every = (
+                (lambda tr: (_ for _ in ()).throw(OSError("power cut")) if tr.n == stop_at else {}),
+                1,
+            )
+            with pytest.raises(OSError, match="power cut"):
+                c.run(10)
+        else:
+            c.run(10)
         out += c.trained
     assert sorted(out) == list(range(30)) and t.n == 10
 
@@ -168,92 +269,169 @@ def test_stop_and_resume_trains_each_prompt_once(tmp_path, alpha):
 def test_resume_equals_the_run_that_was_not_interrupted(tmp_path):
     def run(folder, stop_at=None):
         t, e = make()
+
         def check(tr):
-            if tr.n_steps == stop_at: raise OSError('power cut')
+            if tr.n_steps == stop_at:
+                raise OSError("power cut")
             return {}
-        c = AsyncController(source, rollout, t, InProcessPool(e, 256), SampleBuffer(3, 0., 4), checkpoint=folder, eval_fn=check, eval_every=1)
-        try: c.run(5)
-        except OSError: pass
+
+        c = AsyncController(
+            source,
+            rollout,
+            t,
+            InProcessPool(e, 256),
+            SampleBuffer(3, 0.0, 4),
+            checkpoint=folder,
+            eval_fn=check,
+            eval_every=1,
+        )
+        try:
+            c.run(5)
+        except OSError:
+            pass
         return t
-    whole = run(tmp_path/'a'); run(tmp_path/'b', 2)
-    again = run(tmp_path/'b')
-    assert all(torch.equal(x, y) for x, y in zip(whole.model.state_dict().values(), again.model.state_dict().values()))
+
+    whole = run(tmp_path / "a")
+    run(tmp_path / "b", 2)
+    again = run(tmp_path / "b")
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(whole.model.state_dict().values(), again.model.state_dict().values())
+    )
 
 
 def test_overlap_needs_a_copy_and_other_bad_input():
     t, e = make(False)
-    with pytest.raises(ValueError, match='copy_model=True'): AsyncController(source, rollout, t, InProcessPool(e), SampleBuffer(2, 1.))
-    with pytest.raises(ValueError, match='sync_mode'): controller(speak(), Fake(), SampleBuffer(2), sync_mode='drop')
-    with pytest.raises(TypeError, match='source'): controller(speak(), Fake(), SampleBuffer(2), source=iter([1]))
+    with pytest.raises(ValueError, match="copy_model=True"):
+        AsyncController(source, rollout, t, InProcessPool(e), SampleBuffer(2, 1.0))
+    with pytest.raises(ValueError, match="sync_mode"):
+        controller(speak(), Fake(), SampleBuffer(2), sync_mode="drop")
+    with pytest.raises(TypeError, match="source"):
+        controller(speak(), Fake(), SampleBuffer(2), source=iter([1]))
 
 
 def test_weights_travel_while_training_goes_on_and_rollouts_wait():
     events = []
+
     class Slow(InProcessPool):
-        async def load_weights(self, weights, version, mode='keep'):
-            events.append('load'); await asyncio.sleep(.06); await InProcessPool.load_weights(self, weights, version, mode); events.append('arrived')
-        def submit(self, group, index): events.append('submit'); return InProcessPool.submit(self, group, index)
-    def act(n): events.append('train'); time.sleep(.03)
+        async def load_weights(self, weights, version, mode="keep"):
+            events.append("load")
+            await asyncio.sleep(0.06)
+            await InProcessPool.load_weights(self, weights, version, mode)
+            events.append("arrived")
+
+        def submit(self, group, index):
+            events.append("submit")
+            return InProcessPool.submit(self, group, index)
+
+    def act(n):
+        events.append("train")
+        time.sleep(0.03)
+
     pool = Slow(ScriptedEngine(lambda r: r.sampling.max_new_tokens), 64)
-    c = AsyncController(lambda i: i, speak(), Fake(act), pool, SampleBuffer(2, 1.))
+    c = AsyncController(lambda i: i, speak(), Fake(act), pool, SampleBuffer(2, 1.0))
     c.run(6)
     between, inside = [], False
     for e in events:
-        if e in ('load', 'arrived'): inside = e == 'load'
-        elif inside: between.append(e)
-    assert 'train' in between and 'submit' not in between and events.count('load') - events.count('arrived') <= 1
-    assert c.trained == list(range(12)) and c.buffer.staleness[2] <= 1 and [x[3] for x in c.timeline if x[0] == 'sync'] == [1, 2, 3, 4, 5, 6][:events.count('arrived')]
+        if e in ("load", "arrived"):
+            inside = e == "load"
+        elif inside:
+            between.append(e)
+    assert (
+        "train" in between
+        and "submit" not in between
+        and events.count("load") - events.count("arrived") <= 1
+    )
+    assert (
+        c.trained == list(range(12))
+        and c.buffer.staleness[2] <= 1
+        and [x[3] for x in c.timeline if x[0] == "sync"]
+        == [1, 2, 3, 4, 5, 6][: events.count("arrived")]
+    )
 
 
 def test_weights_that_do_not_arrive_end_the_run():
     class Broken(InProcessPool):
-        async def load_weights(self, weights, version, mode='keep'):
-            await asyncio.sleep(.01)
-            if version == 2: raise RolloutPoolError('lost on the way')
+        async def load_weights(self, weights, version, mode="keep"):
+            await asyncio.sleep(0.01)
+            if version == 2:
+                raise RolloutPoolError("lost on the way")
             await InProcessPool.load_weights(self, weights, version, mode)
+
     pool = Broken(ScriptedEngine(lambda r: r.sampling.max_new_tokens), 64)
-    with pytest.raises(RolloutPoolError, match='on the way'): AsyncController(lambda i: i, speak(), Fake(), pool, SampleBuffer(2, 1.)).run(6)
+    with pytest.raises(RolloutPoolError, match="on the way"):
+        AsyncController(lambda i: i, speak(), Fake(), pool, SampleBuffer(2, 1.0)).run(6)
 
 
 def test_an_engine_with_other_weights_is_noticed():
     t, e = make()
     e.load_weights = lambda w, v: None
-    with torch.no_grad(): next(e.model.parameters()).add_(.1)
-    with pytest.raises(WeightSyncError): AsyncController(source, rollout, t, InProcessPool(e), SampleBuffer(2)).run(1)
+    with torch.no_grad():
+        next(e.model.parameters()).add_(0.1)
+    with pytest.raises(WeightSyncError):
+        AsyncController(source, rollout, t, InProcessPool(e), SampleBuffer(2)).run(1)
 
 
 def test_a_sample_of_unknown_weights_is_an_error():
-    async def liar(client, group, index): return Sample([4], [5], [True], [0.], [7], 0.)
-    with pytest.raises(RuntimeError, match='unknown weights'): controller(liar, Fake(), SampleBuffer(2)).run(1)
+    async def liar(client, group, index):
+        return Sample([4], [5], [True], [0.0], [7], 0.0)
+
+    with pytest.raises(RuntimeError, match="unknown weights"):
+        controller(liar, Fake(), SampleBuffer(2)).run(1)
 
 
 def test_a_rollout_beyond_its_deadline_is_repeated():
     late = {}
+
     async def play(client, group, index):
-        if group.group_id == 1 and not late: late[1] = True; await asyncio.sleep(60)
-        return Sample([4], [5], [True], [0.], [group.version], 0.)
-    c = AsyncController(lambda i: i, play, Fake(), InProcessPool(ScriptedEngine(lambda r: 1), timeout_s=.2), SampleBuffer(2))
+        if group.group_id == 1 and not late:
+            late[1] = True
+            await asyncio.sleep(60)
+        return Sample([4], [5], [True], [0.0], [group.version], 0.0)
+
+    c = AsyncController(
+        lambda i: i,
+        play,
+        Fake(),
+        InProcessPool(ScriptedEngine(lambda r: 1), timeout_s=0.2),
+        SampleBuffer(2),
+    )
     c.run(2)
-    assert sorted(c.trained) == [0, 1, 2, 3] and c.buffer.stats()['failures'] == 1
+    assert sorted(c.trained) == [0, 1, 2, 3] and c.buffer.stats()["failures"] == 1
 
 
 def test_abort_policy_starts_old_ones_again_and_loses_none():
-    c = controller(speak(lambda g, k: .15 if g == 0 else .001), Fake(), SampleBuffer(2, 1., on_stale='abort'), slots=8)
+    c = controller(
+        speak(lambda g, k: 0.15 if g == 0 else 0.001),
+        Fake(),
+        SampleBuffer(2, 1.0, on_stale="abort"),
+        slots=8,
+    )
     c.run(12)
-    assert len(set(c.trained)) == 24 and c.buffer.stats()['aborted'] > 0 and c.buffer.staleness[2] <= 1
+    assert (
+        len(set(c.trained)) == 24 and c.buffer.stats()["aborted"] > 0 and c.buffer.staleness[2] <= 1
+    )
 
 
 def test_controller_is_cheap_in_calls():
     "Work per group does not grow with the number of groups: counted in buffer calls, not in seconds"
     calls = {}
+
     class Counted(SampleBuffer):
-        def take(self, *a, **k): calls['take'] = calls.get('take', 0) + 1; return SampleBuffer.take(self, *a, **k)
-        def pending(self): calls['pending'] = calls.get('pending', 0) + 1; return SampleBuffer.pending(self)
-    controller(speak(), Fake(), Counted(8, 1., 4), slots=128).run(20)
-    assert calls['pending'] == 1 and calls['take'] <= 20*8*4 + 40
+        def take(self, *a, **k):
+            calls["take"] = calls.get("take", 0) + 1
+            return SampleBuffer.take(self, *a, **k)
+
+        def pending(self):
+            calls["pending"] = calls.get("pending", 0) + 1
+            return SampleBuffer.pending(self)
+
+    controller(speak(), Fake(), Counted(8, 1.0, 4), slots=128).run(20)
+    assert calls["pending"] == 1 and calls["take"] <= 20 * 8 * 4 + 40
 
 
-def completion(ids): return Completion('x', ids, [-.1]*len(ids), 'stop', [(0, 0, len(ids))])
+def completion(ids):
+    return Completion("x", ids, [-0.1] * len(ids), "stop", [(0, 0, len(ids))])
 
 
 @settings(max_examples=40, deadline=None)
@@ -261,50 +439,95 @@ def completion(ids): return Completion('x', ids, [-.1]*len(ids), 'stop', [(0, 0,
 def test_episode_masks_and_context(turns, done_at, sizes):
     "Tokens of the policy and of the environment alternate, and each context is a prefix of the final sequence"
     seen = []
+
     class E:
-        def reset(self, prompt, seed): self.k = 0; return 'a b'
-        def step(self, action): self.k += 1; return StepResult(' '.join('c'*sizes[self.k-1]), .5, self.k == done_at)
+        def reset(self, prompt, seed):
+            self.k = 0
+            return "a b"
+
+        def step(self, action):
+            self.k += 1
+            return StepResult(" ".join("c" * sizes[self.k - 1]), 0.5, self.k == done_at)
+
     class C:
-        async def generate(self, ids, sampling): seen.append(list(ids)); return completion([9, 10])
+        async def generate(self, ids, sampling):
+            seen.append(list(ids))
+            return completion([9, 10])
+
     s = asyncio.run(rollout_episode(C(), E(), None, SamplingConfig(2), tok, max_turns=turns))
     n = min(turns, done_at)
-    assert sum(s.response_mask) == 2*n and s.reward == .5*n and s.info['turns'] == n and s.response_mask[-1]
-    assert s.finish_reason == ('stop' if done_at <= turns else 'length')
+    assert (
+        sum(s.response_mask) == 2 * n
+        and s.reward == 0.5 * n
+        and s.info["turns"] == n
+        and s.response_mask[-1]
+    )
+    assert s.finish_reason == ("stop" if done_at <= turns else "length")
     full = s.prompt_ids + s.response_ids
-    assert len(seen) == n and all(full[:len(c)] == c for c in seen)
+    assert len(seen) == n and all(full[: len(c)] == c for c in seen)
 
 
 def test_redundancy_returns_what_was_not_finished():
     async def episode(prompt, g, i):
-        if g == 1: await asyncio.sleep(60)
-        return Sample([1], [2], [True], [0.], [0], 0.)
-    b = asyncio.run(EnvPool(2, 2, (1, 0)).run(['a', 'b', 'c'], episode))
-    assert [g.prompt for g in b.groups] == ['a', 'c'] and b.requeue == ['b'] and b.cancelled == 2
-    with pytest.raises(ValueError, match='redundancy'): EnvPool(1, 1, (-1, 0))
-    with pytest.raises(ValueError, match='prompts'): asyncio.run(EnvPool(3, 1).run(['a'], episode))
+        if g == 1:
+            await asyncio.sleep(60)
+        return Sample([1], [2], [True], [0.0], [0], 0.0)
+
+    b = asyncio.run(EnvPool(2, 2, (1, 0)).run(["a", "b", "c"], episode))
+    assert [g.prompt for g in b.groups] == ["a", "c"] and b.requeue == ["b"] and b.cancelled == 2
+    with pytest.raises(ValueError, match="redundancy"):
+        EnvPool(1, 1, (-1, 0))
+    with pytest.raises(ValueError, match="prompts"):
+        asyncio.run(EnvPool(3, 1).run(["a"], episode))
 
 
 def test_environments_overlap():
     "Eight environments, five turns: a fast one plays all of its turns while a slow one is in its first, so nobody waits for a turn of others"
-    delay, order = [[.3 if e == 0 and k == 0 else .005 for k in range(5)] for e in range(8)], []
+    delay, order = [[0.3 if e == 0 and k == 0 else 0.005 for k in range(5)] for e in range(8)], []
+
     class Slow:
-        def __init__(self, d, e): self.d, self.e = d, e
-        def reset(self, prompt, seed): self.k = 0; return 'a'
-        async def step(self, action): await asyncio.sleep(self.d[self.k]); self.k += 1; order.append((self.e, self.k)); return StepResult('b', 0., self.k == 5)
+        def __init__(self, d, e):
+            self.d, self.e = d, e
+
+        def reset(self, prompt, seed):
+            self.k = 0
+            return "a"
+
+        async def step(self, action):
+            await asyncio.sleep(self.d[self.k])
+            self.k += 1
+            order.append((self.e, self.k))
+            return StepResult("b", 0.0, self.k == 5)
+
     class C:
-        async def generate(self, ids, sampling): return completion([9])
-    async def free(): return await asyncio.gather(*(rollout_episode(C(), Slow(d, e), None, SamplingConfig(1), tok) for e, d in enumerate(delay)))
+        async def generate(self, ids, sampling):
+            return completion([9])
+
+    async def free():
+        return await asyncio.gather(
+            *(
+                rollout_episode(C(), Slow(d, e), None, SamplingConfig(1), tok)
+                for e, d in enumerate(delay)
+            )
+        )
+
     asyncio.run(free())
     turns = [k for _, k in order]
     assert sorted(order) == [(e, k) for e in range(8) for k in range(1, 6)]
-    assert turns != sorted(turns) and turns.index(5) < len(turns) - 1 - turns[::-1].index(1)  # somebody ended before somebody's first turn did
+    assert turns != sorted(turns) and turns.index(5) < len(turns) - 1 - turns[::-1].index(
+        1
+    )  # somebody ended before somebody's first turn did
 
 
 def test_proxy_survives_a_cancelled_request():
     async def main():
-        p = EngineProxy(ScriptedEngine(lambda r: 50, step_time=.001))
+        p = EngineProxy(ScriptedEngine(lambda r: 50, step_time=0.001))
         from llmpapers.rl.types import Request
-        t = asyncio.ensure_future(p.generate(Request('a', [1], SamplingConfig(64)))); await asyncio.sleep(.01); t.cancel()
-        c = await p.generate(Request('b', [1], SamplingConfig(64)))
+
+        t = asyncio.ensure_future(p.generate(Request("a", [1], SamplingConfig(64))))
+        await asyncio.sleep(0.01)
+        t.cancel()
+        c = await p.generate(Request("b", [1], SamplingConfig(64)))
         return len(c.token_ids), p.engine.num_active
+
     assert asyncio.run(main()) == (50, 0)

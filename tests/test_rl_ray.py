@@ -1,4 +1,5 @@
 "Rollout actors on Ray: killed in the middle of a sentence, killed while loading weights, the driver killed, Ctrl-C"
+
 import json
 import signal
 import subprocess
@@ -7,9 +8,9 @@ import sys
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.xdist_group('heavy'), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.timeout(600)]
 
-common = r'''
+common = r"""
 import json, os, signal, sys, threading, time
 import torch
 from pathlib import Path
@@ -41,9 +42,11 @@ class Trainer:
     def weights(self): return {"w": torch.tensor([float(self.n)])}
     def state_dict(self): return dict(model=self.weights(), counters=dict(n=self.n, seen=self.seen))
     def load_state_dict(self, s): self.n, self.seen = s["counters"]["n"], s["counters"]["seen"]
-'''
+"""
 
-faults = common + r'''
+faults = (
+    common
+    + r"""
 def killer(pool, at):
     def act(n):
         if n in at:
@@ -62,9 +65,12 @@ if __name__ == "__main__":
     flag = sys.argv[2]
     out = dict(mid=run(10, lambda: Engine(20, .01), (2, 6)), load=run(6, lambda: Engine(5, .01, 3, flag)))
     Path(sys.argv[1]).write_text(json.dumps(out))
-'''
+"""
+)
 
-driver = common + r'''
+driver = (
+    common
+    + r"""
 if __name__ == "__main__":
     folder, n = sys.argv[1], int(sys.argv[2])
     pool = RolloutPool(lambda: Engine(10, .01), n_actors=2, max_inflight_per_actor=4, ray_options=dict(num_cpus=.5))
@@ -72,68 +78,90 @@ if __name__ == "__main__":
     c = AsyncController(list(range(4*n)), speak, t, pool, SampleBuffer(4, 1., 2), checkpoint=folder, metrics=lambda r: print("step", r["step"], flush=True))
     c.run(n)
     Path(folder, "done.json").write_text(json.dumps(dict(seen=t.seen, n=t.n)))
-'''
+"""
+)
 
 
 def script(tmp_path, text):
-    p = tmp_path/'job.py'; p.write_text(text); return p
+    p = tmp_path / "job.py"
+    p.write_text(text)
+    return p
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    d = tmp_path_factory.mktemp('faults')
-    r = subprocess.run([sys.executable, script(d, faults), d/'out.json', d/'flag'], capture_output=True, text=True, timeout=400)
+    d = tmp_path_factory.mktemp("faults")
+    r = subprocess.run(
+        [sys.executable, script(d, faults), d / "out.json", d / "flag"],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert r.returncode == 0, r.stderr[-3000:]
-    return json.loads((d/'out.json').read_text())
+    return json.loads((d / "out.json").read_text())
 
 
 def test_two_actors_killed_in_the_middle_of_a_sentence(outcome):
     "The run ends, no prompt is lost, none is trained twice, replacements are counted"
-    o = outcome['mid']
-    assert o['trained'] == list(range(40)) and o['seen'] == list(range(40))
-    assert o['respawned'] == 2 and o['failures'] > 0 and o['failed'] == 0 and o['staleness'] <= 1
+    o = outcome["mid"]
+    assert o["trained"] == list(range(40)) and o["seen"] == list(range(40))
+    assert o["respawned"] == 2 and o["failures"] > 0 and o["failed"] == 0 and o["staleness"] <= 1
 
 
 def test_an_actor_that_dies_while_it_loads_weights(outcome):
-    o = outcome['load']
-    assert o['trained'] == list(range(24)) and o['respawned'] == 1 and o['failed'] == 0
+    o = outcome["load"]
+    assert o["trained"] == list(range(24)) and o["respawned"] == 1 and o["failed"] == 0
 
 
-def children(pid): return psutil.Process(pid).children(recursive=True)
+def children(pid):
+    return psutil.Process(pid).children(recursive=True)
 
 
 def start(job, folder, n, until):
     "Start the driver and wait until it has trained some steps"
-    p = subprocess.Popen([sys.executable, job, folder, str(n)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    p = subprocess.Popen(
+        [sys.executable, job, folder, str(n)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     for line in p.stdout:
-        if line.startswith('step') and int(line.split()[1]) >= until: return p
-    raise AssertionError(f'the driver ended early with code {p.wait()}')
+        if line.startswith("step") and int(line.split()[1]) >= until:
+            return p
+    raise AssertionError(f"the driver ended early with code {p.wait()}")
 
 
 def gone(procs, seconds=30):
     "Wait for processes to end; those left are ended and returned"
     _, alive = psutil.wait_procs(procs, timeout=seconds)
-    for q in alive: q.kill()
+    for q in alive:
+        q.kill()
     return alive
 
 
 def test_driver_killed_and_resumed_then_interrupted(tmp_path):
     "SIGKILL of the driver, then Ctrl-C, then the rest: the union of trained prompts is everything, once"
-    job, folder = script(tmp_path, driver), tmp_path/'run'
+    job, folder = script(tmp_path, driver), tmp_path / "run"
     p = start(job, folder, 16, 4)
     kids = children(p.pid)
-    p.send_signal(signal.SIGKILL); p.wait()
+    p.send_signal(signal.SIGKILL)
+    p.wait()
     for q in kids:
-        if q.is_running(): q.kill()  # the machine went down: nothing of the old session is left
+        if q.is_running():
+            q.kill()  # the machine went down: nothing of the old session is left
     p = start(job, folder, 16, 9)
     kids = children(p.pid)
     assert kids
     p.send_signal(signal.SIGINT)
-    p.stdout.read(); code = p.wait(timeout=60)
-    assert code != 0 and not (folder/'done.json').exists()
-    assert not gone(kids), 'Ctrl-C left child processes'
-    assert (folder/'latest').exists()
-    r = subprocess.run([sys.executable, job, folder, '16'], capture_output=True, text=True, timeout=300)
+    p.stdout.read()
+    code = p.wait(timeout=60)
+    assert code != 0 and not (folder / "done.json").exists()
+    assert not gone(kids), "Ctrl-C left child processes"
+    assert (folder / "latest").exists()
+    r = subprocess.run(
+        [sys.executable, job, folder, "16"], capture_output=True, text=True, timeout=300
+    )
     assert r.returncode == 0, r.stderr[-3000:]
-    done = json.loads((folder/'done.json').read_text())
-    assert sorted(done['seen']) == list(range(64)) and done['n'] == 16
+    done = json.loads((folder / "done.json").read_text())
+    assert sorted(done["seen"]) == list(range(64)) and done["n"] == 16

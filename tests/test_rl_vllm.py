@@ -1,4 +1,5 @@
 "The real vLLM as a rollout engine: weights in place, no stale cache, training through it, and two engines in Ray actors"
+
 import importlib.util
 import json
 import subprocess
@@ -6,9 +7,9 @@ import sys
 
 import pytest
 
-pytestmark = [pytest.mark.xdist_group('vllm'), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.timeout(600)]
 
-common = r'''
+common = r"""
 import json, sys, random
 import torch
 from pathlib import Path
@@ -27,9 +28,11 @@ def gap(m, rs, cs):
         with torch.no_grad(): lp = token_logprobs(m(input_ids=ids).logits, ids, T)[0, len(r.prompt_ids):]
         worst = max(worst, (lp - torch.tensor(c.logprobs)).abs().max().item())
     return worst
-'''
+"""
 
-single = common + r'''
+single = (
+    common
+    + r"""
 if __name__ == "__main__":
     a, b = lm(0), lm(1)
     folder = save_lm(LM(a, tok, "a"), sys.argv[1] + "/model")
@@ -80,9 +83,12 @@ if __name__ == "__main__":
     c = AsyncController(lambda i: "abcdefgh"[i % 8], roll, t, InProcessPool(e, 8), SampleBuffer(4, 1., 4)); c.run(6)
     out["trained"], out["kl"], out["staleness"] = sorted(c.trained) == list(range(24)), max(abs(r["kl/behavior"]) for r in c.rows), c.buffer.staleness[2]
     Path(sys.argv[1], "out.json").write_text(json.dumps(out))
-'''
+"""
+)
 
-actors = common + r'''
+actors = (
+    common
+    + r"""
 if __name__ == "__main__":
     from llmpapers.rl.buffer import SampleBuffer
     from llmpapers.rl.controller import AsyncController
@@ -103,9 +109,10 @@ if __name__ == "__main__":
     pool = RolloutPool(lambda: VLLMEngine(folder, max_len=64, max_active=8), n_actors=2, max_inflight_per_actor=8, ray_options=dict(num_cpus=.5))
     c = AsyncController(lambda i: "abcdefgh"[i % 8], roll, Watch(), pool, SampleBuffer(4, 0., 4)); c.run(4)
     Path(sys.argv[1], "out.json").write_text(json.dumps(dict(gaps=gaps, trained=sorted(c.trained), respawned=pool.respawned)))
-'''
+"""
+)
 
-rhythm = r'''
+rhythm = r"""
 import json, sys
 import torch
 from dataclasses import replace
@@ -122,64 +129,79 @@ if __name__ == "__main__":
     run = train_rhythm(policy, dense, cfg, max_len=128, kv_gib=1)
     a, b = policy.model.state_dict(), run.lm.model.state_dict()
     Path(sys.argv[1], "out.json").write_text(json.dumps(dict(rows=run.rows, moved=max((a[k] - b[k]).abs().max().item() for k in a))))
-'''
+"""
 
 
 def vllm_or_skip():
-    if importlib.util.find_spec('vllm') is None: pytest.skip('vllm is not installed: its engine is left out')
-    r = subprocess.run([sys.executable, '-c', 'import vllm'], capture_output=True, text=True)
-    if r.returncode: pytest.skip(f'vllm cannot be imported: {r.stderr.strip().splitlines()[-1]}')
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed: its engine is left out")
+    r = subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True, text=True)
+    if r.returncode:
+        pytest.skip(f"vllm cannot be imported: {r.stderr.strip().splitlines()[-1]}")
 
 
 def run(folder, text, *args):
-    job = folder/'job.py'; job.write_text(text)
-    r = subprocess.run([sys.executable, job, folder, *args], capture_output=True, text=True, timeout=500)
+    job = folder / "job.py"
+    job.write_text(text)
+    r = subprocess.run(
+        [sys.executable, job, folder, *args], capture_output=True, text=True, timeout=500
+    )
     assert r.returncode == 0, r.stderr[-3000:]
-    return json.loads((folder/'out.json').read_text())
+    return json.loads((folder / "out.json").read_text())
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def out(tmp_path_factory):
     vllm_or_skip()
-    return run(tmp_path_factory.mktemp('vllm'), single)
+    return run(tmp_path_factory.mktemp("vllm"), single)
 
 
 def test_same_numbers_before_and_after_an_update(out):
     "Greedy tokens are those of HFEngine; log-probabilities agree to 1e-4 at three temperatures, before and after"
-    assert out['same_greedy'] and out['repeatable']
-    assert out['gap_before'] < 1e-4 and out['gap_after'] < 1e-4 and out['probe'] < 1e-4 and not out['old_passes']
+    assert out["same_greedy"] and out["repeatable"]
+    assert (
+        out["gap_before"] < 1e-4
+        and out["gap_after"] < 1e-4
+        and out["probe"] < 1e-4
+        and not out["old_passes"]
+    )
 
 
 def test_a_stale_prefix_cache_is_impossible(out):
     "With the reset there is no difference; without it there would be a large one"
-    assert out['gap_with_reset'] < 1e-4 and out['gap_without_reset'] > 1e-2
+    assert out["gap_with_reset"] < 1e-4 and out["gap_without_reset"] > 1e-2
 
 
 def test_an_update_in_the_middle_of_a_response(out):
-    assert out['gap_mixed'] < 1e-4 and out['spans'] == [[3, 4]]*4
+    assert out["gap_mixed"] < 1e-4 and out["spans"] == [[3, 4]] * 4
 
 
 def test_abort_returns_what_there_is(out):
-    assert min(out['partial']) >= 3 and out['idle'] == 0 and 'already active' in out['double']
+    assert min(out["partial"]) >= 3 and out["idle"] == 0 and "already active" in out["double"]
 
 
 def test_training_through_vllm(out):
-    assert out['trained'] and out['staleness'] <= 1 and out['kl'] < 1
+    assert out["trained"] and out["staleness"] <= 1 and out["kl"] < 1
 
 
 def test_two_vllm_actors_on_ray(tmp_path):
     "Behaviour log-probabilities of two actors equal the trainer's at every step, so every update arrived in both"
     vllm_or_skip()
     o = run(tmp_path, actors)
-    assert o['trained'] == list(range(16)) and o['respawned'] == 0 and len(o['gaps']) == 4 and max(o['gaps']) < 1e-4
+    assert (
+        o["trained"] == list(range(16))
+        and o["respawned"] == 0
+        and len(o["gaps"]) == 4
+        and max(o["gaps"]) < 1e-4
+    )
 
 
-@pytest.mark.parametrize('loop', ['sync', 'async'])
+@pytest.mark.parametrize("loop", ["sync", "async"])
 def test_token_credit_trains_through_vllm(tmp_path, loop):
     "`train_rhythm` with the real engine: what vLLM says about its tokens is what the trainer says, the credit is applied, the weights move"
     vllm_or_skip()
     o = run(tmp_path, rhythm, loop)
-    assert len(o['rows']) == 3 and o['moved'] > 1e-4
-    first = o['rows'][0] if loop == 'async' else max(o['rows'], key=lambda r: r['kl/behavior'])
-    assert first['kl/behavior'] < 1e-6 and abs(first['ratio/mean'] - 1) < 1e-3
-    assert all(0 < r['rhythm/coverage'] < 1 for r in o['rows'])
+    assert len(o["rows"]) == 3 and o["moved"] > 1e-4
+    first = o["rows"][0] if loop == "async" else max(o["rows"], key=lambda r: r["kl/behavior"])
+    assert first["kl/behavior"] < 1e-6 and abs(first["ratio/mean"] - 1) < 1e-3
+    assert all(0 < r["rhythm/coverage"] < 1 for r in o["rows"])

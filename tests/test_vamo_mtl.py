@@ -1,4 +1,5 @@
 "Invariants of the task weightings: closed forms, parity with TorchJD, degenerate gradients, and lanes that do not touch each other"
+
 from dataclasses import replace
 
 import numpy as np
@@ -11,58 +12,94 @@ from torch import nn
 from torch.func import functional_call
 
 from llmpapers.core.scale import rng
-from llmpapers.vamo.mtl import (MTLTrainer, aggregate, available, make_related_tasks, mtl_step, perceptron, perceptron_layers, perceptron_start,
-                                run_lanes, task_gradients)
+from llmpapers.vamo.mtl import (
+    MTLTrainer,
+    aggregate,
+    available,
+    make_related_tasks,
+    mtl_step,
+    perceptron,
+    perceptron_layers,
+    perceptron_start,
+    run_lanes,
+    task_gradients,
+)
 
-agg = pytest.importorskip('torchjd.aggregation')
+agg = pytest.importorskip("torchjd.aggregation")
 seeds = st.integers(0, 10**6)
 few, some = settings(max_examples=6, deadline=None), settings(max_examples=20, deadline=None)
-drawing = ('pcgrad', 'gradvac', 'rlw')
-solved = ('nash_mtl', 'fairgrad', 'cagrad', 'mgda')  # to the tolerance of a solver
+drawing = ("pcgrad", "gradvac", "rlw")
+solved = ("nash_mtl", "fairgrad", "cagrad", "mgda")  # to the tolerance of a solver
 
 
-def normal(*shape, seed=0): return torch.randn(*shape, generator=rng(seed, *shape), dtype=torch.float64)
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=rng(seed, *shape), dtype=torch.float64)
 
 
 def inputs(K, seed):
     G, v = normal(K, 12, seed=seed), normal(12, seed=seed + 1)
-    return dict(G=G, losses=normal(K, seed=seed + 2).abs() + .1, m=G@v, gval_sq=float(v@v))
+    return dict(G=G, losses=normal(K, seed=seed + 2).abs() + 0.1, m=G @ v, gval_sq=float(v @ v))
 
 
-@pytest.mark.parametrize('name', available())
+@pytest.mark.parametrize("name", available())
 def test_direction_is_the_weighted_sum_and_state_is_passed_on(name):
     state, before = None, torch.get_rng_state()
     for i in range(12):
-        x = inputs(4, 10*i); g, w, state = aggregate(name, state=state, **x)
-        assert torch.isfinite(g).all() and torch.isfinite(w).all() and w.shape == (4,) and g.dtype == torch.float64
-        if name != 'db_mtl': assert torch.allclose(g, w@x['G'])
+        x = inputs(4, 10 * i)
+        g, w, state = aggregate(name, state=state, **x)
+        assert (
+            torch.isfinite(g).all()
+            and torch.isfinite(w).all()
+            and w.shape == (4,)
+            and g.dtype == torch.float64
+        )
+        if name != "db_mtl":
+            assert torch.allclose(g, w @ x["G"])
     assert torch.equal(torch.get_rng_state(), before)  # the global generator belongs to the data
     x32 = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in x.items()}
     assert aggregate(name, **x32)[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize('name', [n for n, needs in available().items() if 'G' not in needs.split()])
+@pytest.mark.parametrize(
+    "name", [n for n, needs in available().items() if "G" not in needs.split()]
+)
 def test_gramian_is_enough(name):
-    x = inputs(4, 3); g, w, _ = aggregate(name, **x); x['gram'] = (G := x.pop('G'))@G.T
+    x = inputs(4, 3)
+    g, w, _ = aggregate(name, **x)
+    x["gram"] = (G := x.pop("G")) @ G.T
     none, w2, _ = aggregate(name, **x)
     assert none is None and torch.allclose(w, w2, rtol=1e-6, atol=1e-8)
 
 
-@given(seeds, st.sampled_from([n for n in available() if n not in drawing + ('single',)]))
+@given(seeds, st.sampled_from([n for n in available() if n not in drawing + ("single",)]))
 @some
 def test_permuting_tasks(seed, name):
-    x = inputs(4, seed); p = torch.randperm(4, generator=rng(seed, 'p'))
+    x = inputs(4, seed)
+    p = torch.randperm(4, generator=rng(seed, "p"))
     y = {k: (v[p] if isinstance(v, torch.Tensor) else v) for k, v in x.items()}
     w, wp = aggregate(name, **x)[1], aggregate(name, **y)[1]
     tol = 2e-2 if name in solved else 1e-6
-    assert (wp - w[p]).abs().max() <= tol*w.abs().max()
+    assert (wp - w[p]).abs().max() <= tol * w.abs().max()
 
 
-@pytest.mark.parametrize('name', available())
+@pytest.mark.parametrize("name", available())
 def test_degenerate_gradients_are_finite(name):
     g, h = normal(9, seed=1), normal(9, seed=2)
-    for G in (torch.stack([g, 0*g, h]), torch.stack([g, g, g]), torch.stack([g, -g, h]), torch.zeros(3, 9, dtype=torch.float64), 1e-8*torch.stack([g, h, g - h]), 1e6*torch.stack([g, h, g - h])):
-        d, w, _ = aggregate(name, G, losses=torch.tensor([1., 2., 3.], dtype=torch.float64), m=G@h, gval_sq=float(h@h))
+    for G in (
+        torch.stack([g, 0 * g, h]),
+        torch.stack([g, g, g]),
+        torch.stack([g, -g, h]),
+        torch.zeros(3, 9, dtype=torch.float64),
+        1e-8 * torch.stack([g, h, g - h]),
+        1e6 * torch.stack([g, h, g - h]),
+    ):
+        d, w, _ = aggregate(
+            name,
+            G,
+            losses=torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64),
+            m=G @ h,
+            gval_sq=float(h @ h),
+        )
         assert torch.isfinite(d).all() and torch.isfinite(w).all()
 
 
@@ -70,166 +107,274 @@ def test_degenerate_gradients_are_finite(name):
 @few
 def test_parity_with_torchjd(seed, K):
     G = normal(K, 20, seed=seed)
-    for name, theirs in dict(imtl_g=agg.IMTLG(), aligned_mtl=agg.AlignedMTL(), upgrad=agg.UPGrad(), fairgrad=agg.FairGrad(1.), cagrad=agg.CAGrad(.5)).items():
+    for name, theirs in dict(
+        imtl_g=agg.IMTLG(),
+        aligned_mtl=agg.AlignedMTL(),
+        upgrad=agg.UPGrad(),
+        fairgrad=agg.FairGrad(1.0),
+        cagrad=agg.CAGrad(0.5),
+    ).items():
         ours, peer = aggregate(name, G)[0], theirs(G)
-        assert (ours - peer).norm() <= 1e-3*peer.norm(), name
+        assert (ours - peer).norm() <= 1e-3 * peer.norm(), name
 
 
 # ---- closed forms ---------------------------------------------------------------------------------------------------
-@given(st.lists(st.floats(.5, 3.), min_size=2, max_size=4), st.sampled_from([.5, 1., 2.]))
+@given(st.lists(st.floats(0.5, 3.0), min_size=2, max_size=4), st.sampled_from([0.5, 1.0, 2.0]))
 @few
 def test_orthogonal_gradients(norms, alpha):
-    n = torch.tensor(norms, dtype=torch.float64); O = torch.diag(n); unit = lambda w: w/w.sum()
-    assert torch.allclose(unit(aggregate('nash_mtl', O)[1]), unit(1/n), atol=1e-2)
-    assert torch.allclose(unit(aggregate('fairgrad', O, alpha=alpha)[1]), unit(n**(-2*alpha/(1 + alpha))), atol=1e-3)
-    assert torch.allclose(unit(aggregate('mgda', O)[1]), unit(1/n**2), atol=1e-2)
-    assert torch.allclose(unit(aggregate('imtl_g', O)[1]), unit(1/n), atol=1e-6)
+    n = torch.tensor(norms, dtype=torch.float64)
+    O = torch.diag(n)
+    unit = lambda w: w / w.sum()
+    assert torch.allclose(unit(aggregate("nash_mtl", O)[1]), unit(1 / n), atol=1e-2)
+    assert torch.allclose(
+        unit(aggregate("fairgrad", O, alpha=alpha)[1]),
+        unit(n ** (-2 * alpha / (1 + alpha))),
+        atol=1e-3,
+    )
+    assert torch.allclose(unit(aggregate("mgda", O)[1]), unit(1 / n**2), atol=1e-2)
+    assert torch.allclose(unit(aggregate("imtl_g", O)[1]), unit(1 / n), atol=1e-6)
 
 
 @given(seeds)
 @some
 def test_two_gradients(seed):
-    g1, g2 = normal(6, seed=seed), normal(6, seed=seed + 1); G = torch.stack([g1, g2]); g0 = G.mean(0)
-    share = float((((g2 - g1)@g2)/(g1 - g2).square().sum()).clamp(0, 1))
-    assert abs(float(aggregate('mgda', G)[1][0]) - share) < 2e-3
-    assert torch.allclose(aggregate('cagrad', G, c=0.)[0], g0, atol=2e-3)
-    assert abs(float((aggregate('cagrad', G, c=.4)[0] - g0).norm()/g0.norm()) - .4) < .05
-    d = aggregate('imtl_g', G)[0]; assert abs(float(d@g1/g1.norm() - d@g2/g2.norm())) < 1e-8
-    assert torch.allclose(aggregate('pcgrad', G.abs())[0], G.abs().sum(0))  # no conflict: the sum
-    d = aggregate('upgrad', G)[0]; assert (G@d >= -1e-6).all()              # never against a task
+    g1, g2 = normal(6, seed=seed), normal(6, seed=seed + 1)
+    G = torch.stack([g1, g2])
+    g0 = G.mean(0)
+    share = float((((g2 - g1) @ g2) / (g1 - g2).square().sum()).clamp(0, 1))
+    assert abs(float(aggregate("mgda", G)[1][0]) - share) < 2e-3
+    assert torch.allclose(aggregate("cagrad", G, c=0.0)[0], g0, atol=2e-3)
+    assert abs(float((aggregate("cagrad", G, c=0.4)[0] - g0).norm() / g0.norm()) - 0.4) < 0.05
+    d = aggregate("imtl_g", G)[0]
+    assert abs(float(d @ g1 / g1.norm() - d @ g2 / g2.norm())) < 1e-8
+    assert torch.allclose(aggregate("pcgrad", G.abs())[0], G.abs().sum(0))  # no conflict: the sum
+    d = aggregate("upgrad", G)[0]
+    assert (G @ d >= -1e-6).all()  # never against a task
 
 
 def test_pcgrad_on_a_conflict_by_hand():
-    G = torch.tensor([[1., 0.], [-1., 1.]], dtype=torch.float64)
-    assert torch.allclose(aggregate('pcgrad', G)[0], torch.tensor([.5, 1.5], dtype=torch.float64))
+    G = torch.tensor([[1.0, 0.0], [-1.0, 1.0]], dtype=torch.float64)
+    assert torch.allclose(aggregate("pcgrad", G)[0], torch.tensor([0.5, 1.5], dtype=torch.float64))
 
 
 def test_rules_of_the_losses():
-    L = torch.tensor([1., 2., 4.], dtype=torch.float64)
-    geometric = aggregate('gls', losses=L)[1]; assert torch.allclose(geometric, L.prod()**(1/3)/(3*L), rtol=1e-6)
-    smooth = aggregate('stch', losses=L, mu=.5)[1]; assert torch.allclose(smooth, ((L/3)/.5).softmax(0)/3, rtol=1e-5)
-    assert torch.allclose(aggregate('uw', losses=L)[1], torch.full((3,), .5, dtype=L.dtype))
+    L = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    geometric = aggregate("gls", losses=L)[1]
+    assert torch.allclose(geometric, L.prod() ** (1 / 3) / (3 * L), rtol=1e-6)
+    smooth = aggregate("stch", losses=L, mu=0.5)[1]
+    assert torch.allclose(smooth, ((L / 3) / 0.5).softmax(0) / 3, rtol=1e-5)
+    assert torch.allclose(aggregate("uw", losses=L)[1], torch.full((3,), 0.5, dtype=L.dtype))
     state = None
-    for i in range(200): _, w, state = aggregate('uw', losses=L, state=state, lr=.1)
-    assert torch.allclose(w, .5/L, rtol=.05)  # its optimum: variance = loss
+    for i in range(200):
+        _, w, state = aggregate("uw", losses=L, state=state, lr=0.1)
+    assert torch.allclose(w, 0.5 / L, rtol=0.05)  # its optimum: variance = loss
     state = None
-    for i in range(31): _, w, state = aggregate('dwa', losses=torch.tensor([1., .5**(i//10), 1.], dtype=L.dtype), state=state, every=10)
+    for i in range(31):
+        _, w, state = aggregate(
+            "dwa",
+            losses=torch.tensor([1.0, 0.5 ** (i // 10), 1.0], dtype=L.dtype),
+            state=state,
+            every=10,
+        )
     assert w[1] < w[0] and abs(float(w.sum()) - 3) < 1e-5  # a loss that fell loses weight
-    rlw = torch.stack([aggregate('rlw', losses=L, seed=i)[1] for i in range(50)])
-    assert torch.allclose(rlw.sum(1), torch.ones(50, dtype=L.dtype), atol=1e-6) and rlw.std(0).min() > .1
+    rlw = torch.stack([aggregate("rlw", losses=L, seed=i)[1] for i in range(50)])
+    assert (
+        torch.allclose(rlw.sum(1), torch.ones(50, dtype=L.dtype), atol=1e-6)
+        and rlw.std(0).min() > 0.1
+    )
 
 
 def test_famo_moves_to_the_task_that_lags():
-    state, L = None, torch.tensor([1., 1.], dtype=torch.float64)
-    for _ in range(30): _, w, state = aggregate('famo', losses=L, after=L*torch.tensor([.5, 1.]), state=state)
-    assert w[1] > 1.3*w[0]
+    state, L = None, torch.tensor([1.0, 1.0], dtype=torch.float64)
+    for _ in range(30):
+        _, w, state = aggregate("famo", losses=L, after=L * torch.tensor([0.5, 1.0]), state=state)
+    assert w[1] > 1.3 * w[0]
 
 
 def test_rules_of_norms():
-    G = torch.diag(torch.tensor([1., 4.], dtype=torch.float64)); state, L = None, torch.ones(2, dtype=torch.float64)
-    for _ in range(400): _, w, state = aggregate('gradnorm', G, losses=L, state=state)
-    assert abs(float(w[0]/w[1])/4 - 1) < .1 and abs(float(w.sum()) - 2) < 1e-9
-    g, w, _ = aggregate('db_mtl', G, losses=L); assert torch.allclose(w@G, g) and torch.allclose(g, torch.full((2,), 4., dtype=g.dtype))
+    G = torch.diag(torch.tensor([1.0, 4.0], dtype=torch.float64))
+    state, L = None, torch.ones(2, dtype=torch.float64)
+    for _ in range(400):
+        _, w, state = aggregate("gradnorm", G, losses=L, state=state)
+    assert abs(float(w[0] / w[1]) / 4 - 1) < 0.1 and abs(float(w.sum()) - 2) < 1e-9
+    g, w, _ = aggregate("db_mtl", G, losses=L)
+    assert torch.allclose(w @ G, g) and torch.allclose(g, torch.full((2,), 4.0, dtype=g.dtype))
 
 
 @given(seeds, st.integers(2, 6))
 @some
 def test_rules_of_a_validation_gradient(seed, K):
-    x = inputs(K, seed); m = x['m']
-    w = aggregate('l2rw', **x)[1]; pos = m.clamp_min(0)
-    assert torch.allclose(w, pos/pos.sum() if pos.any() else pos)
-    gate = aggregate('cosine_gate', **x)[1]; assert torch.allclose(gate, (m/(x['G'].norm(dim=1)*x['gval_sq']**.5)).clamp_min(0))
+    x = inputs(K, seed)
+    m = x["m"]
+    w = aggregate("l2rw", **x)[1]
+    pos = m.clamp_min(0)
+    assert torch.allclose(w, pos / pos.sum() if pos.any() else pos)
+    gate = aggregate("cosine_gate", **x)[1]
+    assert torch.allclose(gate, (m / (x["G"].norm(dim=1) * x["gval_sq"] ** 0.5)).clamp_min(0))
     state = None
-    for _ in range(3): _, w, state = aggregate('doge', **x, state=state, eta=.2)
-    assert torch.allclose(w, (.6*m/m.square().mean().sqrt()).softmax(0))
-    used, state = aggregate('auto_lambda', **x)[1:]
-    assert torch.allclose(used, torch.full((K,), 1/K, dtype=used.dtype)) and ((state - used)*m >= -1e-12).all() and (state >= 0).all()
-    v = aggregate('vamo', **x)[1]; assert torch.allclose(v, (m/(x['G'].norm(dim=1)*x['gval_sq']**.5)/.1).softmax(0))
+    for _ in range(3):
+        _, w, state = aggregate("doge", **x, state=state, eta=0.2)
+    assert torch.allclose(w, (0.6 * m / m.square().mean().sqrt()).softmax(0))
+    used, state = aggregate("auto_lambda", **x)[1:]
+    assert (
+        torch.allclose(used, torch.full((K,), 1 / K, dtype=used.dtype))
+        and ((state - used) * m >= -1e-12).all()
+        and (state >= 0).all()
+    )
+    v = aggregate("vamo", **x)[1]
+    assert torch.allclose(v, (m / (x["G"].norm(dim=1) * x["gval_sq"] ** 0.5) / 0.1).softmax(0))
 
 
 def test_bad_input_is_named():
     G = normal(3, 5)
-    for kw, text in ((dict(name='x'), 'not known'), (dict(name='dwa', G=G), 'losses'), (dict(name='mgda', losses=torch.ones(3)), 'gram'), (dict(name='vamo', G=G), 'needs m'),
-                     (dict(name='cosine_gate', G=G, m=torch.ones(3)), 'gval_sq'), (dict(name='uniform'), 'number of tasks'), (dict(name='gls', losses=torch.tensor([1., float('nan')])), 'losses of task 1')):
-        with pytest.raises(ValueError, match=text): aggregate(**kw)
-    with pytest.raises(ValueError, match='not known'): MTLTrainer(nn.Linear(1, 1), 'x')
-    with pytest.raises(ValueError, match='val_loss'): mtl_step(MTLTrainer(nn.Linear(1, 1), 'l2rw'), lambda n: n(torch.ones(2, 1))[:, 0])
+    for kw, text in (
+        (dict(name="x"), "not known"),
+        (dict(name="dwa", G=G), "losses"),
+        (dict(name="mgda", losses=torch.ones(3)), "gram"),
+        (dict(name="vamo", G=G), "needs m"),
+        (dict(name="cosine_gate", G=G, m=torch.ones(3)), "gval_sq"),
+        (dict(name="uniform"), "number of tasks"),
+        (dict(name="gls", losses=torch.tensor([1.0, float("nan")])), "losses of task 1"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            aggregate(**kw)
+    with pytest.raises(ValueError, match="not known"):
+        MTLTrainer(nn.Linear(1, 1), "x")
+    with pytest.raises(ValueError, match="val_loss"):
+        mtl_step(MTLTrainer(nn.Linear(1, 1), "l2rw"), lambda n: n(torch.ones(2, 1))[:, 0])
 
 
 # ---- gradients, problems, lanes, trainer ----------------------------------------------------------------------------
 def test_task_gradients_three_ways():
-    n = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).double(); x, y = normal(3, 6, 5), normal(3, 6)
-    one = lambda p, b: F.mse_loss(functional_call(n, p, (b[0],))[:, 0], b[1]); p = dict(n.named_parameters())
+    n = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).double()
+    x, y = normal(3, 6, 5), normal(3, 6)
+    one = lambda p, b: F.mse_loss(functional_call(n, p, (b[0],))[:, 0], b[1])
+    p = dict(n.named_parameters())
     both = lambda p: torch.stack([one(p, b) for b in zip(x, y)])
     L, G = task_gradients(both, p)
-    for L2, G2 in (task_gradients(both, p, 'vmap'), task_gradients(one, p, batches=(x, y))): assert torch.allclose(L2, L) and torch.allclose(G2, G, atol=1e-12)
-    assert all(v.grad is None for v in n.parameters()) and G.shape == (3, sum(v.numel() for v in n.parameters()))
-    with pytest.raises(ValueError, match='method'): task_gradients(both, p, 'loop')
+    for L2, G2 in (task_gradients(both, p, "vmap"), task_gradients(one, p, batches=(x, y))):
+        assert torch.allclose(L2, L) and torch.allclose(G2, G, atol=1e-12)
+    assert all(v.grad is None for v in n.parameters()) and G.shape == (
+        3,
+        sum(v.numel() for v in n.parameters()),
+    )
+    with pytest.raises(ValueError, match="method"):
+        task_gradients(both, p, "loop")
 
 
 def test_problems():
     a, b, c = make_related_tasks(3), make_related_tasks(3), make_related_tasks(4)
-    assert all(torch.equal(u, v) for u, v in zip(a.x + a.y + [a.x_test, a.y_test], b.x + b.y + [b.x_test, b.y_test])) and not torch.equal(a.x[0], c.x[0])
-    assert [len(x) for x in a.x] == [12] + [400]*5 and len(a.x_val) == 12 and a.y_test.shape == (1024,)
-    assert [len(x) for x in make_related_tasks(0, c=(0., 0.), n_aux=30).x] == [12, 30]
-    with pytest.raises(ValueError, match='target'): make_related_tasks(0, c=(1., 0.))
-    many = [make_related_tasks(i, n_target=300, noise=0.) for i in range(12)]
-    fit = lambda t, k: np.corrcoef(t.y[0], t.x[0]@torch.linalg.lstsq(t.x[k], t.y[k]).solution)[0, 1]
+    assert all(
+        torch.equal(u, v)
+        for u, v in zip(a.x + a.y + [a.x_test, a.y_test], b.x + b.y + [b.x_test, b.y_test])
+    ) and not torch.equal(a.x[0], c.x[0])
+    assert (
+        [len(x) for x in a.x] == [12] + [400] * 5
+        and len(a.x_val) == 12
+        and a.y_test.shape == (1024,)
+    )
+    assert [len(x) for x in make_related_tasks(0, c=(0.0, 0.0), n_aux=30).x] == [12, 30]
+    with pytest.raises(ValueError, match="target"):
+        make_related_tasks(0, c=(1.0, 0.0))
+    many = [make_related_tasks(i, n_target=300, noise=0.0) for i in range(12)]
+    fit = lambda t, k: np.corrcoef(t.y[0], t.x[0] @ torch.linalg.lstsq(t.x[k], t.y[k]).solution)[
+        0, 1
+    ]
     near, far = (np.mean([fit(t, k) for t in many]) for k in (1, 5))
-    assert near > .5 > -.2 > far
+    assert near > 0.5 > -0.2 > far
 
 
-@pytest.mark.parametrize('name', ['uniform', 'vamo', 'pcgrad', 'famo', 'auto_lambda', 'db_mtl'])
+@pytest.mark.parametrize("name", ["uniform", "vamo", "pcgrad", "famo", "auto_lambda", "db_mtl"])
 def test_lanes_do_not_touch_each_other(name):
     tasks = [make_related_tasks(i) for i in range(3)]
     whole, alone = run_lanes(tasks, name, steps=8), run_lanes(tasks[2:], name, [2], steps=8)
-    assert torch.allclose(whole['theta'][2], alone['theta'][0], atol=1e-5) and torch.allclose(whole['test'][2], alone['test'][0], atol=1e-4)
-    again = run_lanes(tasks, name, steps=8); assert torch.equal(again['theta'], whole['theta'])
-    swapped = run_lanes([replace(tasks[0], x_test=tasks[1].x_test, y_test=tasks[1].y_test), *tasks[1:]], name, steps=8)
-    assert torch.equal(swapped['theta'], whole['theta'])  # test data decide nothing
+    assert torch.allclose(whole["theta"][2], alone["theta"][0], atol=1e-5) and torch.allclose(
+        whole["test"][2], alone["test"][0], atol=1e-4
+    )
+    again = run_lanes(tasks, name, steps=8)
+    assert torch.equal(again["theta"], whole["theta"])
+    swapped = run_lanes(
+        [replace(tasks[0], x_test=tasks[1].x_test, y_test=tasks[1].y_test), *tasks[1:]],
+        name,
+        steps=8,
+    )
+    assert torch.equal(swapped["theta"], whole["theta"])  # test data decide nothing
 
 
-@pytest.mark.parametrize('name', ['uniform', 'vamo', 'mgda', 'famo', 'l2rw', 'auto_lambda', 'db_mtl', 'uw'])
+@pytest.mark.parametrize(
+    "name", ["uniform", "vamo", "mgda", "famo", "l2rw", "auto_lambda", "db_mtl", "uw"]
+)
 def test_trainer_learns_and_keeps_the_best(name):
-    t = make_related_tasks(0, c=(0., 0., 0.)); torch.manual_seed(0); n = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 1))
-    loss = lambda f: torch.stack([F.mse_loss(f(x)[:, 0], y) for x, y in zip(t.x, t.y)]); val = lambda f: F.mse_loss(f(t.x_val)[:, 0], t.y_val)
-    start = float(val(n).detach()); tr = MTLTrainer(n, name, lr=5e-3)
+    t = make_related_tasks(0, c=(0.0, 0.0, 0.0))
+    torch.manual_seed(0)
+    n = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 1))
+    loss = lambda f: torch.stack([F.mse_loss(f(x)[:, 0], y) for x, y in zip(t.x, t.y)])
+    val = lambda f: F.mse_loss(f(t.x_val)[:, 0], t.y_val)
+    start = float(val(n).detach())
+    tr = MTLTrainer(n, name, lr=5e-3)
     infos = tr.fit(lambda i: (loss, val), 60, val, every=5)
-    assert len(infos) == 60 and float(val(n).detach()) == pytest.approx(tr.best_val, rel=1e-5) and tr.best_val < start
+    assert (
+        len(infos) == 60
+        and float(val(n).detach()) == pytest.approx(tr.best_val, rel=1e-5)
+        and tr.best_val < start
+    )
 
 
 # ---- perceptrons in one vector --------------------------------------------------------------------------------------
-@given(seeds, st.sampled_from([(3, 1), (2, 4, 1), (5, 3, 3, 2)]), st.sampled_from([torch.relu, torch.tanh]))
+@given(
+    seeds,
+    st.sampled_from([(3, 1), (2, 4, 1), (5, 3, 3, 2)]),
+    st.sampled_from([torch.relu, torch.tanh]),
+)
 @some
 def test_perceptron_is_the_module(seed, sizes, act):
-    theta = torch.stack([perceptron_start(sizes, seed + i).double() for i in range(3)]); x, layers = normal(3, 7, sizes[0], seed=seed), perceptron_layers(sizes)
+    theta = torch.stack([perceptron_start(sizes, seed + i).double() for i in range(3)])
+    x, layers = normal(3, 7, sizes[0], seed=seed), perceptron_layers(sizes)
     for t, xi, out in zip(theta, x, perceptron(theta, x, sizes, act)):
         h = xi
         for at, a, b in zip(layers, sizes, sizes[1:]):
-            lin = nn.Linear(a, b).double(); lin.weight.data, lin.bias.data = t[at][:a*b].view(a, b).T, t[at][a*b:]
+            lin = nn.Linear(a, b).double()
+            lin.weight.data, lin.bias.data = t[at][: a * b].view(a, b).T, t[at][a * b :]
             h = lin(h) if at is layers[-1] else act(lin(h))
         assert torch.allclose(out, h) and torch.allclose(perceptron(t, xi, sizes, act), h)
-    assert layers[-1].stop == theta.shape[1] and [l.start for l in layers[1:]] == [l.stop for l in layers[:-1]]
+    assert layers[-1].stop == theta.shape[1] and [l.start for l in layers[1:]] == [
+        l.stop for l in layers[:-1]
+    ]
 
 
 def test_perceptron_start():
-    sizes = (400, 50, 1); layers = perceptron_layers(sizes); u, z = perceptron_start(sizes, 1), perceptron_start(sizes, 1, 'normal')
-    assert torch.equal(u, perceptron_start(sizes, 1)) and not torch.equal(u, perceptron_start(sizes, 2))
-    assert u[layers[0]].abs().max() <= 400**-.5 and abs(float(u[layers[0]].std())*(3*400)**.5 - 1) < .05
-    assert abs(float(z[layers[0]][:20000].std())*400**.5 - 1) < .05 and (z[layers[0]][20000:] == 0).all()
-    with pytest.raises(ValueError, match='init'): perceptron_start(sizes, 1, 'he')
-    with pytest.raises(ValueError, match='needs'): perceptron(u[:-1], torch.ones(2, 400), sizes)
+    sizes = (400, 50, 1)
+    layers = perceptron_layers(sizes)
+    u, z = perceptron_start(sizes, 1), perceptron_start(sizes, 1, "normal")
+    assert torch.equal(u, perceptron_start(sizes, 1)) and not torch.equal(
+        u, perceptron_start(sizes, 2)
+    )
+    assert (
+        u[layers[0]].abs().max() <= 400**-0.5
+        and abs(float(u[layers[0]].std()) * (3 * 400) ** 0.5 - 1) < 0.05
+    )
+    assert (
+        abs(float(z[layers[0]][:20000].std()) * 400**0.5 - 1) < 0.05
+        and (z[layers[0]][20000:] == 0).all()
+    )
+    with pytest.raises(ValueError, match="init"):
+        perceptron_start(sizes, 1, "he")
+    with pytest.raises(ValueError, match="needs"):
+        perceptron(u[:-1], torch.ones(2, 400), sizes)
 
 
 @given(seeds, st.integers(2, 5))
 @some
 def test_imtl_projections_are_equal_for_any_number_of_tasks(seed, K):
-    G = normal(K, 12, seed=seed); g = aggregate('imtl_g', G)[0]; along = (G/G.norm(dim=1, keepdim=True))@g
-    assert (along - along.mean()).abs().max() < 1e-6*along.abs().max()
+    G = normal(K, 12, seed=seed)
+    g = aggregate("imtl_g", G)[0]
+    along = (G / G.norm(dim=1, keepdim=True)) @ g
+    assert (along - along.mean()).abs().max() < 1e-6 * along.abs().max()
 
 
-@given(seeds, st.integers(2, 5), st.sampled_from([.2, .4, .8]))
+@given(seeds, st.integers(2, 5), st.sampled_from([0.2, 0.4, 0.8]))
 @few
 def test_cagrad_stays_at_its_distance_from_the_mean(seed, K, c):
-    G = normal(K, 12, seed=seed); g0 = G.mean(0)
-    assert abs(float((aggregate('cagrad', G, c=c)[0] - g0).norm()/g0.norm()) - c) < .1*c
+    G = normal(K, 12, seed=seed)
+    g0 = G.mean(0)
+    assert abs(float((aggregate("cagrad", G, c=c)[0] - g0).norm() / g0.norm()) - c) < 0.1 * c

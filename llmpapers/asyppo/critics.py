@@ -18,110 +18,154 @@ from torch import Tensor, nn
 # %% ../../nbs/asyppo/02_critics.ipynb #b2590081
 class ValueModel(nn.Module):
     "A transformer backbone with a scalar head"
-    def __init__(self,
-        model,                # Causal language model or backbone of transformers
-        copy_model:bool=True, # Leave the given model as it is
+
+    def __init__(
+        self,
+        model,  # Causal language model or backbone of transformers
+        copy_model: bool = True,  # Leave the given model as it is
     ):
         super().__init__()
         base = getattr(model, "base_model", model)
         self.backbone = copy.deepcopy(base) if copy_model else base
         size = getattr(base.config, "hidden_size", None)
-        if size is None: raise ValueError(f"model: the configuration of {type(model).__name__} has no hidden_size; pass a transformers model")
+        if size is None:
+            raise ValueError(
+                f"model: the configuration of {type(model).__name__} has no hidden_size; pass a transformers model"
+            )
         self.head = nn.Linear(size, 1).to(next(base.parameters()))
-        nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
-    def forward(self,
-        input_ids:Tensor,      # (B,N) int64, right-padded
-        attention_mask:Tensor, # (B,N) bool, real tokens
-    )->Tensor:                 # (B,N) float32 value of the state before each token; position 0 is 0
+    def forward(
+        self,
+        input_ids: Tensor,  # (B,N) int64, right-padded
+        attention_mask: Tensor,  # (B,N) bool, real tokens
+    ) -> Tensor:  # (B,N) float32 value of the state before each token; position 0 is 0
         "Values of all prefixes"
-        h = self.backbone(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False).last_hidden_state
+        h = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False
+        ).last_hidden_state
         return nn.functional.pad(self.head(h).squeeze(-1).float()[:, :-1], (1, 0))
 
 # %% ../../nbs/asyppo/02_critics.ipynb #2be290a3
 def check_vocab(
-    critic, # Model or backbone of a critic
+    critic,  # Model or backbone of a critic
     actor,  # Model of the actor
-)->None:
+) -> None:
     "Refuse a critic that cannot read the actor's token ids"
     c, a = critic.get_input_embeddings().num_embeddings, actor.get_input_embeddings().num_embeddings
-    if c < a: raise ValueError(f"critic: its vocabulary has {c} ids, the actor's {a}; the tokenizers do not match, take a critic of the same family")
+    if c < a:
+        raise ValueError(
+            f"critic: its vocabulary has {c} ids, the actor's {a}; the tokenizers do not match, take a critic of the same family"
+        )
 
 # %% ../../nbs/asyppo/02_critics.ipynb #7d63b8a6
 def _places(group_ids):
     "Number of each row's group in sorted order, its rank inside the group, and the group sizes"
     ids = group_ids.cpu().numpy() if isinstance(group_ids, Tensor) else np.asarray(group_ids)
-    if ids.ndim != 1 or not len(ids): raise ValueError(f"group_ids has shape {ids.shape}; it needs (B,), at least one row")
+    if ids.ndim != 1 or not len(ids):
+        raise ValueError(f"group_ids has shape {ids.shape}; it needs (B,), at least one row")
     _, g, n = np.unique(ids, return_inverse=True, return_counts=True)
     order = np.argsort(g, kind="stable")
-    rank = np.empty(len(g), int); rank[order] = np.arange(len(g)) - (np.cumsum(n) - n)[g[order]]
+    rank = np.empty(len(g), int)
+    rank[order] = np.arange(len(g)) - (np.cumsum(n) - n)[g[order]]
     return g, rank, n
 
+
 def shard_groups(
-    group_ids:"Tensor|Sequence", # (B,) group of each response: numbers or text, in any order
-    n_critics:int,               # Number of critics, M
-    seed:int=0,                  # Who begins; pass the step number so that it rotates
-    by:str="response",           # "response" (the paper), "prompt" (whole groups; a control)
-)->Tensor:                       # (B,) int64, the critic that trains on each response
+    group_ids: "Tensor|Sequence",  # (B,) group of each response: numbers or text, in any order
+    n_critics: int,  # Number of critics, M
+    seed: int = 0,  # Who begins; pass the step number so that it rotates
+    by: str = "response",  # "response" (the paper), "prompt" (whole groups; a control)
+) -> Tensor:  # (B,) int64, the critic that trains on each response
     "Deal the responses of each group to the critics"
-    if not isinstance(n_critics, int) or n_critics < 1: raise ValueError(f"n_critics={n_critics!r} must be a positive integer")
-    if by not in ("response", "prompt"): raise ValueError(f"by={by!r} must be 'response' or 'prompt'")
+    if not isinstance(n_critics, int) or n_critics < 1:
+        raise ValueError(f"n_critics={n_critics!r} must be a positive integer")
+    if by not in ("response", "prompt"):
+        raise ValueError(f"by={by!r} must be 'response' or 'prompt'")
     g, rank, n = _places(group_ids)
-    if by == "prompt": return torch.from_numpy((g + seed) % n_critics)
-    if n.min() < n_critics: warnings.warn(f"a group of {n.min()} responses gives some of the {n_critics} critics nothing; take larger groups", stacklevel=2)
+    if by == "prompt":
+        return torch.from_numpy((g + seed) % n_critics)
+    if n.min() < n_critics:
+        warnings.warn(
+            f"a group of {n.min()} responses gives some of the {n_critics} critics nothing; take larger groups",
+            stacklevel=2,
+        )
     return torch.from_numpy((rank + g + seed) % n_critics)
 
 # %% ../../nbs/asyppo/02_critics.ipynb #56f02b61
 def ensemble_stats(
-    values:Tensor,    # (M,B,T) predictions of each critic
-    how:str="mean",   # "mean" (the paper) or "min"
-)->tuple[Tensor,Tensor]: # (B,T) aggregated value, (B,T) population deviation
+    values: Tensor,  # (M,B,T) predictions of each critic
+    how: str = "mean",  # "mean" (the paper) or "min"
+) -> tuple[Tensor, Tensor]:  # (B,T) aggregated value, (B,T) population deviation
     "Aggregate and spread of the critics' predictions"
-    if values.dim() != 3 or not len(values): raise ValueError(f"values has shape {tuple(values.shape)}; it needs (M,B,T) with at least one critic")
-    if how not in ("mean", "min"): raise ValueError(f"how={how!r} must be 'mean' or 'min'")
+    if values.dim() != 3 or not len(values):
+        raise ValueError(
+            f"values has shape {tuple(values.shape)}; it needs (M,B,T) with at least one critic"
+        )
+    if how not in ("mean", "min"):
+        raise ValueError(f"how={how!r} must be 'mean' or 'min'")
     d = values - values[:1]
     centre = d.mean(0)
-    return (values[0] + centre if how == "mean" else values.amin(0)), (d - centre).square().mean(0).sqrt()
+    return (values[0] + centre if how == "mean" else values.amin(0)), (d - centre).square().mean(
+        0
+    ).sqrt()
 
 # %% ../../nbs/asyppo/02_critics.ipynb #d16d7b56
 def critic_loss(
-    values:Tensor,          # (M,B,T) predictions
-    returns:Tensor,         # (B,T) targets
-    mask:Tensor,            # (B,T) bool, sampled tokens
-    shard:Tensor,           # (B,) critic of each response; -1 gives it to all of them
-    clip:float=None,        # Range around `old_values`; None does not clip
-    old_values:Tensor=None, # (M,B,T) predictions when the batch was made
-)->tuple[Tensor,Tensor]:    # Sum over critics, and (M,) mean squared error of each on its shard
+    values: Tensor,  # (M,B,T) predictions
+    returns: Tensor,  # (B,T) targets
+    mask: Tensor,  # (B,T) bool, sampled tokens
+    shard: Tensor,  # (B,) critic of each response; -1 gives it to all of them
+    clip: float = None,  # Range around `old_values`; None does not clip
+    old_values: Tensor = None,  # (M,B,T) predictions when the batch was made
+) -> tuple[Tensor, Tensor]:  # Sum over critics, and (M,) mean squared error of each on its shard
     "Squared error of each critic on its own responses"
-    if values.dim() != 3 or not values.shape[1:] == returns.shape == mask.shape or shard.shape != mask.shape[:1]:
-        raise ValueError(f"values {tuple(values.shape)} must be (M,B,T), returns {tuple(returns.shape)} and mask {tuple(mask.shape)} (B,T), shard (B,)")
-    if clip is not None and old_values is None: raise ValueError(f"old_values is None, but clip={clip} needs them")
+    if (
+        values.dim() != 3
+        or not values.shape[1:] == returns.shape == mask.shape
+        or shard.shape != mask.shape[:1]
+    ):
+        raise ValueError(
+            f"values {tuple(values.shape)} must be (M,B,T), returns {tuple(returns.shape)} and mask {tuple(mask.shape)} (B,T), shard (B,)"
+        )
+    if clip is not None and old_values is None:
+        raise ValueError(f"old_values is None, but clip={clip} needs them")
     mine = (shard == torch.arange(len(values), device=shard.device)[:, None]) | (shard == -1)
     w = mine[:, :, None] & mask.bool()
     err = (values - returns).square()
-    if clip is not None: err = torch.maximum(err, (old_values + (values - old_values).clamp(-clip, clip) - returns).square())
-    per = torch.where(w, err, 0.).sum((1, 2))/w.sum((1, 2)).clamp(min=1)
+    if clip is not None:
+        err = torch.maximum(
+            err, (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+        )
+    per = torch.where(w, err, 0.0).sum((1, 2)) / w.sum((1, 2)).clamp(min=1)
     return per.sum(), per
 
 # %% ../../nbs/asyppo/02_critics.ipynb #72874483
 class CriticEnsemble(nn.Module):
     "Critics that read the same tokens"
-    def __init__(self,
-        models:"Sequence[ValueModel]|Callable", # Value models, or a function of the index that makes one
-        n:int=None,                             # How many to make, if `models` is a function
+
+    def __init__(
+        self,
+        models: "Sequence[ValueModel]|Callable",  # Value models, or a function of the index that makes one
+        n: int = None,  # How many to make, if `models` is a function
     ):
         super().__init__()
         if callable(models):
-            if not isinstance(n, int) or n < 1: raise ValueError(f"n={n!r} must be a positive integer")
+            if not isinstance(n, int) or n < 1:
+                raise ValueError(f"n={n!r} must be a positive integer")
             models = [models(m) for m in range(n)]
-        if not len(models): raise ValueError("models is empty; an ensemble needs at least one critic")
+        if not len(models):
+            raise ValueError("models is empty; an ensemble needs at least one critic")
         self.critics = nn.ModuleList(models)
 
-    def __len__(self): return len(self.critics)
+    def __len__(self):
+        return len(self.critics)
 
-    def forward(self,
-        input_ids:Tensor,      # (B,N) int64
-        attention_mask:Tensor, # (B,N) bool
-    )->Tensor:                 # (M,B,N) values
+    def forward(
+        self,
+        input_ids: Tensor,  # (B,N) int64
+        attention_mask: Tensor,  # (B,N) bool
+    ) -> Tensor:  # (M,B,N) values
         "Predictions of every critic for every response"
         return torch.stack([c(input_ids, attention_mask) for c in self.critics])

@@ -20,89 +20,110 @@ from ..rl.trainer import terminal_rewards as _of_batch
 
 # %% ../../nbs/asyppo/01_gae.ipynb #a632ff0a
 def terminal_rewards(
-    scores:Tensor, # (B,) reward of each response
-    mask:Tensor,   # (B,T) bool, sampled tokens
-)->Tensor:         # (B,T) the reward at the last sampled token, 0 elsewhere
+    scores: Tensor,  # (B,) reward of each response
+    mask: Tensor,  # (B,T) bool, sampled tokens
+) -> Tensor:  # (B,T) the reward at the last sampled token, 0 elsewhere
     "Put each response's reward where it was earned"
-    if mask.dim() != 2 or scores.shape != mask.shape[:1]: raise ValueError(f"scores {tuple(scores.shape)} must be (B,) and mask {tuple(mask.shape)} (B,T)")
+    if mask.dim() != 2 or scores.shape != mask.shape[:1]:
+        raise ValueError(
+            f"scores {tuple(scores.shape)} must be (B,) and mask {tuple(mask.shape)} (B,T)"
+        )
     return _of_batch(SimpleNamespace(rewards=scores, response_mask=mask.bool()))
 
 # %% ../../nbs/asyppo/01_gae.ipynb #f00f926f
 def explained_variance(
-    values:Tensor,  # (B,T) predictions
-    returns:Tensor, # (B,T) what came
-    mask:Tensor,    # (B,T) bool
-)->float:           # 1 perfect, 0 a constant, negative worse; NaN if all returns are equal
+    values: Tensor,  # (B,T) predictions
+    returns: Tensor,  # (B,T) what came
+    mask: Tensor,  # (B,T) bool
+) -> float:  # 1 perfect, 0 a constant, negative worse; NaN if all returns are equal
     "Share of the variance of the returns that the values explain"
     if not values.shape == returns.shape == mask.shape:
-        raise ValueError(f"values {tuple(values.shape)}, returns {tuple(returns.shape)} and mask {tuple(mask.shape)} must agree")
+        raise ValueError(
+            f"values {tuple(values.shape)}, returns {tuple(returns.shape)} and mask {tuple(mask.shape)} must agree"
+        )
     v, r = values.double(), returns.double()
     var = lambda x: masked_mean((x - masked_mean(x, mask)).square(), mask)
     total = var(r)
-    return float(1 - var(r - v)/total) if total > 0 else float("nan")
+    return float(1 - var(r - v) / total) if total > 0 else float("nan")
 
 # %% ../../nbs/asyppo/01_gae.ipynb #044184ba
 class Episodes(NamedTuple):
     "Responses of `SurvivalMDP`"
-    input_ids:Tensor  # (B,N) int64: prompt token, then class and outcome tokens, then padding
-    mask:Tensor       # (B,N) bool, response tokens
-    scores:Tensor     # (B,) 1 if no error occurred
-    group_ids:Tensor  # (B,) number of the prompt
+
+    input_ids: Tensor  # (B,N) int64: prompt token, then class and outcome tokens, then padding
+    mask: Tensor  # (B,N) bool, response tokens
+    scores: Tensor  # (B,) 1 if no error occurred
+    group_ids: Tensor  # (B,) number of the prompt
+
 
 @dataclass(frozen=True)
 class SurvivalMDP:
     "Token world with known values; token 0 is padding, 1-3 classes, 4 ok, 5 error, then one token for each number of steps"
-    probs:tuple=(.5, .3, .2)    # Probability of each class
-    errors:tuple=(.02, .15, .5) # Probability of an error in each class
-    steps:tuple=(2, 3, 4, 5, 6) # Numbers of steps a prompt may announce
+
+    probs: tuple = (0.5, 0.3, 0.2)  # Probability of each class
+    errors: tuple = (0.02, 0.15, 0.5)  # Probability of an error in each class
+    steps: tuple = (2, 3, 4, 5, 6)  # Numbers of steps a prompt may announce
 
     def __post_init__(self):
-        if len(self.probs) != 3 or len(self.errors) != 3: raise ValueError("probs and errors need three numbers each, one for each class")
-        if abs(sum(self.probs) - 1) > 1e-9 or min(self.probs) < 0: raise ValueError(f"probs={self.probs} must be probabilities that add up to 1")
-        if not all(0 <= q <= 1 for q in self.errors): raise ValueError(f"errors={self.errors} must lie in [0, 1]")
-        if not self.steps or min(self.steps) < 1: raise ValueError(f"steps={self.steps} must be positive integers")
+        if len(self.probs) != 3 or len(self.errors) != 3:
+            raise ValueError("probs and errors need three numbers each, one for each class")
+        if abs(sum(self.probs) - 1) > 1e-9 or min(self.probs) < 0:
+            raise ValueError(f"probs={self.probs} must be probabilities that add up to 1")
+        if not all(0 <= q <= 1 for q in self.errors):
+            raise ValueError(f"errors={self.errors} must lie in [0, 1]")
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"steps={self.steps} must be positive integers")
 
     @property
-    def vocab(self)->int: # Token ids are 0 to vocab - 1
+    def vocab(self) -> int:  # Token ids are 0 to vocab - 1
         "Size of the vocabulary"
         return 6 + len(self.steps)
+
     @property
-    def width(self)->int: # Tokens of the longest row
+    def width(self) -> int:  # Tokens of the longest row
         "Length of a row"
-        return 1 + 2*max(self.steps)
+        return 1 + 2 * max(self.steps)
 
 # %% ../../nbs/asyppo/01_gae.ipynb #6b99fc5f
 @patch
-def sample(self:SurvivalMDP,
-    n_groups:int,              # Prompts
-    group_size:int,            # Responses of each
-    generator:torch.Generator, # Decides them
-)->Episodes:                   # Rows ordered by group
+def sample(
+    self: SurvivalMDP,
+    n_groups: int,  # Prompts
+    group_size: int,  # Responses of each
+    generator: torch.Generator,  # Decides them
+) -> Episodes:  # Rows ordered by group
     "Draw prompts and responses"
-    if n_groups < 1 or group_size < 1: raise ValueError(f"n_groups={n_groups} and group_size={group_size} must be at least 1")
-    B, K, g = n_groups*group_size, max(self.steps), generator
+    if n_groups < 1 or group_size < 1:
+        raise ValueError(f"n_groups={n_groups} and group_size={group_size} must be at least 1")
+    B, K, g = n_groups * group_size, max(self.steps), generator
     which = torch.randint(len(self.steps), (n_groups,), generator=g).repeat_interleave(group_size)
     n = torch.tensor(self.steps)[which]
-    c = torch.multinomial(torch.tensor(self.probs), B*K, True, generator=g).view(B, K)
+    c = torch.multinomial(torch.tensor(self.probs), B * K, True, generator=g).view(B, K)
     bad = torch.rand(B, K, generator=g) < torch.tensor(self.errors)[c]
     used = torch.arange(K) < n[:, None]
-    body = torch.stack([c + 1, 4 + bad.long()], -1).view(B, 2*K)
+    body = torch.stack([c + 1, 4 + bad.long()], -1).view(B, 2 * K)
     mask = used.repeat_interleave(2, 1)
-    ids = torch.cat([(6 + which)[:, None], body*mask], 1)
-    return Episodes(ids, torch.nn.functional.pad(mask, (1, 0)), (~(bad & used).any(1)).float(), torch.arange(n_groups).repeat_interleave(group_size))
+    ids = torch.cat([(6 + which)[:, None], body * mask], 1)
+    return Episodes(
+        ids,
+        torch.nn.functional.pad(mask, (1, 0)),
+        (~(bad & used).any(1)).float(),
+        torch.arange(n_groups).repeat_interleave(group_size),
+    )
 
 # %% ../../nbs/asyppo/01_gae.ipynb #e75580de
 @patch
-def true_values(self:SurvivalMDP,
-    e:Episodes, # Responses
-)->Tensor:      # (B,N) value of the state before each response token, 0 elsewhere
+def true_values(
+    self: SurvivalMDP,
+    e: Episodes,  # Responses
+) -> Tensor:  # (B,N) value of the state before each response token, 0 elsewhere
     "Probability of no error, given the tokens before"
     q, p = torch.tensor(self.errors), torch.tensor(self.probs)
-    body, n = e.input_ids[:, 1:], e.mask.sum(1)//2
+    body, n = e.input_ids[:, 1:], e.mask.sum(1) // 2
     c, bad = (body[:, ::2] - 1).clamp(min=0), body[:, 1::2] == 5
     alive = 1 - torch.nn.functional.pad(bad.long().cumsum(1).clamp(max=1)[:, :-1], (1, 0))
     begun = torch.arange(c.shape[1])
     left = (n[:, None] - begun).clamp(min=0)
-    stay = 1 - (p*q).sum()
-    v = torch.stack([alive*stay**left, alive*(1 - q[c])*stay**(left - 1)], -1).flatten(1)
-    return torch.where(e.mask, torch.nn.functional.pad(v, (1, 0)), 0.)
+    stay = 1 - (p * q).sum()
+    v = torch.stack([alive * stay**left, alive * (1 - q[c]) * stay ** (left - 1)], -1).flatten(1)
+    return torch.where(e.mask, torch.nn.functional.pad(v, (1, 0)), 0.0)

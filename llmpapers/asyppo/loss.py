@@ -14,41 +14,66 @@ from ..rl.losses import aggregate, ppo_loss
 # %% ../../nbs/asyppo/04_loss.ipynb #d512d43b
 def _same(mask, **tensors):
     for name, x in tensors.items():
-        if x is not None and x.shape != mask.shape: raise ValueError(f"{name} has shape {tuple(x.shape)}, mask {tuple(mask.shape)}; they must agree")
+        if x is not None and x.shape != mask.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, mask {tuple(mask.shape)}; they must agree"
+            )
+
 
 def _mean(x, mask, keep, renorm, denom):
     "Mean over the tokens of each response, then over responses; masked tokens count in the denominator unless `renorm`"
     m = mask.bool() if keep is None else mask.bool() & keep.bool()
-    x = torch.where(m, x, 0.)
-    if not renorm: return aggregate(x, mask, "seq-mean-token-mean", denom)
+    x = torch.where(m, x, 0.0)
+    if not renorm:
+        return aggregate(x, mask, "seq-mean-token-mean", denom)
     rows = int(mask.bool().any(-1).sum()) if denom is None else denom
-    return (x.sum(-1)/m.sum(-1).clamp(min=1)).sum()/max(rows, 1)
+    return (x.sum(-1) / m.sum(-1).clamp(min=1)).sum() / max(rows, 1)
 
 # %% ../../nbs/asyppo/04_loss.ipynb #c1bed285
 def asyppo_loss(
-    logp:Tensor,            # (B,T) log-probabilities under the policy being trained
-    old_logp:Tensor,        # (B,T) under the policy that sampled
-    adv:Tensor,             # (B,T) advantages
-    mask:Tensor,            # (B,T) bool, sampled tokens
+    logp: Tensor,  # (B,T) log-probabilities under the policy being trained
+    old_logp: Tensor,  # (B,T) under the policy that sampled
+    adv: Tensor,  # (B,T) advantages
+    mask: Tensor,  # (B,T) bool, sampled tokens
     *,
-    adv_mask:Tensor=None,   # (B,T) bool, tokens with a policy gradient; None is all
-    entropy:Tensor=None,    # (B,T) nats; needed if `beta` is not 0
-    ent_mask:Tensor=None,   # (B,T) bool, tokens with an entropy bonus; None is all
-    clip:float=.2,          # Lower clipping range
-    clip_high:float=None,   # Upper clipping range; None is the same
-    beta:float=0.,          # Weight of the entropy bonus
-    renorm:bool=False,      # Divide by the tokens that are left instead of the length (a control)
-    denom:float=None,       # Global number of responses, for micro-batches; None counts these
-)->tuple[Tensor,dict]:      # Scalar to minimise, and numbers to watch
+    adv_mask: Tensor = None,  # (B,T) bool, tokens with a policy gradient; None is all
+    entropy: Tensor = None,  # (B,T) nats; needed if `beta` is not 0
+    ent_mask: Tensor = None,  # (B,T) bool, tokens with an entropy bonus; None is all
+    clip: float = 0.2,  # Lower clipping range
+    clip_high: float = None,  # Upper clipping range; None is the same
+    beta: float = 0.0,  # Weight of the entropy bonus
+    renorm: bool = False,  # Divide by the tokens that are left instead of the length (a control)
+    denom: float = None,  # Global number of responses, for micro-batches; None counts these
+) -> tuple[Tensor, dict]:  # Scalar to minimise, and numbers to watch
     "Negative of the paper's objective"
-    _same(mask, logp=logp, old_logp=old_logp, adv=adv, adv_mask=adv_mask, entropy=entropy, ent_mask=ent_mask)
-    if beta and entropy is None: raise ValueError(f"entropy is None, but beta={beta} needs it")
+    _same(
+        mask,
+        logp=logp,
+        old_logp=old_logp,
+        adv=adv,
+        adv_mask=adv_mask,
+        entropy=entropy,
+        ent_mask=ent_mask,
+    )
+    if beta and entropy is None:
+        raise ValueError(f"entropy is None, but beta={beta} needs it")
     m = mask.bool()
-    safe = lambda x: torch.where(m, x, 0.)
-    policy = _mean(ppo_loss(safe(logp), safe(old_logp), safe(adv), clip, clip if clip_high is None else clip_high), mask, adv_mask, renorm, denom)
+    safe = lambda x: torch.where(m, x, 0.0)
+    policy = _mean(
+        ppo_loss(
+            safe(logp), safe(old_logp), safe(adv), clip, clip if clip_high is None else clip_high
+        ),
+        mask,
+        adv_mask,
+        renorm,
+        denom,
+    )
     stats, loss = dict(policy=policy.item()), policy
-    for name, x in (("masked", adv_mask), ("filtered", ent_mask)): stats[name] = 0. if x is None else float((~x.bool())[m].float().mean())
+    for name, x in (("masked", adv_mask), ("filtered", ent_mask)):
+        stats[name] = 0.0 if x is None else float((~x.bool())[m].float().mean())
     if entropy is not None:
-        bonus = _mean(entropy, mask, ent_mask, renorm, denom); stats["bonus"] = bonus.item()
-        if beta: loss = loss - beta*bonus
+        bonus = _mean(entropy, mask, ent_mask, renorm, denom)
+        stats["bonus"] = bonus.item()
+        if beta:
+            loss = loss - beta * bonus
     return loss, stats

@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/asyppo/03_masks.ipynb #a835778d
-def _count(share, n): return int(share*n + 1e-9)
+def _count(share, n):
+    return int(share * n + 1e-9)
+
 
 def _check(name, share, std, mask):
-    if not 0 <= share <= 1: raise ValueError(f"{name}={share} must be in [0, 1]: it is the share of tokens to leave out")
-    if std.shape != mask.shape: raise ValueError(f"std has shape {tuple(std.shape)}, mask {tuple(mask.shape)}; they must agree")
+    if not 0 <= share <= 1:
+        raise ValueError(
+            f"{name}={share} must be in [0, 1]: it is the share of tokens to leave out"
+        )
+    if std.shape != mask.shape:
+        raise ValueError(
+            f"std has shape {tuple(std.shape)}, mask {tuple(mask.shape)}; they must agree"
+        )
+
 
 def _without(std, mask, share, descending, name):
     "True everywhere but at the `share` of sampled tokens at one end of the ranking"
@@ -24,39 +33,46 @@ def _without(std, mask, share, descending, name):
     keep, m = torch.ones_like(mask, dtype=torch.bool), mask.bool()
     x = std.detach()[m]
     n = _count(share, len(x))
-    if not n: return keep
-    if not torch.isfinite(x).all(): raise ValueError("std has NaN or infinite values at sampled tokens; look at the critics")
+    if not n:
+        return keep
+    if not torch.isfinite(x).all():
+        raise ValueError("std has NaN or infinite values at sampled tokens; look at the critics")
     if n < len(x) and x.max() - x.min() <= 1e-8:
-        warnings.warn("std is the same at all tokens, so nothing is masked; are the critics clones?", stacklevel=3)
+        warnings.warn(
+            "std is the same at all tokens, so nothing is masked; are the critics clones?",
+            stacklevel=3,
+        )
         return keep
     drop = torch.sort(x, descending=descending, stable=True).indices[:n]
-    inside = torch.ones_like(x, dtype=torch.bool); inside[drop] = False
+    inside = torch.ones_like(x, dtype=torch.bool)
+    inside[drop] = False
     keep[m] = inside
     return keep
 
 # %% ../../nbs/asyppo/03_masks.ipynb #9737a339
 def advantage_mask(
-    std:Tensor,  # (B,T) spread of the critics
-    mask:Tensor, # (B,T) bool, sampled tokens
-    k:float=.2,  # Share of the sampled tokens, of lowest spread, that is left out
-)->Tensor:       # (B,T) bool, True keeps the policy gradient; True and unused outside `mask`
+    std: Tensor,  # (B,T) spread of the critics
+    mask: Tensor,  # (B,T) bool, sampled tokens
+    k: float = 0.2,  # Share of the sampled tokens, of lowest spread, that is left out
+) -> Tensor:  # (B,T) bool, True keeps the policy gradient; True and unused outside `mask`
     "Which tokens the policy learns from (the lowest spreads are left out)"
     return _without(std, mask, k, False, "k")
 
+
 def entropy_mask(
-    std:Tensor,  # (B,T) spread of the critics
-    mask:Tensor, # (B,T) bool, sampled tokens
-    h:float=.2,  # Share of the sampled tokens, of highest spread, that is left out
-)->Tensor:       # (B,T) bool, True keeps the entropy bonus; True and unused outside `mask`
+    std: Tensor,  # (B,T) spread of the critics
+    mask: Tensor,  # (B,T) bool, sampled tokens
+    h: float = 0.2,  # Share of the sampled tokens, of highest spread, that is left out
+) -> Tensor:  # (B,T) bool, True keeps the entropy bonus; True and unused outside `mask`
     "Which tokens get the entropy bonus (the highest spreads are left out)"
     return _without(std, mask, h, True, "h")
 
 # %% ../../nbs/asyppo/03_masks.ipynb #3bcecdda
 def random_mask(
-    mask:Tensor,               # (B,T) bool, sampled tokens
-    frac:float,                # Share left out
-    generator:torch.Generator, # Decides which
-)->Tensor:                     # (B,T) bool, True keeps; True and unused outside `mask`
+    mask: Tensor,  # (B,T) bool, sampled tokens
+    frac: float,  # Share left out
+    generator: torch.Generator,  # Decides which
+) -> Tensor:  # (B,T) bool, True keeps; True and unused outside `mask`
     "A random set of the same size: the control for both masks"
     noise = torch.rand(mask.shape, generator=generator, device=generator.device).to(mask.device)
     return _without(noise, mask, frac, False, "frac")

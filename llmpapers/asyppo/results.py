@@ -30,23 +30,32 @@ from ..rl.advantages import group_advantages
 @dataclass(frozen=True)
 class TabularConfig:
     "A study of the tabular policy"
-    group:int=4         # Responses of each prompt, G
-    utd:int=4           # Actor passes over a batch
-    lr:float=.5         # Step of a state's logits
-    iters:int=60        # Batches
-    prompts:int=8       # Prompts, all in every batch
-    steps:int=32        # Choices of a response
-    actions:int=4       # Actions of a choice
-    start:float=.82     # Probability of the right action at the beginning
-    decay:float=.7      # Weight of the statistics of earlier batches
-    lam:float=.95       # Trace of the advantage
-    k:float=.2          # Share of masked tokens
-    ridge:float=1.      # Penalty of the regression
 
-arms = dict( # critics, shards, features, mask, kind of fit
-    grpo=(0, "none", 0, None, ""), ppo=(1, "none", 192, None, "ridge"), half=(1, "half", 24, None, "ridge"), mini=(1, "none", 24, None, "ridge"),
-    disjoint=(2, "response", 24, None, "ridge"), asyppo=(2, "response", 24, "low", "ridge"), random=(2, "response", 24, "random", "ridge"),
-    high=(2, "response", 24, "high", "ridge"), sgd=(1, "none", 24, None, "sgd"))
+    group: int = 4  # Responses of each prompt, G
+    utd: int = 4  # Actor passes over a batch
+    lr: float = 0.5  # Step of a state's logits
+    iters: int = 60  # Batches
+    prompts: int = 8  # Prompts, all in every batch
+    steps: int = 32  # Choices of a response
+    actions: int = 4  # Actions of a choice
+    start: float = 0.82  # Probability of the right action at the beginning
+    decay: float = 0.7  # Weight of the statistics of earlier batches
+    lam: float = 0.95  # Trace of the advantage
+    k: float = 0.2  # Share of masked tokens
+    ridge: float = 1.0  # Penalty of the regression
+
+
+arms = dict(  # critics, shards, features, mask, kind of fit
+    grpo=(0, "none", 0, None, ""),
+    ppo=(1, "none", 192, None, "ridge"),
+    half=(1, "half", 24, None, "ridge"),
+    mini=(1, "none", 24, None, "ridge"),
+    disjoint=(2, "response", 24, None, "ridge"),
+    asyppo=(2, "response", 24, "low", "ridge"),
+    random=(2, "response", 24, "random", "ridge"),
+    high=(2, "response", 24, "high", "ridge"),
+    sgd=(1, "none", 24, None, "sgd"),
+)
 
 # %% ../../nbs/asyppo/06_results.ipynb #512b0d06
 def _world(cfg, seeds, F):
@@ -54,13 +63,23 @@ def _world(cfg, seeds, F):
     P, T, A, out = cfg.prompts, cfg.steps, cfg.actions, []
     for k in seeds:
         g = rng(k, "tabular")
-        dec, right = torch.rand(P, T, generator=g) < .5, torch.randint(A, (P, T), generator=g)
-        up = np.log(cfg.start*(A - 1)/(1 - cfg.start))
-        theta = torch.nn.functional.one_hot(right, A).float()*up*dec[..., None]
-        x = torch.cat([torch.eye(P)[:, None, None].expand(P, T, 2, P), (torch.arange(T)/T)[None, :, None, None].expand(P, T, 2, 1),
-                       torch.arange(2.)[None, None, :, None].expand(P, T, 2, 1)], -1)
+        dec, right = torch.rand(P, T, generator=g) < 0.5, torch.randint(A, (P, T), generator=g)
+        up = np.log(cfg.start * (A - 1) / (1 - cfg.start))
+        theta = torch.nn.functional.one_hot(right, A).float() * up * dec[..., None]
+        x = torch.cat(
+            [
+                torch.eye(P)[:, None, None].expand(P, T, 2, P),
+                (torch.arange(T) / T)[None, :, None, None].expand(P, T, 2, 1),
+                torch.arange(2.0)[None, None, :, None].expand(P, T, 2, 1),
+            ],
+            -1,
+        )
         g = rng(k, "features", F)
-        phi = torch.relu(x@torch.randn(P + 2, F, generator=g) + torch.randn(F, generator=g)) if F else x[..., :1]
+        phi = (
+            torch.relu(x @ torch.randn(P + 2, F, generator=g) + torch.randn(F, generator=g))
+            if F
+            else x[..., :1]
+        )
         out.append((dec, right, theta, phi))
     return [torch.stack(z) for z in zip(*out)]
 
@@ -72,63 +91,93 @@ def _rollout(theta, dec, right, G, g):
     a = (u > lp.exp().cumsum(-1)[..., :-1]).sum(-1)
     ok = ((a == right[:, :, None]) | ~dec[:, :, None]).long().cumprod(-1)
     alive = torch.nn.functional.pad(ok[..., :-1], (1, 0), value=1)
-    return a, lp.expand(*a.shape, -1).gather(-1, a[..., None]).squeeze(-1), alive, ok[..., -1].float()
+    return (
+        a,
+        lp.expand(*a.shape, -1).gather(-1, a[..., None]).squeeze(-1),
+        alive,
+        ok[..., -1].float(),
+    )
 
 # %% ../../nbs/asyppo/06_results.ipynb #41ede6e3
 class _Fit:
     "Critics of all seeds on features: ridge regressions with fading statistics, or single steps of gradient descent"
+
     def __init__(self, S, M, F, cfg, kind):
-        self.cfg, self.kind, self.XX, self.Xy, self.w = cfg, kind, torch.zeros(S, M, F, F), torch.zeros(S, M, F), torch.zeros(S, M, F)
+        self.cfg, self.kind, self.XX, self.Xy, self.w = (
+            cfg,
+            kind,
+            torch.zeros(S, M, F, F),
+            torch.zeros(S, M, F),
+            torch.zeros(S, M, F),
+        )
 
     def update(self, X, y, use):
         "X (S,N,F), y (S,N), use (M,N)"
         W = use.float()
         if self.kind == "sgd":
-            err = (torch.einsum("snf,smf->smn", X, self.w) - y[:, None])*W
-            self.w = self.w - .01*torch.einsum("smn,snf->smf", err, X)/W.sum(-1)[None, :, None]
+            err = (torch.einsum("snf,smf->smn", X, self.w) - y[:, None]) * W
+            self.w = self.w - 0.01 * torch.einsum("smn,snf->smf", err, X) / W.sum(-1)[None, :, None]
             return
-        self.XX = self.cfg.decay*self.XX + torch.einsum("mn,snf,sne->smfe", W, X, X)
-        self.Xy = self.cfg.decay*self.Xy + torch.einsum("mn,sn,snf->smf", W, y, X)
-        self.w = torch.linalg.solve(self.XX + self.cfg.ridge*torch.eye(X.shape[-1]), self.Xy)
+        self.XX = self.cfg.decay * self.XX + torch.einsum("mn,snf,sne->smfe", W, X, X)
+        self.Xy = self.cfg.decay * self.Xy + torch.einsum("mn,sn,snf->smf", W, y, X)
+        self.w = torch.linalg.solve(self.XX + self.cfg.ridge * torch.eye(X.shape[-1]), self.Xy)
 
 # %% ../../nbs/asyppo/06_results.ipynb #d3d99cc3
 def _credit(arm, cfg, crit, phi, alive, R, i, seeds):
     "Advantages and mask, (S,B,T) each with B = P*G, and the spread"
     M, shards, _, mask, _ = arms[arm]
-    S, P, G, T = alive.shape; B = P*G
+    S, P, G, T = alive.shape
+    B = P * G
     ids, on, Rb = torch.arange(P).repeat_interleave(G), torch.ones(B, T).bool(), R.view(S, B)
-    if not M: A = torch.stack([group_advantages(r, ids)[:, None].expand(B, T) for r in Rb])
+    if not M:
+        A = torch.stack([group_advantages(r, ids)[:, None].expand(B, T) for r in Rb])
     else:
         where = alive[..., None, None].expand(S, P, G, T, 1, phi.shape[-1])
-        X = phi[:, :, None].expand(S, P, G, T, 2, -1).gather(4, where).squeeze(4).reshape(S, B*T, -1)
+        X = (
+            phi[:, :, None]
+            .expand(S, P, G, T, 2, -1)
+            .gather(4, where)
+            .squeeze(4)
+            .reshape(S, B * T, -1)
+        )
         shard = shard_groups(ids, max(M, 2), i)
         use = torch.ones(M, B).bool() if shards == "none" else shard == torch.arange(M)[:, None]
         crit.update(X, Rb.repeat_interleave(T, 1), use.repeat_interleave(T, 1))
         V, std = ensemble_stats(torch.einsum("snf,smf->msn", X, crit.w))
         r = terminal_rewards(Rb.reshape(-1), on.repeat(S, 1))
-        A = gae(r, V.view(S*B, T), on.repeat(S, 1), 1., cfg.lam)[0].view(S, B, T)
+        A = gae(r, V.view(S * B, T), on.repeat(S, 1), 1.0, cfg.lam)[0].view(S, B, T)
     A = torch.stack([whiten(a, on) for a in A])
-    if not mask: return A, None
+    if not mask:
+        return A, None
     std = std.view(S, B, T)
-    pick = dict(low=lambda x, k: advantage_mask(x, on, cfg.k), high=lambda x, k: advantage_mask(-x, on, cfg.k),
-                random=lambda x, k: random_mask(on, cfg.k, rng(k, "random", i)))[mask]
+    pick = dict(
+        low=lambda x, k: advantage_mask(x, on, cfg.k),
+        high=lambda x, k: advantage_mask(-x, on, cfg.k),
+        random=lambda x, k: random_mask(on, cfg.k, rng(k, "random", i)),
+    )[mask]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "std is the same") # batches in which a seed has no success yet
+        warnings.filterwarnings(
+            "ignore", "std is the same"
+        )  # batches in which a seed has no success yet
         return A, torch.stack([pick(x, k) for x, k in zip(std, seeds)])
 
 # %% ../../nbs/asyppo/06_results.ipynb #2c38b2dc
 def tabular_run(
-    arm:str,            # One of `arms`
-    cfg:TabularConfig,  # The study
-    seeds:list[int],    # Worlds, one per seed
-)->np.ndarray:          # (seeds, iters+1) probability that a response is right, exact, mean over prompts
+    arm: str,  # One of `arms`
+    cfg: TabularConfig,  # The study
+    seeds: list[int],  # Worlds, one per seed
+) -> np.ndarray:  # (seeds, iters+1) probability that a response is right, exact, mean over prompts
     "Train the tabular policy of all seeds at once"
-    if arm not in arms: raise ValueError(f"arm={arm!r} must be one of {', '.join(arms)}")
-    M, _, F, _, kind = arms[arm]; S, G = len(seeds), cfg.group
+    if arm not in arms:
+        raise ValueError(f"arm={arm!r} must be one of {', '.join(arms)}")
+    M, _, F, _, kind = arms[arm]
+    S, G = len(seeds), cfg.group
     dec, right, theta, phi = _world(cfg, seeds, F)
     crit, rows = _Fit(S, M, phi.shape[-1], cfg, kind) if M else None, []
     one = torch.nn.functional.one_hot(right, cfg.actions).bool()
-    success = lambda: torch.where(dec, theta.softmax(-1)[one].view(dec.shape), 1.).prod(-1).mean(-1)
+    success = lambda: (
+        torch.where(dec, theta.softmax(-1)[one].view(dec.shape), 1.0).prod(-1).mean(-1)
+    )
     for i in range(cfg.iters):
         rows.append(success())
         a, old, alive, R = _rollout(theta, dec, right, G, rng(seeds[0], "rollout", i))
@@ -136,61 +185,103 @@ def tabular_run(
         flat = lambda x: x.reshape(-1, cfg.steps)
         for _ in range(cfg.utd):
             theta = theta.detach().requires_grad_()
-            lp = theta.log_softmax(-1)[:, :, None].expand(*a.shape, -1).gather(-1, a[..., None]).squeeze(-1)
-            loss = asyppo_loss(flat(lp), flat(old), flat(A), flat(a) >= 0, adv_mask=None if keep is None else flat(keep))[0]
-            theta = theta.detach() - cfg.lr*S*cfg.prompts*cfg.steps*torch.autograd.grad(loss, theta)[0]
+            lp = (
+                theta.log_softmax(-1)[:, :, None]
+                .expand(*a.shape, -1)
+                .gather(-1, a[..., None])
+                .squeeze(-1)
+            )
+            loss = asyppo_loss(
+                flat(lp),
+                flat(old),
+                flat(A),
+                flat(a) >= 0,
+                adv_mask=None if keep is None else flat(keep),
+            )[0]
+            theta = (
+                theta.detach()
+                - cfg.lr * S * cfg.prompts * cfg.steps * torch.autograd.grad(loss, theta)[0]
+            )
     return torch.stack([*rows, success()], 1).numpy()
 
 # %% ../../nbs/asyppo/06_results.ipynb #012d0051
 def tabular_study(
-    names:list[str],    # Arms
-    cfg:TabularConfig,  # The study
-    seeds:list[int],    # Worlds
-)->dict:                # arm -> (seeds, iters+1) success
+    names: list[str],  # Arms
+    cfg: TabularConfig,  # The study
+    seeds: list[int],  # Worlds
+) -> dict:  # arm -> (seeds, iters+1) success
     "Runs of several arms, kept in the cache"
-    def build(out): np.savez(out/"runs.npz", **{n: tabular_run(n, cfg, seeds) for n in names})
+
+    def build(out):
+        np.savez(out / "runs.npz", **{n: tabular_run(n, cfg, seeds) for n in names})
+
     code = (tabular_run, _credit, _Fit.update, _world, _rollout)
-    with np.load(artifact("asyppo_tabular", dict(arms=list(names), cfg=cfg, seeds=list(seeds)), build, code=code)/"runs.npz") as f:
+    with np.load(
+        artifact(
+            "asyppo_tabular", dict(arms=list(names), cfg=cfg, seeds=list(seeds)), build, code=code
+        )
+        / "runs.npz"
+    ) as f:
         return {n: f[n] for n in names}
 
 # %% ../../nbs/asyppo/06_results.ipynb #0fef7f10
-actor_lm = TinyLMConfig(layers=4, width=64, heads=4, head_dim=16, max_len=32)  # The actor, and the symmetric critic
-critic_lm = TinyLMConfig(layers=2, width=32, heads=2, head_dim=16, max_len=32) # A mini-critic
+actor_lm = TinyLMConfig(
+    layers=4, width=64, heads=4, head_dim=16, max_len=32
+)  # The actor, and the symmetric critic
+critic_lm = TinyLMConfig(layers=2, width=32, heads=2, head_dim=16, max_len=32)  # A mini-critic
+
 
 def lm_run(
-    method:str,      # One of `methods`
-    k:int,           # Seed of sampling and prompts
-    steps:int=30,    # Batches
-    sft:int=1500,    # Steps of pre-training
-)->list[dict]:       # One row a batch
+    method: str,  # One of `methods`
+    k: int,  # Seed of sampling and prompts
+    steps: int = 30,  # Batches
+    sft: int = 1500,  # Steps of pre-training
+) -> list[dict]:  # One row a batch
     "One run of the tiny language model, kept in the cache"
     cfg = AsyPPOConfig(method, max_new_tokens=8, seed=k)
+
     def build(out):
         task = SumTask()
         lm = start_model(task, actor_lm, sft)
-        base = None if method == "grpo" else copy.deepcopy(lm.model) if method == "ppo" else start_model(task, critic_lm, sft).model
+        base = (
+            None
+            if method == "grpo"
+            else copy.deepcopy(lm.model)
+            if method == "ppo"
+            else start_model(task, critic_lm, sft).model
+        )
         rows = train_asyppo(lm, base, lambda i: task.prompt(i, k), task.reward, steps, cfg)[0]
-        (out/"rows.json").write_text(json.dumps(rows))
+        (out / "rows.json").write_text(json.dumps(rows))
+
     recipe = dict(cfg=asdict(cfg), steps=steps, sft=sft, actor=actor_lm, critic=critic_lm)
-    return json.loads((artifact("asyppo_lm", recipe, build)/"rows.json").read_text())
+    return json.loads((artifact("asyppo_lm", recipe, build) / "rows.json").read_text())
 
 # %% ../../nbs/asyppo/06_results.ipynb #f46e18f7
 sizes = dict(
     big=TinyLMConfig(layers=8, width=256, heads=8, kv_heads=4, head_dim=32, max_len=128),
-    mini=TinyLMConfig(layers=4, width=128, heads=4, head_dim=32, max_len=128))
+    mini=TinyLMConfig(layers=4, width=128, heads=4, head_dim=32, max_len=128),
+)
+
 
 def critic_work(
-    kind:str,     # "big" (one symmetric critic) or "mini" (two mini-critics on disjoint halves)
-    rows:int=16,  # Responses
-    width:int=64, # Tokens of each
-)->Callable:      # Does the critics' work of one batch, models and optimisers included
+    kind: str,  # "big" (one symmetric critic) or "mini" (two mini-critics on disjoint halves)
+    rows: int = 16,  # Responses
+    width: int = 64,  # Tokens of each
+) -> Callable:  # Does the critics' work of one batch, models and optimisers included
     "The critics' share of a step, to be measured"
     task, g = SumTask(), rng(0, "work")
     ids, on = torch.randint(4, 14, (rows, width), generator=g), torch.ones(rows, width).bool()
     R, n = torch.rand(rows, width, generator=g), 1 if kind == "big" else 2
     made = []
+
     def work():
-        if not made: made.extend(MiniCritic(ValueModel(tiny_lm(task.tokenizer, sizes[kind], 0), copy_model=False)) for _ in range(n))
-        for k, c in enumerate(made): c.fit(ids[k::n], on[k::n], R[k::n], on[k::n])
+        if not made:
+            made.extend(
+                MiniCritic(ValueModel(tiny_lm(task.tokenizer, sizes[kind], 0), copy_model=False))
+                for _ in range(n)
+            )
+        for k, c in enumerate(made):
+            c.fit(ids[k::n], on[k::n], R[k::n], on[k::n])
         return [c.values(ids, on) for c in made]
+
     return work

@@ -34,345 +34,505 @@ from ..rl.trainer import PolicyTrainer, cpu_copy
 from ..rl.types import Batch, SamplingConfig
 
 # %% ../../nbs/asyppo/05_train.ipynb #0fdb0e65
-methods = dict( # What each method fixes
-    grpo=dict(n_critics=0, shards="none", k=0., h=0.),
-    ppo=dict(n_critics=1, shards="none", k=0., h=0.),
-    naive_asym=dict(n_critics=1, shards="none", k=0., h=0.),
-    ensemble_same=dict(n_critics=2, shards="none", k=0., h=0.),
-    asyppo=dict(n_critics=2, shards="response", k=.2, h=.2))
+methods = dict(  # What each method fixes
+    grpo=dict(n_critics=0, shards="none", k=0.0, h=0.0),
+    ppo=dict(n_critics=1, shards="none", k=0.0, h=0.0),
+    naive_asym=dict(n_critics=1, shards="none", k=0.0, h=0.0),
+    ensemble_same=dict(n_critics=2, shards="none", k=0.0, h=0.0),
+    asyppo=dict(n_critics=2, shards="response", k=0.2, h=0.2),
+)
+
 
 @dataclass(frozen=True)
 class AsyPPOConfig:
     "A run; what is None takes the value of the method"
-    method:str="asyppo"        # One of `methods`
-    n_critics:int=None         # Number of critics, M
-    shards:str=None            # "response" (disjoint), "prompt" (a control) or "none" (all data for each)
-    k:float=None               # Share without policy gradient
-    h:float=None               # Share without entropy bonus
-    mask:str="low"             # Which tokens lose the gradient: "low" spread, "random" or "high" (controls)
-    beta:float=0.              # Weight of the entropy bonus
-    gamma:float=1.             # Discount
-    lam_actor:float=.95        # Trace of the advantage
-    lam_critic:float=1.        # Trace of the critic's target; 1 is the outcome itself
-    how:str="mean"             # Aggregation of the values: "mean" or "min"
-    whiten:bool=True           # Whiten the advantages of a batch
-    clip:float=.2              # Lower clipping range
-    clip_high:float=None       # Upper; None is the same
-    renorm:bool=False          # See `asyppo_loss`
-    utd:int=4                  # Actor passes over a batch
-    lr:float=1e-3              # Of the actor
-    critic_lr:float=3e-3       # Of the critics
-    critic_epochs:int=4        # Critic passes over a batch
-    critic_first:bool=True     # Update the critics before their values are used
-    warmup:int=0               # Batches in which only the critics learn
-    batch_size:int=8           # Prompts of a batch
-    group_size:int=8           # Responses of a prompt
-    max_new_tokens:int=16      # Longest response
-    temperature:float=1.       # Of sampling and training
-    seed:int=0                 # Of sampling, shards and random masks
 
-    def __post_init__(self): _settle(self)
+    method: str = "asyppo"  # One of `methods`
+    n_critics: int = None  # Number of critics, M
+    shards: str = None  # "response" (disjoint), "prompt" (a control) or "none" (all data for each)
+    k: float = None  # Share without policy gradient
+    h: float = None  # Share without entropy bonus
+    mask: str = "low"  # Which tokens lose the gradient: "low" spread, "random" or "high" (controls)
+    beta: float = 0.0  # Weight of the entropy bonus
+    gamma: float = 1.0  # Discount
+    lam_actor: float = 0.95  # Trace of the advantage
+    lam_critic: float = 1.0  # Trace of the critic's target; 1 is the outcome itself
+    how: str = "mean"  # Aggregation of the values: "mean" or "min"
+    whiten: bool = True  # Whiten the advantages of a batch
+    clip: float = 0.2  # Lower clipping range
+    clip_high: float = None  # Upper; None is the same
+    renorm: bool = False  # See `asyppo_loss`
+    utd: int = 4  # Actor passes over a batch
+    lr: float = 1e-3  # Of the actor
+    critic_lr: float = 3e-3  # Of the critics
+    critic_epochs: int = 4  # Critic passes over a batch
+    critic_first: bool = True  # Update the critics before their values are used
+    warmup: int = 0  # Batches in which only the critics learn
+    batch_size: int = 8  # Prompts of a batch
+    group_size: int = 8  # Responses of a prompt
+    max_new_tokens: int = 16  # Longest response
+    temperature: float = 1.0  # Of sampling and training
+    seed: int = 0  # Of sampling, shards and random masks
+
+    def __post_init__(self):
+        _settle(self)
 
 # %% ../../nbs/asyppo/05_train.ipynb #43b90ccf
 def _settle(cfg):
     "Fill in the method's values and check all"
-    if cfg.method not in methods: raise ValueError(f"method={cfg.method!r} must be one of {', '.join(methods)}")
+    if cfg.method not in methods:
+        raise ValueError(f"method={cfg.method!r} must be one of {', '.join(methods)}")
     for name, x in methods[cfg.method].items():
-        if getattr(cfg, name) is None: object.__setattr__(cfg, name, x)
-    if cfg.method != "grpo" and cfg.n_critics < 1: raise ValueError(f"n_critics={cfg.n_critics} must be at least 1 for {cfg.method}")
-    if cfg.method == "grpo" and cfg.n_critics: raise ValueError(f"n_critics={cfg.n_critics}: grpo has no critics")
-    for name, allowed in dict(shards=("response", "prompt", "none"), mask=("low", "random", "high"), how=("mean", "min")).items():
-        if getattr(cfg, name) not in allowed: raise ValueError(f"{name}={getattr(cfg, name)!r} must be one of {', '.join(allowed)}")
+        if getattr(cfg, name) is None:
+            object.__setattr__(cfg, name, x)
+    if cfg.method != "grpo" and cfg.n_critics < 1:
+        raise ValueError(f"n_critics={cfg.n_critics} must be at least 1 for {cfg.method}")
+    if cfg.method == "grpo" and cfg.n_critics:
+        raise ValueError(f"n_critics={cfg.n_critics}: grpo has no critics")
+    for name, allowed in dict(
+        shards=("response", "prompt", "none"), mask=("low", "random", "high"), how=("mean", "min")
+    ).items():
+        if getattr(cfg, name) not in allowed:
+            raise ValueError(f"{name}={getattr(cfg, name)!r} must be one of {', '.join(allowed)}")
     for name in ("k", "h", "gamma", "lam_actor", "lam_critic"):
-        if not 0 <= getattr(cfg, name) <= 1: raise ValueError(f"{name}={getattr(cfg, name)} must be in [0, 1]")
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise ValueError(f"{name}={getattr(cfg, name)} must be in [0, 1]")
     for name in ("utd", "critic_epochs", "batch_size", "group_size", "max_new_tokens"):
-        if getattr(cfg, name) < 1: raise ValueError(f"{name}={getattr(cfg, name)} must be at least 1")
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name}={getattr(cfg, name)} must be at least 1")
 
 # %% ../../nbs/asyppo/05_train.ipynb #b017bbbc
 class MiniCritic:
     "A value model and its optimiser"
-    def __init__(self,
-        model:ValueModel, # Trained in place
-        lr:float=1e-3,    # Learning rate of AdamW
-        device=None,      # None: where the model is
-        chunk:int=256,    # Rows of one forward pass
+
+    def __init__(
+        self,
+        model: ValueModel,  # Trained in place
+        lr: float = 1e-3,  # Learning rate of AdamW
+        device=None,  # None: where the model is
+        chunk: int = 256,  # Rows of one forward pass
     ):
         self.model = model if device is None else model.to(device)
         self.opt, self.chunk = torch.optim.AdamW(self.model.parameters(), lr=lr), chunk
 
     def _rows(self, *tensors):
         dev = next(self.model.parameters()).device
-        return [[t[i:i+self.chunk].to(dev) for t in tensors] for i in range(0, len(tensors[0]), self.chunk)]
+        return [
+            [t[i : i + self.chunk].to(dev) for t in tensors]
+            for i in range(0, len(tensors[0]), self.chunk)
+        ]
 
     @torch.no_grad()
-    def values(self,
-        ids:Tensor,  # (B,N) int64
-        real:Tensor, # (B,N) bool
-    )->Tensor:       # (B,N) float32 on the CPU
+    def values(
+        self,
+        ids: Tensor,  # (B,N) int64
+        real: Tensor,  # (B,N) bool
+    ) -> Tensor:  # (B,N) float32 on the CPU
         "Predict"
         return torch.cat([self.model(i, a).cpu() for i, a in self._rows(ids, real)])
 
 # %% ../../nbs/asyppo/05_train.ipynb #f691b1dc
 @patch
-def fit(self:MiniCritic,
-    ids:Tensor,     # (b,N) int64, the rows of its shard
-    real:Tensor,    # (b,N) bool
-    returns:Tensor, # (b,N) targets
-    mask:Tensor,    # (b,N) bool, sampled tokens
-    epochs:int=1,   # Passes, one optimiser step each
-)->float:           # Mean squared error before the last step; NaN without a row
+def fit(
+    self: MiniCritic,
+    ids: Tensor,  # (b,N) int64, the rows of its shard
+    real: Tensor,  # (b,N) bool
+    returns: Tensor,  # (b,N) targets
+    mask: Tensor,  # (b,N) bool, sampled tokens
+    epochs: int = 1,  # Passes, one optimiser step each
+) -> float:  # Mean squared error before the last step; NaN without a row
     "Learn"
     n, loss = int(mask.sum()), float("nan")
     for _ in range(epochs if n else 0):
-        self.opt.zero_grad(); loss = 0.
+        self.opt.zero_grad()
+        loss = 0.0
         for i, a, r, m in self._rows(ids, real, returns, mask):
-            part = torch.where(m, (self.model(i, a) - r).square(), 0.).sum()/n
-            part.backward(); loss += part.item()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.); self.opt.step()
+            part = torch.where(m, (self.model(i, a) - r).square(), 0.0).sum() / n
+            part.backward()
+            loss += part.item()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.opt.step()
     return loss
 
 # %% ../../nbs/asyppo/05_train.ipynb #ba41b2fa
 @patch
-def state_dict(self:MiniCritic)->dict: # Tensors and plain values on the CPU
+def state_dict(self: MiniCritic) -> dict:  # Tensors and plain values on the CPU
     "Weights and optimiser"
     return cpu_copy(dict(model=self.model.state_dict(), optimizer=self.opt.state_dict()))
 
+
 @patch
-def load_state_dict(self:MiniCritic,
-    state:dict, # From `state_dict`
-)->None:
+def load_state_dict(
+    self: MiniCritic,
+    state: dict,  # From `state_dict`
+) -> None:
     "Take over a saved state"
-    self.model.load_state_dict(state["model"]); self.opt.load_state_dict(state["optimizer"])
+    self.model.load_state_dict(state["model"])
+    self.opt.load_state_dict(state["optimizer"])
 
 # %% ../../nbs/asyppo/05_train.ipynb #acc679f2
 class Critics:
     "Several critics that act as the trainer's critic"
-    def __init__(self,
-        models,                 # Value models, one per critic
-        cfg:AsyPPOConfig,       # The run
-        ray_options:dict=None,  # Resources of each critic's Ray actor; None keeps them in this process
+
+    def __init__(
+        self,
+        models,  # Value models, one per critic
+        cfg: AsyPPOConfig,  # The run
+        ray_options: dict = None,  # Resources of each critic's Ray actor; None keeps them in this process
     ):
-        if len(models) != cfg.n_critics: raise ValueError(f"models: {len(models)} given, n_critics={cfg.n_critics}")
+        if len(models) != cfg.n_critics:
+            raise ValueError(f"models: {len(models)} given, n_critics={cfg.n_critics}")
         self.cfg, self.n, self.last, self.actors = cfg, 0, None, None
         self.members = [MiniCritic(m, cfg.critic_lr) for m in models]
-        if ray_options is None: return
+        if ray_options is None:
+            return
         self.ray = need("ray", "ray")
-        if not self.ray.is_initialized(): raise RuntimeError("Critics: call llmpapers.rl.pool.start_ray() first")
-        self.actors = [self.ray.remote(MiniCritic).options(**ray_options).remote(m, cfg.critic_lr) for m in models]
+        if not self.ray.is_initialized():
+            raise RuntimeError("Critics: call llmpapers.rl.pool.start_ray() first")
+        self.actors = [
+            self.ray.remote(MiniCritic).options(**ray_options).remote(m, cfg.critic_lr)
+            for m in models
+        ]
         self.members = None
 
 # %% ../../nbs/asyppo/05_train.ipynb #52f5e8d0
 @patch
-def _all(self:Critics, name, *rows):
+def _all(self: Critics, name, *rows):
     "Call a method of every critic with its own arguments"
-    if self.actors is None: return [getattr(c, name)(*a) for c, a in zip(self.members, rows)]
-    if not self.actors: raise RuntimeError("Critics are closed; make new ones and load the last state")
+    if self.actors is None:
+        return [getattr(c, name)(*a) for c, a in zip(self.members, rows)]
+    if not self.actors:
+        raise RuntimeError("Critics are closed; make new ones and load the last state")
     return self.ray.get([getattr(c, name).remote(*a) for c, a in zip(self.actors, rows)])
 
+
 @patch
-def close(self:Critics)->None:
+def close(self: Critics) -> None:
     "End the Ray actors"
-    for a in self.actors or []: self.ray.kill(a)
-    if self.actors: self.actors = []
+    for a in self.actors or []:
+        self.ray.kill(a)
+    if self.actors:
+        self.actors = []
 
 # %% ../../nbs/asyppo/05_train.ipynb #66cbdb34
 @patch
-def predict(self:Critics,
-    batch:Batch, # Scored samples
-)->Tensor:       # (M,N,L) values
+def predict(
+    self: Critics,
+    batch: Batch,  # Scored samples
+) -> Tensor:  # (M,N,L) values
     "What every critic says about every response"
     ids, real = batch.input_ids.cpu(), batch.attention_mask.cpu()
-    return torch.stack(self._all("values", *[(ids, real)]*self.cfg.n_critics)).to(batch.rewards.device)
+    return torch.stack(self._all("values", *[(ids, real)] * self.cfg.n_critics)).to(
+        batch.rewards.device
+    )
+
 
 @patch
-def values(self:Critics,
-    batch:Batch, # Scored samples
-)->Tensor:       # (N,L) aggregated value
+def values(
+    self: Critics,
+    batch: Batch,  # Scored samples
+) -> Tensor:  # (N,L) aggregated value
     "The value the trainer uses"
     return ensemble_stats(self.predict(batch), self.cfg.how)[0]
 
 # %% ../../nbs/asyppo/05_train.ipynb #1eb46719
 @patch
-def update(self:Critics,
-    batch:Batch,    # Scored samples
-    returns:Tensor, # (N,L) targets
-)->dict:            # Error of each critic on its rows
+def update(
+    self: Critics,
+    batch: Batch,  # Scored samples
+    returns: Tensor,  # (N,L) targets
+) -> dict:  # Error of each critic on its rows
     "Every critic learns from its own responses"
     M, cfg = self.cfg.n_critics, self.cfg
-    ids, real, R, m = (x.cpu() for x in (batch.input_ids, batch.attention_mask, returns, batch.response_mask))
-    shard = None if cfg.shards == "none" else shard_groups(batch.group_ids, M, self.n + cfg.seed, cfg.shards)
-    rows = [torch.arange(len(ids)) if shard is None else (shard == k).nonzero().flatten() for k in range(M)]
+    ids, real, R, m = (
+        x.cpu() for x in (batch.input_ids, batch.attention_mask, returns, batch.response_mask)
+    )
+    shard = (
+        None
+        if cfg.shards == "none"
+        else shard_groups(batch.group_ids, M, self.n + cfg.seed, cfg.shards)
+    )
+    rows = [
+        torch.arange(len(ids)) if shard is None else (shard == k).nonzero().flatten()
+        for k in range(M)
+    ]
     losses = self._all("fit", *[(ids[r], real[r], R[r], m[r], cfg.critic_epochs) for r in rows])
     self.n += 1
     return {f"loss_{k}": x for k, x in enumerate(losses)} | dict(rows=float(sum(map(len, rows))))
 
+
 @patch
-def step(self:Critics,
-    batch:Batch,    # Scored samples
-    returns:Tensor, # (N,L) targets
-)->dict:            # Metrics
+def step(
+    self: Critics,
+    batch: Batch,  # Scored samples
+    returns: Tensor,  # (N,L) targets
+) -> dict:  # Metrics
     "One update towards the returns, unless it was done before the advantages"
     done, self.last = self.last, None
     return self.update(batch, returns) if done is None else done
 
 # %% ../../nbs/asyppo/05_train.ipynb #63e28252
 @patch
-def state_dict(self:Critics)->dict: # Tensors and plain values
+def state_dict(self: Critics) -> dict:  # Tensors and plain values
     "Everything needed to go on"
-    return dict(n=self.n, critics=self._all("state_dict", *[()]*self.cfg.n_critics))
+    return dict(n=self.n, critics=self._all("state_dict", *[()] * self.cfg.n_critics))
+
 
 @patch
-def load_state_dict(self:Critics,
-    state:dict, # From `state_dict`
-)->None:
+def load_state_dict(
+    self: Critics,
+    state: dict,  # From `state_dict`
+) -> None:
     "Take over a saved state"
-    if len(state["critics"]) != self.cfg.n_critics: raise ValueError(f"state: it has {len(state['critics'])} critics, n_critics={self.cfg.n_critics}")
+    if len(state["critics"]) != self.cfg.n_critics:
+        raise ValueError(
+            f"state: it has {len(state['critics'])} critics, n_critics={self.cfg.n_critics}"
+        )
     self.n = state["n"]
     self._all("load_state_dict", *[(c,) for c in state["critics"]])
 
 # %% ../../nbs/asyppo/05_train.ipynb #ac9a6599
 class AsyPPOTrainer(PolicyTrainer):
     "A policy trainer whose credit comes from mini-critics and whose loss has two masks"
-    def __init__(self,
-        actor:nn.Module,       # Causal language model, float32
-        critics,               # Value models, `Critics`, or None for GRPO
-        cfg:AsyPPOConfig,      # The run
-        ray_options:dict=None, # See `Critics`
-        **kw,                  # Passed to `PolicyTrainer`
+
+    def __init__(
+        self,
+        actor: nn.Module,  # Causal language model, float32
+        critics,  # Value models, `Critics`, or None for GRPO
+        cfg: AsyPPOConfig,  # The run
+        ray_options: dict = None,  # See `Critics`
+        **kw,  # Passed to `PolicyTrainer`
     ):
-        if (critics is None) != (cfg.n_critics == 0): raise ValueError(f"critics: method {cfg.method!r} needs {cfg.n_critics} of them")
+        if (critics is None) != (cfg.n_critics == 0):
+            raise ValueError(f"critics: method {cfg.method!r} needs {cfg.n_critics} of them")
         if critics is not None and not isinstance(critics, Critics):
-            for c in critics: check_vocab(c.backbone, actor)
+            for c in critics:
+                check_vocab(c.backbone, actor)
             critics = Critics(critics, cfg, ray_options)
         self.cfg, self.adv_keep, self.ent_keep, self.watch = cfg, None, None, {}
-        args = dict(clip_low=cfg.clip, clip_high=cfg.clip if cfg.clip_high is None else cfg.clip_high)
+        args = dict(
+            clip_low=cfg.clip, clip_high=cfg.clip if cfg.clip_high is None else cfg.clip_high
+        )
         loss = PolicyLossConfig("ppo", "seq-mean-token-mean", entropy_coef=cfg.beta, args=args)
-        super().__init__(actor, torch.optim.AdamW(actor.parameters(), lr=cfg.lr), loss, temperature=cfg.temperature, epochs=cfg.utd,
-                         critic=critics, seed=cfg.seed, **kw)
+        super().__init__(
+            actor,
+            torch.optim.AdamW(actor.parameters(), lr=cfg.lr),
+            loss,
+            temperature=cfg.temperature,
+            epochs=cfg.utd,
+            critic=critics,
+            seed=cfg.seed,
+            **kw,
+        )
         self.advantages_fn = self.credit
 
 # %% ../../nbs/asyppo/05_train.ipynb #bfa935f4
 @patch
-def credit(self:AsyPPOTrainer,
-    batch:Batch, # Scored samples
-)->"Tensor|tuple": # (N,L) advantages; with critics also the (N,L) returns
+def credit(
+    self: AsyPPOTrainer,
+    batch: Batch,  # Scored samples
+) -> "Tensor|tuple":  # (N,L) advantages; with critics also the (N,L) returns
     "Advantages, and the two masks that belong to them"
     cfg, m = self.cfg, batch.response_mask
     self.adv_keep = self.ent_keep = torch.ones_like(m)
     if self.critic is None:
         A = group_advantages(batch.rewards, batch.group_ids)[:, None].expand(m.shape)
-        return torch.where(m, whiten(A, m) if cfg.whiten else A, 0.)
+        return torch.where(m, whiten(A, m) if cfg.whiten else A, 0.0)
     r = terminal_rewards(batch.rewards, m)
     before = self.critic.values(batch) if cfg.lam_critic < 1 else torch.zeros_like(r)
     returns = gae(r, before, m, cfg.gamma, cfg.lam_critic)[1]
-    if cfg.critic_first: self.critic.last = self.critic.update(batch, returns)
+    if cfg.critic_first:
+        self.critic.last = self.critic.update(batch, returns)
     V, std = ensemble_stats(self.critic.predict(batch), cfg.how)
     A = gae(r, V, m, cfg.gamma, cfg.lam_actor)[0]
     self._masks(std, m)
-    self.watch = {"critic/explained_variance": explained_variance(V, returns, m), "critic/sigma": std[m].mean().item()}
-    if cfg.n_critics and self.n_steps < cfg.warmup: A = torch.zeros_like(A)
-    return torch.where(m, whiten(A, m) if cfg.whiten else A, 0.), returns
+    self.watch = {
+        "critic/explained_variance": explained_variance(V, returns, m),
+        "critic/sigma": std[m].mean().item(),
+    }
+    if cfg.n_critics and self.n_steps < cfg.warmup:
+        A = torch.zeros_like(A)
+    return torch.where(m, whiten(A, m) if cfg.whiten else A, 0.0), returns
 
 # %% ../../nbs/asyppo/05_train.ipynb #adaf2437
 @patch
-def _masks(self:AsyPPOTrainer, std, m):
+def _masks(self: AsyPPOTrainer, std, m):
     "Tokens with a policy gradient and with a bonus; one critic has no opinion"
     cfg = self.cfg
-    if cfg.mask == "random": self.adv_keep = random_mask(m, cfg.k, rng(cfg.seed, "mask", self.n_steps))
-    elif cfg.n_critics > 1: self.adv_keep = advantage_mask(std if cfg.mask == "low" else -std, m, cfg.k)
-    if cfg.n_critics > 1 and cfg.beta: self.ent_keep = entropy_mask(std, m, cfg.h)
+    if cfg.mask == "random":
+        self.adv_keep = random_mask(m, cfg.k, rng(cfg.seed, "mask", self.n_steps))
+    elif cfg.n_critics > 1:
+        self.adv_keep = advantage_mask(std if cfg.mask == "low" else -std, m, cfg.k)
+    if cfg.n_critics > 1 and cfg.beta:
+        self.ent_keep = entropy_mask(std, m, cfg.h)
 
 # %% ../../nbs/asyppo/05_train.ipynb #bf5f8205
 @patch
-def objective(self:AsyPPOTrainer,
-    batch:Batch,           # Some rows of the batch, perhaps without their last columns
-    rows:list,             # Which rows of the batch they are
-    logprobs:Tensor,       # (n,L) under the policy being optimised
-    entropy:Tensor=None,   # (n,L) of the policy
-    denom:float=None,      # Rows of the minibatch
-    **kw,                  # Not used: AsyPPO has no reference policy
-)->tuple[Tensor,dict]:     # Scalar loss, metrics
+def objective(
+    self: AsyPPOTrainer,
+    batch: Batch,  # Some rows of the batch, perhaps without their last columns
+    rows: list,  # Which rows of the batch they are
+    logprobs: Tensor,  # (n,L) under the policy being optimised
+    entropy: Tensor = None,  # (n,L) of the policy
+    denom: float = None,  # Rows of the minibatch
+    **kw,  # Not used: AsyPPO has no reference policy
+) -> tuple[Tensor, dict]:  # Scalar loss, metrics
     "The masked loss, and the numbers to watch"
     w, c = batch.input_ids.shape[1], self.cfg
-    loss, stats = asyppo_loss(logprobs, batch.behavior_logprobs, batch.advantages, batch.response_mask, adv_mask=self.adv_keep[rows, :w], entropy=entropy,
-                              ent_mask=self.ent_keep[rows, :w], clip=c.clip, clip_high=c.clip_high, beta=c.beta, renorm=c.renorm, denom=denom)
-    with torch.no_grad(): seen = policy_loss(replace(self.loss, entropy_coef=0.), batch, logprobs.detach(), entropy=entropy, denom=denom)[1]
+    loss, stats = asyppo_loss(
+        logprobs,
+        batch.behavior_logprobs,
+        batch.advantages,
+        batch.response_mask,
+        adv_mask=self.adv_keep[rows, :w],
+        entropy=entropy,
+        ent_mask=self.ent_keep[rows, :w],
+        clip=c.clip,
+        clip_high=c.clip_high,
+        beta=c.beta,
+        renorm=c.renorm,
+        denom=denom,
+    )
+    with torch.no_grad():
+        seen = policy_loss(
+            replace(self.loss, entropy_coef=0.0),
+            batch,
+            logprobs.detach(),
+            entropy=entropy,
+            denom=denom,
+        )[1]
     return loss, seen | self.watch | {f"asyppo/{k}": stats[k] for k in ("masked", "filtered")}
 
 # %% ../../nbs/asyppo/05_train.ipynb #8641fd82
 class SumTask:
     "Running sums modulo ten"
-    def __init__(self,
-        n:int=6,         # Numbers in a prompt
-        noise:float=.2,  # Share of wrong labels in the texts
+
+    def __init__(
+        self,
+        n: int = 6,  # Numbers in a prompt
+        noise: float = 0.2,  # Share of wrong labels in the texts
     ):
-        if n < 1 or not 0 <= noise <= 1: raise ValueError(f"n={n} must be positive and noise={noise} in [0, 1]")
+        if n < 1 or not 0 <= noise <= 1:
+            raise ValueError(f"n={n} must be positive and noise={noise} in [0, 1]")
         self.n, self.noise, self.tokenizer = n, noise, word_tokenizer([*map(str, range(10)), "="])
 
-    def prompt(self,
-        i:int,      # Number of the prompt
-        seed:int=0, # Which list of prompts
-    )->str:         # The text
+    def prompt(
+        self,
+        i: int,  # Number of the prompt
+        seed: int = 0,  # Which list of prompts
+    ) -> str:  # The text
         "A problem"
-        return " ".join(map(str, torch.randint(10, (self.n,), generator=rng(seed, "prompt", i)).tolist())) + " ="
+        return (
+            " ".join(
+                map(str, torch.randint(10, (self.n,), generator=rng(seed, "prompt", i)).tolist())
+            )
+            + " ="
+        )
 
-    def reward(self,
-        prompt:str,     # The problem
-        response:str,   # Text without the end token
-        info:dict=None, # Not used
-    )->float:           # 1 if every sum is right
+    def reward(
+        self,
+        prompt: str,  # The problem
+        response: str,  # Text without the end token
+        info: dict = None,  # Not used
+    ) -> float:  # 1 if every sum is right
         "Verify"
-        return float(response.split() == [str(x % 10) for x in torch.tensor([*map(int, prompt.split()[:-1])]).cumsum(0).tolist()])
+        return float(
+            response.split()
+            == [
+                str(x % 10)
+                for x in torch.tensor([*map(int, prompt.split()[:-1])]).cumsum(0).tolist()
+            ]
+        )
 
-    def batch(self,
-        size:int, # Texts of a batch
-    )->Callable:  # (step, generator) -> dictionary for `core.train`
+    def batch(
+        self,
+        size: int,  # Texts of a batch
+    ) -> Callable:  # (step, generator) -> dictionary for `core.train`
         "Solutions with noisy labels, to begin from"
+
         def make(step, g):
-            x = torch.randint(10, (size, self.n), generator=g); y = x.cumsum(1) % 10
+            x = torch.randint(10, (size, self.n), generator=g)
+            y = x.cumsum(1) % 10
             ids = torch.cat([x + 4, torch.full((size, 1), 14), y + 4, torch.full((size, 1), 2)], 1)
             wrong = torch.rand(size, self.n, generator=g) < self.noise
-            lab = torch.cat([torch.full((size, self.n + 1), -100), torch.where(wrong, torch.randint(10, y.shape, generator=g), y) + 4, ids[:, -1:]], 1)
+            lab = torch.cat(
+                [
+                    torch.full((size, self.n + 1), -100),
+                    torch.where(wrong, torch.randint(10, y.shape, generator=g), y) + 4,
+                    ids[:, -1:],
+                ],
+                1,
+            )
             return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=lab)
+
         return make
 
 # %% ../../nbs/asyppo/05_train.ipynb #5d948065
 def start_model(
-    task:SumTask,        # The task
-    lm:TinyLMConfig,     # Size
-    steps:int=1500,      # Training steps
-    seed:int=0,          # Of weights and data
-)->LM:                   # Trained once, then read from the cache
+    task: SumTask,  # The task
+    lm: TinyLMConfig,  # Size
+    steps: int = 1500,  # Training steps
+    seed: int = 0,  # Of weights and data
+) -> LM:  # Trained once, then read from the cache
     "A model that knows the task and makes mistakes"
     cfg = TrainConfig(steps=steps, lr=3e-3, seed=seed, log_every=100)
+
     def build(out):
         m = tiny_lm(task.tokenizer, lm, seed)
         train(m, task.batch(64), cfg, progress=False)
-        save_lm(LM(m, task.tokenizer, "sums"), out/"model")
-    return load_lm(str(artifact("asyppo_start", dict(task=[task.n, task.noise], lm=lm, train=cfg), build)/"model"))
+        save_lm(LM(m, task.tokenizer, "sums"), out / "model")
+
+    return load_lm(
+        str(
+            artifact("asyppo_start", dict(task=[task.n, task.noise], lm=lm, train=cfg), build)
+            / "model"
+        )
+    )
 
 # %% ../../nbs/asyppo/05_train.ipynb #23861722
 def train_asyppo(
-    lm:LM,                      # Actor and tokenizer; the actor is trained in place
-    critic_model,               # Model the critics start from (for "ppo" the actor itself); None for "grpo"
-    source,                     # Prompts: a sequence, or a function of the index
-    reward:Callable,            # `(prompt, response, info) -> float`
-    n_steps:int,                # Batches
-    cfg:AsyPPOConfig=AsyPPOConfig(), # The run
-    async_ratio:float=None,     # None: synchronous; else how many batches generation may run ahead
-    ray_options:dict=None,      # Resources of each critic's Ray actor; None keeps critics in this process
-    folder:"str|Path|None"=None,# Checkpoints; None keeps nothing
-)->tuple[list,AsyPPOTrainer]:   # One row a batch, and the trainer
+    lm: LM,  # Actor and tokenizer; the actor is trained in place
+    critic_model,  # Model the critics start from (for "ppo" the actor itself); None for "grpo"
+    source,  # Prompts: a sequence, or a function of the index
+    reward: Callable,  # `(prompt, response, info) -> float`
+    n_steps: int,  # Batches
+    cfg: AsyPPOConfig = AsyPPOConfig(),  # The run
+    async_ratio: float = None,  # None: synchronous; else how many batches generation may run ahead
+    ray_options: dict = None,  # Resources of each critic's Ray actor; None keeps critics in this process
+    folder: "str|Path|None" = None,  # Checkpoints; None keeps nothing
+) -> tuple[list, AsyPPOTrainer]:  # One row a batch, and the trainer
     "Train an actor with mini-critics"
     critics = [ValueModel(critic_model) for _ in range(cfg.n_critics)] if cfg.n_critics else None
     t = AsyPPOTrainer(lm.model, critics, cfg, ray_options)
-    pad, stop = lm.tokenizer.pad_token_id, tuple(x for x in [lm.tokenizer.eos_token_id] if x is not None)
-    rollout = SingleTurn(lm.tokenizer, reward, SamplingConfig(cfg.max_new_tokens, cfg.temperature, stop, cfg.seed))
-    slots = cfg.batch_size*cfg.group_size
+    pad, stop = (
+        lm.tokenizer.pad_token_id,
+        tuple(x for x in [lm.tokenizer.eos_token_id] if x is not None),
+    )
+    rollout = SingleTurn(
+        lm.tokenizer, reward, SamplingConfig(cfg.max_new_tokens, cfg.temperature, stop, cfg.seed)
+    )
+    slots = cfg.batch_size * cfg.group_size
     if async_ratio is None:
-        rows = train_sync(HFEngine(lm.model, pad, slots), source, rollout, t, n_steps, batch_size=cfg.batch_size, group_size=cfg.group_size,
-                          checkpoint=folder, pad_id=pad)
+        rows = train_sync(
+            HFEngine(lm.model, pad, slots),
+            source,
+            rollout,
+            t,
+            n_steps,
+            batch_size=cfg.batch_size,
+            group_size=cfg.group_size,
+            checkpoint=folder,
+            pad_id=pad,
+        )
     else:
         pool = InProcessPool(HFEngine(lm.model, pad, slots, copy_model=True), slots)
-        rows = AsyncController(source, rollout, t, pool, SampleBuffer(cfg.batch_size, async_ratio, cfg.group_size), checkpoint=folder, pad_id=pad).run(n_steps)
+        rows = AsyncController(
+            source,
+            rollout,
+            t,
+            pool,
+            SampleBuffer(cfg.batch_size, async_ratio, cfg.group_size),
+            checkpoint=folder,
+            pad_id=pad,
+        ).run(n_steps)
     return rows, t

@@ -23,251 +23,354 @@ from ..rl.logprobs import entropy
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #7514f326
 def local_maxima(
-    x:Tensor,             # (B,N) or (N,) signal
-    mask:Tensor,          # Same shape, bool: positions that count (the response)
-    quantile:float=None,  # Keep only peaks at or above this quantile of the response's values; None keeps all
-)->Tensor:                # Same shape, bool
+    x: Tensor,  # (B,N) or (N,) signal
+    mask: Tensor,  # Same shape, bool: positions that count (the response)
+    quantile: float = None,  # Keep only peaks at or above this quantile of the response's values; None keeps all
+) -> Tensor:  # Same shape, bool
     "Strict local maxima inside the mask"
-    if x.shape != mask.shape: raise ValueError(f"mask has shape {tuple(mask.shape)}, x has {tuple(x.shape)}; they must agree")
-    if quantile is not None and not 0 <= quantile < 1: raise ValueError(f"quantile={quantile} must be in [0, 1)")
+    if x.shape != mask.shape:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, x has {tuple(x.shape)}; they must agree"
+        )
+    if quantile is not None and not 0 <= quantile < 1:
+        raise ValueError(f"quantile={quantile} must be in [0, 1)")
     m, res = mask.bool(), torch.zeros_like(mask, dtype=torch.bool)
-    inner = m[...,:-2] & m[...,1:-1] & m[...,2:]
-    res[...,1:-1] = inner & (x[...,1:-1] > x[...,:-2]) & (x[...,1:-1] > x[...,2:])
-    if quantile is None: return res
+    inner = m[..., :-2] & m[..., 1:-1] & m[..., 2:]
+    res[..., 1:-1] = inner & (x[..., 1:-1] > x[..., :-2]) & (x[..., 1:-1] > x[..., 2:])
+    if quantile is None:
+        return res
     level = torch.nanquantile(torch.where(m, x.double(), torch.nan), quantile, dim=-1, keepdim=True)
     return res & (x >= level)
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #fffc6e3a
 @torch.no_grad()
 def token_entropy(
-    model,                   # Hugging Face causal language model
-    input_ids:Tensor,        # (B,N) token ids
-    attention_mask:Tensor,   # (B,N) 1 for real tokens
-    batch:int=16,            # Sequences per forward pass
-)->Tensor:                   # (B,N) nats; 0 at the first position and at padding
+    model,  # Hugging Face causal language model
+    input_ids: Tensor,  # (B,N) token ids
+    attention_mask: Tensor,  # (B,N) 1 for real tokens
+    batch: int = 16,  # Sequences per forward pass
+) -> Tensor:  # (B,N) nats; 0 at the first position and at padding
     "Entropy of the distribution each token was drawn from"
     out, mask = torch.zeros(input_ids.shape, device=input_ids.device), attention_mask.bool()
     pos = (mask.long().cumsum(-1) - 1).clamp(min=0)
     for i in range(0, len(input_ids), batch):
         s = slice(i, i + batch)
-        logits = model(input_ids=input_ids[s], attention_mask=mask[s].long(), position_ids=pos[s], use_cache=False).logits
-        out[s] = entropy(logits, mask[s] & torch.nn.functional.pad(mask[s][:,:-1], (1, 0)))
+        logits = model(
+            input_ids=input_ids[s],
+            attention_mask=mask[s].long(),
+            position_ids=pos[s],
+            use_cache=False,
+        ).logits
+        out[s] = entropy(logits, mask[s] & torch.nn.functional.pad(mask[s][:, :-1], (1, 0)))
     return out
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #1c7bcaab
 def receiver_heads(
-    attn:Tensor,            # (L,B,H,N,N) attention maps
-    response_mask:Tensor,   # (B,N) bool
-    n:int=None,             # How many heads; None takes 30 % of them, as many as there are global heads
-)->Tensor:                  # (n,2) long: layer index into `attn` and head, most concentrated first
+    attn: Tensor,  # (L,B,H,N,N) attention maps
+    response_mask: Tensor,  # (B,N) bool
+    n: int = None,  # How many heads; None takes 30 % of them, as many as there are global heads
+) -> Tensor:  # (n,2) long: layer index into `attn` and head, most concentrated first
     "Heads whose received attention has the highest kurtosis over positions"
-    if attn.dim() != 5: raise ValueError(f"attn has shape {tuple(attn.shape)}; it needs (layers, batch, heads, N, N)")
+    if attn.dim() != 5:
+        raise ValueError(
+            f"attn has shape {tuple(attn.shape)}; it needs (layers, batch, heads, N, N)"
+        )
     L, B, H, N, _ = attn.shape
-    n = max(1, int(.3*L*H)) if n is None else n
-    if not 1 <= n <= L*H: raise ValueError(f"n={n} must be between 1 and the {L*H} heads given")
+    n = max(1, int(0.3 * L * H)) if n is None else n
+    if not 1 <= n <= L * H:
+        raise ValueError(f"n={n} must be between 1 and the {L * H} heads given")
     m = response_mask.to(attn.device).bool()
-    pair = m[:,:,None] & m[:,None,:] & torch.ones(N, N, device=attn.device).tril(-1).bool()
-    got = (attn.float()*pair[:,None]).sum(-2)/pair.sum(1).clamp(min=1)[:,None]
-    valid = (pair.sum(1) > 0)[:,None].expand(B, H, N)
+    pair = m[:, :, None] & m[:, None, :] & torch.ones(N, N, device=attn.device).tril(-1).bool()
+    got = (attn.float() * pair[:, None]).sum(-2) / pair.sum(1).clamp(min=1)[:, None]
+    valid = (pair.sum(1) > 0)[:, None].expand(B, H, N)
     count = valid.sum(-1).clamp(min=1)
-    centred = torch.where(valid, got - torch.where(valid, got, 0.).sum(-1, keepdim=True)/count[...,None], 0.)
-    var = centred.square().sum(-1)/count
-    kurt = ((centred**4).sum(-1)/count/var.square().clamp(min=1e-20)).mean(1).flatten()
+    centred = torch.where(
+        valid, got - torch.where(valid, got, 0.0).sum(-1, keepdim=True) / count[..., None], 0.0
+    )
+    var = centred.square().sum(-1) / count
+    kurt = ((centred**4).sum(-1) / count / var.square().clamp(min=1e-20)).mean(1).flatten()
     best = kurt.argsort(descending=True, stable=True)[:n]
-    return torch.stack([best//H, best%H], 1)
+    return torch.stack([best // H, best % H], 1)
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #b0ba402d
 def _random_picks(picks, mask, n, generator):
     "(n,B,N) bool: as many random positions of the mask in every row as `picks` has"
-    keys = torch.rand((n, *mask.shape), generator=generator).masked_fill(~mask, 2.)
+    keys = torch.rand((n, *mask.shape), generator=generator).masked_fill(~mask, 2.0)
     rank = keys.argsort(-1).argsort(-1)
     return rank < picks.sum(-1, keepdim=True)
 
+
 def _lift(values, picks, mask, n_perm, n_boot, generator):
     "Observed and chance mean of `values` at `picks`, p-value, and bootstrap interval of their ratio over rows"
-    v, k = torch.where(mask, values.double(), 0.), picks.sum(-1).double()
-    at, chance = (v*picks).sum(-1), k*v.sum(-1)/mask.sum(-1).clamp(min=1)
-    if k.sum() == 0: return float("nan"), float("nan"), float("nan"), float("nan"), float("nan")
-    obs, rnd = (at.sum()/k.sum()).item(), (chance.sum()/k.sum()).item()
-    null = torch.cat([(v*_random_picks(picks, mask, min(50, n_perm-i), generator)).sum((-1, -2)) for i in range(0, n_perm, 50)])/k.sum()
-    p = (1 + (null >= obs - 1e-12).sum().item())/(1 + n_perm)
-    draws = torch.stack([torch.bincount(torch.randint(len(v), (len(v),), generator=generator), minlength=len(v)) for _ in range(n_boot)]).double()
-    ratio = (draws@at)/(draws@chance)
-    lo, hi = torch.nanquantile(ratio, torch.tensor([.025, .975], dtype=torch.double)).tolist()
+    v, k = torch.where(mask, values.double(), 0.0), picks.sum(-1).double()
+    at, chance = (v * picks).sum(-1), k * v.sum(-1) / mask.sum(-1).clamp(min=1)
+    if k.sum() == 0:
+        return float("nan"), float("nan"), float("nan"), float("nan"), float("nan")
+    obs, rnd = (at.sum() / k.sum()).item(), (chance.sum() / k.sum()).item()
+    null = (
+        torch.cat(
+            [
+                (v * _random_picks(picks, mask, min(50, n_perm - i), generator)).sum((-1, -2))
+                for i in range(0, n_perm, 50)
+            ]
+        )
+        / k.sum()
+    )
+    p = (1 + (null >= obs - 1e-12).sum().item()) / (1 + n_perm)
+    draws = torch.stack(
+        [
+            torch.bincount(torch.randint(len(v), (len(v),), generator=generator), minlength=len(v))
+            for _ in range(n_boot)
+        ]
+    ).double()
+    ratio = (draws @ at) / (draws @ chance)
+    lo, hi = torch.nanquantile(ratio, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     return obs, rnd, p, lo, hi
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #ae9add1e
 @dataclass(frozen=True)
 class Coupling:
     "One coupling of Table 2"
-    name:str         # What is coupled with what
-    observed:float   # Mean at the picked positions (nats, or share)
-    random:float     # Its expectation at random positions of the same responses
-    lift:float       # Ratio of the two; 1 is no coupling
-    p_value:float    # One-sided permutation p-value of "observed is larger"
-    low:float        # Lower end of the 95 % bootstrap interval of the lift, over responses
-    high:float       # Upper end
+
+    name: str  # What is coupled with what
+    observed: float  # Mean at the picked positions (nats, or share)
+    random: float  # Its expectation at random positions of the same responses
+    lift: float  # Ratio of the two; 1 is no coupling
+    p_value: float  # One-sided permutation p-value of "observed is larger"
+    low: float  # Lower end of the 95 % bootstrap interval of the lift, over responses
+    high: float  # Upper end
+
 
 def coupling_stats(
-    waad:Tensor,                # (B,N) from `rhythm_signals`
-    fai:Tensor,                 # (B,N) FAI of the global heads
-    entropy:Tensor,             # (B,N) from `token_entropy`
-    response_mask:Tensor,       # (B,N) bool
-    receiver_fai:Tensor=None,   # (B,N) FAI of the receiver heads; None leaves coupling 2 out
-    n_perm:int=1000,            # Permutations for the p-values
-    seed:int=0,                 # Seed of permutations and bootstrap
-)->list[Coupling]:              # Two or three couplings
+    waad: Tensor,  # (B,N) from `rhythm_signals`
+    fai: Tensor,  # (B,N) FAI of the global heads
+    entropy: Tensor,  # (B,N) from `token_entropy`
+    response_mask: Tensor,  # (B,N) bool
+    receiver_fai: Tensor = None,  # (B,N) FAI of the receiver heads; None leaves coupling 2 out
+    n_perm: int = 1000,  # Permutations for the p-values
+    seed: int = 0,  # Seed of permutations and bootstrap
+) -> list[Coupling]:  # Two or three couplings
     "The couplings of Table 2 with chance levels, permutation p-values and bootstrap intervals"
     m = response_mask.bool().cpu()
-    given = dict(waad=waad, fai=fai, entropy=entropy) | ({} if receiver_fai is None else dict(receiver_fai=receiver_fai))
+    given = dict(waad=waad, fai=fai, entropy=entropy) | (
+        {} if receiver_fai is None else dict(receiver_fai=receiver_fai)
+    )
     for name, x in given.items():
-        if x.shape != m.shape: raise ValueError(f"{name} has shape {tuple(x.shape)}, response_mask has {tuple(m.shape)}; they must agree")
-    if n_perm < 1: raise ValueError(f"n_perm={n_perm} must be at least 1")
+        if x.shape != m.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, response_mask has {tuple(m.shape)}; they must agree"
+            )
+    if n_perm < 1:
+        raise ValueError(f"n_perm={n_perm} must be at least 1")
     x = {k: v.detach().float().cpu() for k, v in given.items()}
     w, f = local_maxima(x["waad"], m), local_maxima(x["fai"], m)
-    inner = torch.nn.functional.pad(m[:,:-2] & m[:,1:-1] & m[:,2:], (1, 1))
-    after = w | (torch.nn.functional.pad(w[:,:-1], (1, 0)) & m)
+    inner = torch.nn.functional.pad(m[:, :-2] & m[:, 1:-1] & m[:, 2:], (1, 1))
+    after = w | (torch.nn.functional.pad(w[:, :-1], (1, 0)) & m)
     rows = [("entropy at WAAD peaks", x["entropy"], w)]
-    if receiver_fai is not None: rows.append(("receiver peaks that are global FAI peaks", f, local_maxima(x["receiver_fai"], m)))
+    if receiver_fai is not None:
+        rows.append(
+            ("receiver peaks that are global FAI peaks", f, local_maxima(x["receiver_fai"], m))
+        )
     rows.append(("FAI peaks at or right after a WAAD peak", after, f))
     res = []
     for i, (name, values, picks) in enumerate(rows):
         obs, rnd, p, lo, hi = _lift(values, picks, inner, n_perm, 1000, rng(seed, "coupling", i))
-        res.append(Coupling(name, obs, rnd, obs/rnd if rnd else float("nan"), p, lo, hi))
+        res.append(Coupling(name, obs, rnd, obs / rnd if rnd else float("nan"), p, lo, hi))
     return res
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #914a8fc5
 class Responses(NamedTuple):
     "Prompts and sampled responses"
-    input_ids:Tensor        # (B,N) left-padded prompt, then the response, then padding
-    attention_mask:Tensor   # (B,N) bool, real tokens
-    response_mask:Tensor    # (B,N) bool, tokens of the response up to and including its end
+
+    input_ids: Tensor  # (B,N) left-padded prompt, then the response, then padding
+    attention_mask: Tensor  # (B,N) bool, real tokens
+    response_mask: Tensor  # (B,N) bool, tokens of the response up to and including its end
+
 
 @torch.no_grad()
 def sample_responses(
-    model,                     # Hugging Face causal language model
-    tokenizer,                 # Its tokenizer, with a padding and an end token
-    prompts:list[list[int]],   # Token ids of the prompts
-    max_new_tokens:int,        # Longest response
-    temperature:float=.7,      # 0 decodes greedily
-    seed:int=0,                # Seed of the sampling
-    batch:int=64,              # Prompts at once
-)->Responses:                  # As many rows as prompts
+    model,  # Hugging Face causal language model
+    tokenizer,  # Its tokenizer, with a padding and an end token
+    prompts: list[list[int]],  # Token ids of the prompts
+    max_new_tokens: int,  # Longest response
+    temperature: float = 0.7,  # 0 decodes greedily
+    seed: int = 0,  # Seed of the sampling
+    batch: int = 64,  # Prompts at once
+) -> Responses:  # As many rows as prompts
     "Sample one response per prompt"
-    if not prompts or not all(len(p) for p in prompts): raise ValueError("prompts must be a non-empty list of non-empty lists of token ids")
-    device, pad = next(model.parameters()).device, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if not prompts or not all(len(p) for p in prompts):
+        raise ValueError("prompts must be a non-empty list of non-empty lists of token ids")
+    device, pad = (
+        next(model.parameters()).device,
+        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
     width, rows = max(map(len, prompts)), []
-    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.) if temperature else dict(do_sample=False)
-    how |= dict(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id)
+    how = (
+        dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+        if temperature
+        else dict(do_sample=False)
+    )
+    how |= dict(
+        max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
+    )
     set_seed(seed)
     for i in range(0, len(prompts), batch):
-        part = prompts[i:i+batch]
-        ids = torch.tensor([[pad]*(width-len(p)) + list(p) for p in part], device=device)
-        att = torch.tensor([[0]*(width-len(p)) + [1]*len(p) for p in part], device=device)
+        part = prompts[i : i + batch]
+        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in part], device=device)
+        att = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
         out = model.generate(input_ids=ids, attention_mask=att, **how)
-        rows.append(torch.nn.functional.pad(out, (0, width + max_new_tokens - out.shape[1]), value=pad))
+        rows.append(
+            torch.nn.functional.pad(out, (0, width + max_new_tokens - out.shape[1]), value=pad)
+        )
     return _masks(torch.cat(rows), [len(p) for p in prompts], width, tokenizer.eos_token_id)
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #c0caac49
 def _masks(ids, lengths, width, eos):
     "Masks of left-padded prompts of `lengths` and responses that start at `width` and end with their first `eos`"
     t, n = torch.arange(ids.shape[1], device=ids.device), torch.tensor(lengths, device=ids.device)
-    done = (ids[:,width:] == eos).int().cumsum(-1) - (ids[:,width:] == eos).int()
-    resp = torch.zeros_like(ids, dtype=torch.bool); resp[:,width:] = done == 0
-    prompt = (t >= width - n[:,None]) & (t < width)
+    done = (ids[:, width:] == eos).int().cumsum(-1) - (ids[:, width:] == eos).int()
+    resp = torch.zeros_like(ids, dtype=torch.bool)
+    resp[:, width:] = done == 0
+    prompt = (t >= width - n[:, None]) & (t < width)
     keep = (prompt | resp).any(0).nonzero().max() + 1
-    return Responses(ids[:,:keep], (prompt | resp)[:,:keep], resp[:,:keep])
+    return Responses(ids[:, :keep], (prompt | resp)[:, :keep], resp[:, :keep])
+
 
 def load_prompts(
-    dataset:str,           # A JSON-lines file, or a data set id of the Hugging Face hub
-    n:int,                 # How many prompts
-    tokenizer,             # Turns a question into token ids
-    field:str="question",  # Name of the field with the question
-    split:str="test",      # Split of a hub data set
-    config:str=None,       # Configuration of a hub data set; None tries "main" (GSM8K's) and then the default
-)->list[list[int]]:        # Token ids
+    dataset: str,  # A JSON-lines file, or a data set id of the Hugging Face hub
+    n: int,  # How many prompts
+    tokenizer,  # Turns a question into token ids
+    field: str = "question",  # Name of the field with the question
+    split: str = "test",  # Split of a hub data set
+    config: str = None,  # Configuration of a hub data set; None tries "main" (GSM8K's) and then the default
+) -> list[list[int]]:  # Token ids
     "Prompts from a file or from the hub"
-    if Path(dataset).is_file(): rows = [json.loads(l) for l in Path(dataset).read_text(encoding="utf-8").splitlines() if l.strip()]
+    if Path(dataset).is_file():
+        rows = [
+            json.loads(l)
+            for l in Path(dataset).read_text(encoding="utf-8").splitlines()
+            if l.strip()
+        ]
     else:
         hub = need("datasets")
-        names = [config] if config else [c for c in ("main",) if c in hub.get_dataset_config_names(dataset)] or [None]
+        names = (
+            [config]
+            if config
+            else [c for c in ("main",) if c in hub.get_dataset_config_names(dataset)] or [None]
+        )
         rows = hub.load_dataset(dataset, names[0], split=split)
-    if len(rows) < n: raise ValueError(f"dataset={dataset!r} has {len(rows)} rows, n={n} are needed")
-    if field not in rows[0]: raise ValueError(f"dataset={dataset!r} has no field {field!r}; it has {', '.join(rows[0])}")
+    if len(rows) < n:
+        raise ValueError(f"dataset={dataset!r} has {len(rows)} rows, n={n} are needed")
+    if field not in rows[0]:
+        raise ValueError(f"dataset={dataset!r} has no field {field!r}; it has {', '.join(rows[0])}")
     return [tokenizer(rows[i][field])["input_ids"] for i in range(n)]
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #b832c3e0
 def jaccard(
-    a:Iterable, # First collection
-    b:Iterable, # Second collection
-)->float:       # Overlap in [0, 1]; two empty sets are equal, so 1
+    a: Iterable,  # First collection
+    b: Iterable,  # Second collection
+) -> float:  # Overlap in [0, 1]; two empty sets are equal, so 1
     "Size of the intersection over size of the union (Eq. 11)"
     a, b = set(a), set(b)
-    return len(a & b)/len(a | b) if a | b else 1.
+    return len(a & b) / len(a | b) if a | b else 1.0
 
-_stop = frozenset("a an and are as at be but by for from had has have he her his if in is it its of on or she so that the "
-                  "then there they this to was we were what when which will with".split())
+
+_stop = frozenset(
+    "a an and are as at be but by for from had has have he her his if in is it its of on or she so that the "
+    "then there they this to was we were what when which will with".split()
+)
+
 
 def content_words(
-    text:str,               # Any text
-    stop:Iterable=_stop,    # Words that do not count, lower case
-)->set[str]:                # Lower-case words and numbers
+    text: str,  # Any text
+    stop: Iterable = _stop,  # Words that do not count, lower case
+) -> set[str]:  # Lower-case words and numbers
     "Words and numbers of a text that carry content"
     return {w for w in re.findall(r"[^\W_]+", text.lower())} - set(stop)
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #9aee2f3e
 class Perturbation(NamedTuple):
     "Forced candidates and their greedy continuations"
-    candidates:Tensor           # (B,k) candidate token ids, most likely first
-    original:Tensor             # (B,) the token that stood there
-    continuations:list          # B lists of k+1 lists of token ids after the position; the last is the original token's
+
+    candidates: Tensor  # (B,k) candidate token ids, most likely first
+    original: Tensor  # (B,) the token that stood there
+    continuations: list  # B lists of k+1 lists of token ids after the position; the last is the original token's
+
 
 @torch.no_grad()
 def perturb_rollouts(
-    model,                      # Hugging Face causal language model
-    input_ids:Tensor,           # (B,N) or (N,) token ids
-    pos,                        # Position of the replaced token: int, or (B,) for one each
-    top_k:int=3,                # Candidates per position
-    max_new_tokens:int=64,      # Longest continuation
-    attention_mask:Tensor=None, # (B,N) real tokens; None takes all
-    eos_token_id:int=None,      # Where a continuation ends; None takes the model's
-    batch:int=256,              # Sequences at once
-)->Perturbation:                # Candidates and continuations
+    model,  # Hugging Face causal language model
+    input_ids: Tensor,  # (B,N) or (N,) token ids
+    pos,  # Position of the replaced token: int, or (B,) for one each
+    top_k: int = 3,  # Candidates per position
+    max_new_tokens: int = 64,  # Longest continuation
+    attention_mask: Tensor = None,  # (B,N) real tokens; None takes all
+    eos_token_id: int = None,  # Where a continuation ends; None takes the model's
+    batch: int = 256,  # Sequences at once
+) -> Perturbation:  # Candidates and continuations
     "Force each of the `top_k` candidates at a position and continue greedily (Sec. 4.3)"
     ids = input_ids.reshape(-1, input_ids.shape[-1])
-    att, row = torch.ones_like(ids).bool() if attention_mask is None else attention_mask.reshape(ids.shape).bool(), torch.arange(len(ids))
+    att, row = (
+        torch.ones_like(ids).bool()
+        if attention_mask is None
+        else attention_mask.reshape(ids.shape).bool(),
+        torch.arange(len(ids)),
+    )
     at = torch.as_tensor(pos, device=ids.device)
     at = at.reshape(-1).expand(len(ids)) if at.numel() == 1 else at
-    if at.shape != (len(ids),): raise ValueError(f"pos has shape {tuple(at.shape)}; it needs one position for each of the {len(ids)} sequences")
+    if at.shape != (len(ids),):
+        raise ValueError(
+            f"pos has shape {tuple(at.shape)}; it needs one position for each of the {len(ids)} sequences"
+        )
     if (at < 1).any() or (at >= ids.shape[1]).any() or not att[row, at].all():
         raise ValueError("pos must be real tokens after the first of each sequence")
-    if top_k < 1: raise ValueError(f"top_k={top_k} must be at least 1")
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1")
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    prefixes = [x[m][:int(m[:p].sum())].tolist() for x, m, p in zip(ids, att, at.tolist())]
+    prefixes = [x[m][: int(m[:p].sum())].tolist() for x, m, p in zip(ids, att, at.tolist())]
     return _continue(model, prefixes, ids[row, at], top_k, max_new_tokens, eos, batch)
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #990c6d1f
 def _left_pad(rows, device):
     width = max(map(len, rows))
-    ids = torch.tensor([[0]*(width-len(r)) + r for r in rows], device=device)
-    return ids, torch.tensor([[0]*(width-len(r)) + [1]*len(r) for r in rows], device=device)
+    ids = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=device)
+    return ids, torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+
 
 def _continue(model, prefixes, original, top_k, max_new_tokens, eos, batch):
     "Candidates after each prefix, and the greedy continuations of each candidate and of the original token"
     ids, att = _left_pad(prefixes, original.device)
     pos = (att.cumsum(-1) - 1).clamp(min=0)
-    last = lambda s: model(input_ids=ids[s], attention_mask=att[s], position_ids=pos[s], use_cache=False).logits[:,-1]
-    best = torch.cat([last(slice(i, i+batch)).topk(top_k).indices for i in range(0, len(ids), batch)])
-    forced = torch.cat([best, original[:,None]], 1).tolist()
+    last = lambda s: model(
+        input_ids=ids[s], attention_mask=att[s], position_ids=pos[s], use_cache=False
+    ).logits[:, -1]
+    best = torch.cat(
+        [last(slice(i, i + batch)).topk(top_k).indices for i in range(0, len(ids), batch)]
+    )
+    forced = torch.cat([best, original[:, None]], 1).tolist()
     rows = [p + [c] for p, cs in zip(prefixes, forced) for c in cs]
-    out, how = [], dict(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos if isinstance(eos, int) else (eos or [0])[0])
+    out, how = (
+        [],
+        dict(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=eos if isinstance(eos, int) else (eos or [0])[0],
+        ),
+    )
     for i in range(0, len(rows), batch):
-        part, real = _left_pad(rows[i:i+batch], original.device)
-        new = model.generate(input_ids=part, attention_mask=real, **how)[:,part.shape[1]:]
+        part, real = _left_pad(rows[i : i + batch], original.device)
+        new = model.generate(input_ids=part, attention_mask=real, **how)[:, part.shape[1] :]
         out += [_until(n, eos) for n in new.tolist()]
     out = [[] if _ends(r[-1], eos) else o for r, o in zip(rows, out)]
-    return Perturbation(best, original, [out[i:i+top_k+1] for i in range(0, len(out), top_k+1)])
+    return Perturbation(
+        best, original, [out[i : i + top_k + 1] for i in range(0, len(out), top_k + 1)]
+    )
 
-def _ends(token, eos): return token == eos if isinstance(eos, int) or eos is None else token in eos
 
-def _until(tokens, eos): return tokens[:next((i for i, t in enumerate(tokens) if _ends(t, eos)), len(tokens))]
+def _ends(token, eos):
+    return token == eos if isinstance(eos, int) or eos is None else token in eos
+
+
+def _until(tokens, eos):
+    return tokens[: next((i for i, t in enumerate(tokens) if _ends(t, eos)), len(tokens))]

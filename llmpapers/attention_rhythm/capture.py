@@ -25,155 +25,213 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .metrics import HeadSplit, aggregate_heads, fai, fai_support, head_spans, split_heads, waad
+from llmpapers.attention_rhythm.metrics import (
+    HeadSplit,
+    aggregate_heads,
+    fai,
+    fai_support,
+    head_spans,
+    split_heads,
+    waad,
+)
 from .metrics import _response
 from ..core.bench import extra_peak
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #809cfebf
 def middle_layers(
-    n_layers:int, # Layers of the model
-    n:int=5,      # Layers wanted
-)->list[int]:     # Layer indices, ascending
+    n_layers: int,  # Layers of the model
+    n: int = 5,  # Layers wanted
+) -> list[int]:  # Layer indices, ascending
     "`n` evenly spaced layers of the middle third; all layers of that third if it has fewer"
-    if n_layers < 1 or n < 1: raise ValueError(f"n_layers={n_layers} and n={n} must be at least 1")
-    lo, hi = n_layers//3, min(2*n_layers//3, n_layers-1)
-    if hi - lo + 1 <= n: return list(range(lo, hi+1))
-    if n == 1: return [(lo+hi)//2]
-    return [math.floor(lo + i*(hi-lo)/(n-1) + .5) for i in range(n)]
+    if n_layers < 1 or n < 1:
+        raise ValueError(f"n_layers={n_layers} and n={n} must be at least 1")
+    lo, hi = n_layers // 3, min(2 * n_layers // 3, n_layers - 1)
+    if hi - lo + 1 <= n:
+        return list(range(lo, hi + 1))
+    if n == 1:
+        return [(lo + hi) // 2]
+    return [math.floor(lo + i * (hi - lo) / (n - 1) + 0.5) for i in range(n)]
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #7c55d55a
 def _base(
-    model:nn.Module, # A Hugging Face causal model
-)->nn.Module:        # Its transformer without the language-model head
+    model: nn.Module,  # A Hugging Face causal model
+) -> nn.Module:  # Its transformer without the language-model head
     "The part of the model that computes attention, so that no logits are made"
     return getattr(model, "base_model", model)
 
-def _n_layers(model:nn.Module)->int:
+
+def _n_layers(model: nn.Module) -> int:
     "Number of layers of the text model"
     return model.config.get_text_config().num_hidden_layers
 
-def _check_layers(model:nn.Module, layers:list[int]|None)->list[int]:
+
+def _check_layers(model: nn.Module, layers: list[int] | None) -> list[int]:
     "Requested layers, ascending and inside the model; the middle ones by default"
     n = _n_layers(model)
     layers = middle_layers(n) if layers is None else [int(l) for l in layers]
     if not layers or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= n:
-        raise ValueError(f"layers={layers} must be ascending, without repetition and inside 0..{n-1}")
+        raise ValueError(
+            f"layers={layers} must be ascending, without repetition and inside 0..{n - 1}"
+        )
     return layers
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #4a5fc457
-def _inputs(input_ids:Tensor, attention_mask:Tensor|None, response_mask:Tensor|None=None)->tuple[Tensor, Tensor, Tensor|None]:
+def _inputs(
+    input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     "Ids, attention mask and response mask with a batch axis, checked against each other"
     ids = input_ids[None] if input_ids.ndim == 1 else input_ids
-    if ids.ndim != 2: raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it needs (b,n) or (n,)")
-    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool().reshape(-1, attention_mask.shape[-1])
-    if real.shape != ids.shape: raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
+    if ids.ndim != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it needs (b,n) or (n,)")
+    real = (
+        torch.ones_like(ids, dtype=torch.bool)
+        if attention_mask is None
+        else attention_mask.bool().reshape(-1, attention_mask.shape[-1])
+    )
+    if real.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
+        )
     if (real[:, 1:] & ~real[:, :-1]).sum(1).add(real[:, 0]).gt(1).any():
-        raise ValueError("attention_mask has holes inside a sequence; pad on the left or on the right")
-    if response_mask is None: return ids, real, None
+        raise ValueError(
+            "attention_mask has holes inside a sequence; pad on the left or on the right"
+        )
+    if response_mask is None:
+        return ids, real, None
     resp = _response(response_mask).to(ids.device)
-    if resp.shape != ids.shape: raise ValueError(f"response_mask has shape {tuple(response_mask.shape)}, input_ids {tuple(input_ids.shape)}")
-    if (resp & ~real).any(): raise ValueError("response_mask marks padding; every response token needs attention_mask 1")
+    if resp.shape != ids.shape:
+        raise ValueError(
+            f"response_mask has shape {tuple(response_mask.shape)}, input_ids {tuple(input_ids.shape)}"
+        )
+    if (resp & ~real).any():
+        raise ValueError("response_mask marks padding; every response token needs attention_mask 1")
     return ids, real, resp
 
+
 def _forward(
-    model:nn.Module, # A Hugging Face causal model or its base
-    ids:Tensor,      # (b,n) token ids
-    real:Tensor,     # (b,n) bool
-    **kwargs,        # Passed on to the model
-)->object:           # The base model's output
+    model: nn.Module,  # A Hugging Face causal model or its base
+    ids: Tensor,  # (b,n) token ids
+    real: Tensor,  # (b,n) bool
+    **kwargs,  # Passed on to the model
+) -> object:  # The base model's output
     "Run the base model with positions counted from the first real token, without cache"
     base = _base(model)
     args = inspect.signature(base.forward).parameters
-    if "position_ids" in args: kwargs["position_ids"] = (real.long().cumsum(1) - 1).clamp(min=0)
+    if "position_ids" in args:
+        kwargs["position_ids"] = (real.long().cumsum(1) - 1).clamp(min=0)
     return base(input_ids=ids, attention_mask=real.long(), use_cache=False, **kwargs)
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #a75322e6
 @torch.no_grad()
 def capture_attention(
-    model:nn.Module,                  # Hugging Face causal model, loaded with `attn_implementation="eager"`
-    input_ids:Tensor,                 # (b,n) token ids
-    attention_mask:Tensor|None=None,  # (b,n) 1 on real tokens; None means all
-    layers:list[int]|None=None,       # Layers to return; None takes `middle_layers`
-)->Tensor:                            # (len(layers),b,h,n,n) attention maps
+    model: nn.Module,  # Hugging Face causal model, loaded with `attn_implementation="eager"`
+    input_ids: Tensor,  # (b,n) token ids
+    attention_mask: Tensor | None = None,  # (b,n) 1 on real tokens; None means all
+    layers: list[int] | None = None,  # Layers to return; None takes `middle_layers`
+) -> Tensor:  # (len(layers),b,h,n,n) attention maps
     "The reference: full attention maps through `output_attentions=True`"
     ids, real, _ = _inputs(input_ids, attention_mask)
     layers = _check_layers(model, layers)
-    fused = str(model.config._attn_implementation).startswith(("sdpa", "flash", "flex"))   # these never return maps
-    maps = None if fused else getattr(_forward(model, ids, real, output_attentions=True), "attentions", None)
+    fused = str(model.config._attn_implementation).startswith(
+        ("sdpa", "flash", "flex")
+    )  # these never return maps
+    maps = (
+        None
+        if fused
+        else getattr(_forward(model, ids, real, output_attentions=True), "attentions", None)
+    )
     if not maps or any(maps[l] is None for l in layers):
-        raise RuntimeError(f"the model returned no attention maps, because its attention implementation is "
-            f"{model.config._attn_implementation!r}; call model.set_attn_implementation(\"eager\") or load it with "
-            'attn_implementation="eager", or use rhythm_signals(method="band"), which needs no maps')
+        raise RuntimeError(
+            f"the model returned no attention maps, because its attention implementation is "
+            f'{model.config._attn_implementation!r}; call model.set_attn_implementation("eager") or load it with '
+            'attn_implementation="eager", or use rhythm_signals(method="band"), which needs no maps'
+        )
     return torch.stack([maps[l] for l in layers])
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #980e4916
 class _Recorder:
     "Collects per-head WAAD, FAI sums and span sums of the captured layers, block by block"
+
     def __init__(self, layers, real, resp, window, h_lo, h_hi, chunk, drop_first, stop):
         self.layers, self.real, self.resp, self.chunk, self.stop = layers, real, resp, chunk, stop
         self.window, self.h_lo, self.h_hi, self.drop_first = window, h_lo, h_hi, drop_first
         self.waad, self.fai, self.spans = {}, {}, {}
         self.first = real.long().argmax(1)
         self.blocks, self.room = list(self._blocks()), torch.empty(0)
-        self.largest = max((j-i)*(b-a)*(b-k0) for i, j, a, b, k0 in self.blocks)   # scores of one head
+        self.largest = max(
+            (j - i) * (b - a) * (b - k0) for i, j, a, b, k0 in self.blocks
+        )  # scores of one head
 
     def _blocks(self):
         "Blocks `(i, j, a, b, k0)`: sequences `i:j`, queries `a:b`, first key `k0`"
         (B, N), pos = self.resp.shape, torch.arange(self.resp.shape[1], device=self.resp.device)
         start = torch.where(self.resp, pos, N).amin(1).tolist()
-        end = torch.where(self.resp, pos+1, 0).amax(1).tolist()
+        end = torch.where(self.resp, pos + 1, 0).amax(1).tolist()
         first = self.first.tolist()
-        size = max(1, self.chunk*max(N, 2048)//(min(self.chunk, N)*N))
+        size = max(1, self.chunk * max(N, 2048) // (min(self.chunk, N) * N))
         for i in range(0, B, size):
-            j = min(B, i+size)
+            j = min(B, i + size)
             lo, hi, k0 = min(start[i:j]), max(end[i:j]), min(first[i:j])
-            for a in range(lo, hi, self.chunk): yield i, j, a, min(hi, a+self.chunk), k0
+            for a in range(lo, hi, self.chunk):
+                yield i, j, a, min(hi, a + self.chunk), k0
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #4375348e
 @patch
-def scratch(self:_Recorder, size, heads, device):
+def scratch(self: _Recorder, size, heads, device):
     "One piece of memory for the scores of every block: allocated at the largest size, used again"
     if self.room.device != device or len(self.room) < size:
         self.room = torch.empty(0)
-        self.room = torch.empty(max(size, self.largest*heads), device=device)
+        self.room = torch.empty(max(size, self.largest * heads), device=device)
     return self.room[:size]
 
+
 @patch
-def attention(self:_Recorder, q, k, scaling, mask, i, j, a, b, k0):
+def attention(self: _Recorder, q, k, scaling, mask, i, j, a, b, k0):
     "(j-i,h,b-a,b-k0) attention of one block of queries to all keys they can see, in single precision"
-    (_, H, _, D), Hk, c = q.shape, k.shape[1], b-a
-    qs = (q[i:j, :, a:b].float()*scaling).reshape((j-i)*Hk, H//Hk*c, D)
-    kt = k[i:j, :, k0:b].float().transpose(-1, -2).reshape((j-i)*Hk, D, b-k0)
-    s = torch.bmm(qs, kt, out=self.scratch((j-i)*H*c*(b-k0), H, q.device).view(len(qs), -1, b-k0)).view(j-i, H, c, b-k0)
-    if mask is None: s[..., a-k0:].masked_fill_(torch.ones(c, c, dtype=torch.bool, device=s.device).triu_(1), -math.inf)
-    else: s.masked_fill_(~mask.rows(i, j, a, b, k0), -math.inf)
+    (_, H, _, D), Hk, c = q.shape, k.shape[1], b - a
+    qs = (q[i:j, :, a:b].float() * scaling).reshape((j - i) * Hk, H // Hk * c, D)
+    kt = k[i:j, :, k0:b].float().transpose(-1, -2).reshape((j - i) * Hk, D, b - k0)
+    s = torch.bmm(
+        qs, kt, out=self.scratch((j - i) * H * c * (b - k0), H, q.device).view(len(qs), -1, b - k0)
+    ).view(j - i, H, c, b - k0)
+    if mask is None:
+        s[..., a - k0 :].masked_fill_(
+            torch.ones(c, c, dtype=torch.bool, device=s.device).triu_(1), -math.inf
+        )
+    else:
+        s.masked_fill_(~mask.rows(i, j, a, b, k0), -math.inf)
     p = s.sub_(s.amax(-1, keepdim=True)).exp_()
     if self.drop_first:
-        sink = (torch.arange(k0, b, device=s.device) == self.first[i:j, None].to(s.device))[:, None, None]
+        sink = (torch.arange(k0, b, device=s.device) == self.first[i:j, None].to(s.device))[
+            :, None, None
+        ]
         p.masked_fill_(sink, 0)
-        p += sink & (p.sum(-1, keepdim=True) == 0)   # a row with nothing but the sink keeps it
+        p += sink & (p.sum(-1, keepdim=True) == 0)  # a row with nothing but the sink keeps it
     return p.div_(p.sum(-1, keepdim=True))
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #2d5e3619
 @patch
-def add_block(self:_Recorder, p, block, out_waad, out_fai):
+def add_block(self: _Recorder, p, block, out_waad, out_fai):
     "Write WAAD and add FAI sums of one block in place; return its row spans `(j-i,h,b-a)`"
     (i, j, a, b, k0), dev, W = block, p.device, self.window
     t, r = torch.arange(a, b, device=dev), self.resp[i:j, None, a:b].to(dev).float()
-    far = p @ (b-1 - torch.arange(k0, b, device=dev)).float() - (b-1 - t).float()
-    lag = torch.arange(min(W, b-k0), device=dev)
+    far = p @ (b - 1 - torch.arange(k0, b, device=dev)).float() - (b - 1 - t).float()
+    lag = torch.arange(min(W, b - k0), device=dev)
     at = t[:, None] - lag - k0
-    saved = (p.gather(-1, at.clamp(min=0).expand(*p.shape[:3], -1))*((W-lag)*(at >= 0))).sum(-1)
-    out_waad[i:j, :, a:b] = (far if W >= b-k0 else W - saved).clamp(0, W)*r
-    lo, hi = k0 if self.h_hi is None else max(k0, a-self.h_hi), b-self.h_lo
+    saved = (p.gather(-1, at.clamp(min=0).expand(*p.shape[:3], -1)) * ((W - lag) * (at >= 0))).sum(
+        -1
+    )
+    out_waad[i:j, :, a:b] = (far if W >= b - k0 else W - saved).clamp(0, W) * r
+    lo, hi = k0 if self.h_hi is None else max(k0, a - self.h_hi), b - self.h_lo
     if hi > lo:
         d = t[:, None] - torch.arange(lo, hi, device=dev)
         inside = (d >= self.h_lo) & (d <= (math.inf if self.h_hi is None else self.h_hi))
-        out_fai[i:j, :, lo:hi] += (r[:, :, None] @ p[..., lo-k0:hi-k0].mul_(inside))[:, :, 0]
-    return far*r
+        out_fai[i:j, :, lo:hi] += (r[:, :, None] @ p[..., lo - k0 : hi - k0].mul_(inside))[:, :, 0]
+    return far * r
+
 
 @patch
-def observe(self:_Recorder, layer, q, k, scaling, mask):
+def observe(self: _Recorder, layer, q, k, scaling, mask):
     "Reduce one layer's attention to per-head WAAD and FAI sums `(b,h,n)` and span sums `(h,)`"
     out_waad, out_fai = torch.zeros(2, *q.shape[:3], device=q.device)
     span = torch.zeros(q.shape[1], dtype=torch.float64, device=q.device)
@@ -186,166 +244,284 @@ def observe(self:_Recorder, layer, q, k, scaling, mask):
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #4e2c8b75
 class _RowMask(NamedTuple):
     "An attention mask that is never built: rows are computed when a block asks for them"
-    allowed:object # Function of (batch, head, query, key) indices that broadcasts, as Transformers composes it
-    real:Tensor    # (b,n) bool, False on padding
 
-    def rows(self, i:int, j:int, a:int, b:int, k0:int)->Tensor:
+    allowed: object  # Function of (batch, head, query, key) indices that broadcasts, as Transformers composes it
+    real: Tensor  # (b,n) bool, False on padding
+
+    def rows(self, i: int, j: int, a: int, b: int, k0: int) -> Tensor:
         "(j-i,1,b-a,b-k0) True where sequences `i:j`, queries `a:b` may look at keys `k0:b`"
         dev = self.real.device
         s, q, k = (torch.arange(*r, device=dev) for r in ((i, j), (a, b), (k0, b)))
         s, q = s[:, None, None, None], q[None, None, :, None]
         ok = self.allowed(s, torch.zeros_like(s), q, k) & self.real[i:j, None, None, k0:b]
-        return ok | (q == k)   # a padding row looks at itself, so that no row is empty
+        return ok | (q == k)  # a padding row looks at itself, so that no row is empty
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #a56247db
 _name = "llmpapers_rhythm"
 _recorder = ContextVar("rhythm_recorder", default=None)
 
+
 class _Stop(Exception):
     "Raised after the last captured layer, when the rest of the forward pass is not needed"
 
-def _rhythm_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None,
-                 local_size=None, allow_is_causal_skip=True, use_vmap=False, **kwargs):
+
+def _rhythm_mask(
+    batch_size,
+    q_length,
+    kv_length,
+    q_offset=0,
+    kv_offset=0,
+    mask_function=None,
+    attention_mask=None,
+    local_size=None,
+    allow_is_causal_skip=True,
+    use_vmap=False,
+    **kwargs,
+):
     "What Transformers calls to make a mask: none for plain causal attention, else a `_RowMask`"
     from transformers.masking_utils import sdpa_mask
+
     rec = _recorder.get()
-    if rec is None:   # another thread runs this model just now: behave like SDPA
-        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function=mask_function, attention_mask=attention_mask,
-                         local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, use_vmap=use_vmap, **kwargs)
+    if rec is None:  # another thread runs this model just now: behave like SDPA
+        return sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=allow_is_causal_skip,
+            use_vmap=use_vmap,
+            **kwargs,
+        )
     if use_vmap or not allow_is_causal_skip or q_length != kv_length:
-        raise RuntimeError('the model does not use plain causal attention; load it with attn_implementation="eager" and use method="dense"')
-    if bool(rec.real[:, 0].all()) and (local_size is None or kv_length < local_size): return None
+        raise RuntimeError(
+            'the model does not use plain causal attention; load it with attn_implementation="eager" and use method="dense"'
+        )
+    if bool(rec.real[:, 0].all()) and (local_size is None or kv_length < local_size):
+        return None
     return _RowMask(mask_function, rec.real.to(kwargs.get("device", rec.real.device)))
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #5bf2795e
 def _rhythm_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     "What Transformers calls for attention: observe the captured layers, then SDPA, in query blocks if there is a mask"
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
+
     rec, layer = _recorder.get(), getattr(module, "layer_idx", None)
-    if rec is None: return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if extra := [k for k in ("softcap", "s_aux", "position_bias", "sinks") if kwargs.get(k) is not None]:
-        raise RuntimeError(f'attention with {", ".join(extra)} is not a plain softmax; load the model with '
-                           'attn_implementation="eager" and use method="dense"')
+    if rec is None:
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if extra := [
+        k for k in ("softcap", "s_aux", "position_bias", "sinks") if kwargs.get(k) is not None
+    ]:
+        raise RuntimeError(
+            f"attention with {', '.join(extra)} is not a plain softmax; load the model with "
+            'attn_implementation="eager" and use method="dense"'
+        )
     if not (attention_mask is None or isinstance(attention_mask, _RowMask)):
-        raise RuntimeError("the model builds its own attention mask; use method=\"dense\" with attn_implementation=\"eager\"")
+        raise RuntimeError(
+            'the model builds its own attention mask; use method="dense" with attn_implementation="eager"'
+        )
     if layer in rec.layers:
-        rec.observe(layer, query, key, query.shape[-1]**-.5 if scaling is None else scaling, attention_mask)
-        if rec.stop and layer == rec.layers[-1]: raise _Stop
-    if attention_mask is None: return sdpa(module, query, key, value, None, scaling=scaling, **kwargs)
+        rec.observe(
+            layer,
+            query,
+            key,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            attention_mask,
+        )
+        if rec.stop and layer == rec.layers[-1]:
+            raise _Stop
+    if attention_mask is None:
+        return sdpa(module, query, key, value, None, scaling=scaling, **kwargs)
     B, N = query.shape[0], query.shape[2]
-    out = [sdpa(module, query[:, :, a:b], key[:, :, :b], value[:, :, :b], attention_mask.rows(0, B, a, b, 0), scaling=scaling, **kwargs)[0]
-           for a in range(0, N, rec.chunk) for b in [min(N, a + rec.chunk)]]
+    out = [
+        sdpa(
+            module,
+            query[:, :, a:b],
+            key[:, :, :b],
+            value[:, :, :b],
+            attention_mask.rows(0, B, a, b, 0),
+            scaling=scaling,
+            **kwargs,
+        )[0]
+        for a in range(0, N, rec.chunk)
+        for b in [min(N, a + rec.chunk)]
+    ]
     return torch.cat(out, 1), None
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #51923faa
-def _stoppable(model:nn.Module)->bool:
+def _stoppable(model: nn.Module) -> bool:
     "May the forward pass be left early? Not if hooks or sharding must see its end"
-    return not any(hasattr(m, "_hf_hook") or "FSDP" in type(m).__name__ for m in model.modules()) and \
-        not any(hasattr(p, "ds_id") for p in model.parameters())
+    return not any(
+        hasattr(m, "_hf_hook") or "FSDP" in type(m).__name__ for m in model.modules()
+    ) and not any(hasattr(p, "ds_id") for p in model.parameters())
+
 
 @contextlib.contextmanager
-def _attention_mode(model:nn.Module, name:str):
+def _attention_mode(model: nn.Module, name: str):
     "Evaluate the model with another attention implementation; everything is put back on exit, also after an error"
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
-    before, training = {k: c._attn_implementation for k, c in configs.items()}, [(m, m.training) for m in model.modules()]
+    configs = {
+        id(m.config): m.config
+        for m in model.modules()
+        if hasattr(getattr(m, "config", None), "_attn_implementation")
+    }
+    before, training = (
+        {k: c._attn_implementation for k, c in configs.items()},
+        [(m, m.training) for m in model.modules()],
+    )
     try:
         model.eval()
-        if model.config._attn_implementation != name: model.set_attn_implementation(name)
         if model.config._attn_implementation != name:
-            raise RuntimeError(f"{type(model).__name__} cannot change its attention implementation to {name!r}; load it with "
-                               'attn_implementation="eager" and use method="dense"')
+            model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            raise RuntimeError(
+                f"{type(model).__name__} cannot change its attention implementation to {name!r}; load it with "
+                'attn_implementation="eager" and use method="dense"'
+            )
         yield
     finally:
-        for k, c in configs.items(): c._attn_implementation = before[k]
-        for m, mode in training: m.training = mode
+        for k, c in configs.items():
+            c._attn_implementation = before[k]
+        for m, mode in training:
+            m.training = mode
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #284bee80
 @torch.no_grad()
 def _band(model, ids, real, resp, layers, window, h_lo, h_hi, chunk, drop_first):
     "Per-head WAAD and FAI `(l,b,h,n)` and spans `(l,h)` in one pass"
     from transformers import AttentionInterface, AttentionMaskInterface
-    AttentionInterface.register(_name, _rhythm_attention); AttentionMaskInterface.register(_name, _rhythm_mask)
+
+    AttentionInterface.register(_name, _rhythm_attention)
+    AttentionMaskInterface.register(_name, _rhythm_mask)
     rec = _Recorder(layers, real, resp, window, h_lo, h_hi, chunk, drop_first, _stoppable(model))
     with _attention_mode(model, _name):
         token = _recorder.set(rec)
-        try: _forward(model, ids, real)
-        except _Stop: pass
-        finally: _recorder.reset(token)
+        try:
+            _forward(model, ids, real)
+        except _Stop:
+            pass
+        finally:
+            _recorder.reset(token)
     if missing := [l for l in layers if l not in rec.spans]:
-        raise RuntimeError(f"layers {missing} never called the attention interface; they may be recurrent, choose other layers")
-    waads, fais, spans = (torch.stack([d[l].to(ids.device) for l in layers]) for d in (rec.waad, rec.fai, rec.spans))
-    return waads, fais, (spans/resp.sum()).float()
+        raise RuntimeError(
+            f"layers {missing} never called the attention interface; they may be recurrent, choose other layers"
+        )
+    waads, fais, spans = (
+        torch.stack([d[l].to(ids.device) for l in layers]) for d in (rec.waad, rec.fai, rec.spans)
+    )
+    return waads, fais, (spans / resp.sum()).float()
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #003e97d7
 class RhythmSignals(NamedTuple):
     "What one forward pass tells about the rhythm of a batch"
-    waad:Tensor     # (b,n) windowed average attention distance of the local heads, 0 outside the response
-    fai:Tensor      # (b,n) future attention influence in the global heads, 0 outside the response
-    support:Tensor  # (b,n) long, number of later tokens FAI averages over
-    spans:Tensor    # (l,h) mean look-back distance of every head of the captured layers
-    heads:HeadSplit # Local and global heads, (layer, head) with layers counted within the captured ones
+
+    waad: Tensor  # (b,n) windowed average attention distance of the local heads, 0 outside the response
+    fai: Tensor  # (b,n) future attention influence in the global heads, 0 outside the response
+    support: Tensor  # (b,n) long, number of later tokens FAI averages over
+    spans: Tensor  # (l,h) mean look-back distance of every head of the captured layers
+    heads: HeadSplit  # Local and global heads, (layer, head) with layers counted within the captured ones
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #d9476ebb
-def _check_heads(heads:HeadSplit|None, spans:Tensor, frac:float)->HeadSplit:
+def _check_heads(heads: HeadSplit | None, spans: Tensor, frac: float) -> HeadSplit:
     "The frozen split if it fits the captured heads, else a fresh one from the spans"
-    if heads is None: return split_heads(spans, frac)
+    if heads is None:
+        return split_heads(spans, frac)
     for name, x in zip(("local", "glob"), heads):
-        if x.ndim != 2 or x.shape[1] != 2 or not len(x) or (x < 0).any() or (x.amax(0).cpu() >= torch.tensor(spans.shape)).any():
-            raise ValueError(f"heads.{name} must be (k,2) pairs inside {spans.shape[0]} captured layers x {spans.shape[1]} heads")
+        if (
+            x.ndim != 2
+            or x.shape[1] != 2
+            or not len(x)
+            or (x < 0).any()
+            or (x.amax(0).cpu() >= torch.tensor(spans.shape)).any()
+        ):
+            raise ValueError(
+                f"heads.{name} must be (k,2) pairs inside {spans.shape[0]} captured layers x {spans.shape[1]} heads"
+            )
     return heads
 
-def _band_signals(model, ids, real, resp, layers, window, h_lo, h_hi, chunk, frac, heads, drop_first, support):
+
+def _band_signals(
+    model, ids, real, resp, layers, window, h_lo, h_hi, chunk, frac, heads, drop_first, support
+):
     "Average per-head WAAD and FAI over the chosen heads, which is exact because both are linear in the map"
-    waads, fais, spans = _band(model, ids, real, resp, layers, window, h_lo, h_hi, chunk, drop_first)
+    waads, fais, spans = _band(
+        model, ids, real, resp, layers, window, h_lo, h_hi, chunk, drop_first
+    )
     heads = _check_heads(heads, spans, frac)
     mean = lambda x, pairs: x[pairs[:, 0], :, pairs[:, 1]].mean(0)
-    return RhythmSignals(mean(waads, heads.local), mean(fais, heads.glob)/support.clamp(min=1)*resp, support, spans, heads)
+    return RhythmSignals(
+        mean(waads, heads.local),
+        mean(fais, heads.glob) / support.clamp(min=1) * resp,
+        support,
+        spans,
+        heads,
+    )
 
-def _dense_signals(model, ids, real, resp, layers, window, h_lo, h_hi, frac, heads, drop_first, support):
+
+def _dense_signals(
+    model, ids, real, resp, layers, window, h_lo, h_hi, frac, heads, drop_first, support
+):
     "The same numbers from full maps"
-    with _attention_mode(model, "eager"): attn = capture_attention(model, ids, real, layers)
+    with _attention_mode(model, "eager"):
+        attn = capture_attention(model, ids, real, layers)
     spans = head_spans(attn, resp, drop_first, real)
     heads = _check_heads(heads, spans, frac)
     a_loc, a_glob = (aggregate_heads(attn, h, drop_first, real) for h in heads)
-    return RhythmSignals(waad(a_loc, resp, window), fai(a_glob, resp, h_lo, h_hi), support, spans, heads)
+    return RhythmSignals(
+        waad(a_loc, resp, window), fai(a_glob, resp, h_lo, h_hi), support, spans, heads
+    )
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #1a7e9803
 def rhythm_signals(
-    model:nn.Module,                  # Any Hugging Face causal model
-    input_ids:Tensor,                 # (b,n) prompt and response; or (n,)
-    attention_mask:Tensor|None=None,  # (b,n) 1 on real tokens; None means all
-    response_mask:Tensor=None,        # (b,n) True on response tokens
+    model: nn.Module,  # Any Hugging Face causal model
+    input_ids: Tensor,  # (b,n) prompt and response; or (n,)
+    attention_mask: Tensor | None = None,  # (b,n) 1 on real tokens; None means all
+    response_mask: Tensor = None,  # (b,n) True on response tokens
     *,
-    layers:list[int]|None=None,       # Layers to capture; None takes `middle_layers`
-    frac:float=.3,                    # Share of heads in the local and in the global group
-    heads:HeadSplit|None=None,        # A frozen split; None splits by the spans of this batch
-    window:int=10,                    # WAAD window, in tokens
-    h_lo:int=10,                      # FAI horizon, nearest query
-    h_hi:int|None=100,                # FAI horizon, farthest query; None means end of response
-    method:str="band",                # "band" never builds a map; "dense" is the reference
-    chunk:int=256,                    # Queries per block of the band method
-    drop_first:bool=False,            # Remove the attention sink from every head
-)->RhythmSignals:                     # Signals without gradient
+    layers: list[int] | None = None,  # Layers to capture; None takes `middle_layers`
+    frac: float = 0.3,  # Share of heads in the local and in the global group
+    heads: HeadSplit | None = None,  # A frozen split; None splits by the spans of this batch
+    window: int = 10,  # WAAD window, in tokens
+    h_lo: int = 10,  # FAI horizon, nearest query
+    h_hi: int | None = 100,  # FAI horizon, farthest query; None means end of response
+    method: str = "band",  # "band" never builds a map; "dense" is the reference
+    chunk: int = 256,  # Queries per block of the band method
+    drop_first: bool = False,  # Remove the attention sink from every head
+) -> RhythmSignals:  # Signals without gradient
     "WAAD and FAI of every response token from one forward pass"
-    if response_mask is None: raise ValueError("response_mask is needed: True on the tokens the model wrote")
-    if method not in ("band", "dense"): raise ValueError(f"method={method!r} must be 'band' or 'dense'")
-    if window < 1 or chunk < 1: raise ValueError(f"window={window} and chunk={chunk} must be at least 1")
+    if response_mask is None:
+        raise ValueError("response_mask is needed: True on the tokens the model wrote")
+    if method not in ("band", "dense"):
+        raise ValueError(f"method={method!r} must be 'band' or 'dense'")
+    if window < 1 or chunk < 1:
+        raise ValueError(f"window={window} and chunk={chunk} must be at least 1")
     ids, real, resp = _inputs(input_ids, attention_mask, response_mask)
-    if not resp.any(): raise ValueError("response_mask has no response token; drop empty batches first")
+    if not resp.any():
+        raise ValueError("response_mask has no response token; drop empty batches first")
     layers, support = _check_layers(model, layers), fai_support(resp, h_lo, h_hi)
     args = (model, ids, real, resp, layers, window, h_lo, h_hi)
-    res = _dense_signals(*args, frac, heads, drop_first, support) if method == "dense" else \
-        _band_signals(*args, chunk, frac, heads, drop_first, support)
-    return res if input_ids.ndim == 2 else res._replace(waad=res.waad[0], fai=res.fai[0], support=res.support[0])
+    res = (
+        _dense_signals(*args, frac, heads, drop_first, support)
+        if method == "dense"
+        else _band_signals(*args, chunk, frac, heads, drop_first, support)
+    )
+    return (
+        res
+        if input_ids.ndim == 2
+        else res._replace(waad=res.waad[0], fai=res.fai[0], support=res.support[0])
+    )
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #87c7d253
 def extra_memory(
-    f,                               # Function without arguments to measure
-    device:torch.device|str="cpu",   # Where its memory lies
-)->int:                              # Bytes
+    f,  # Function without arguments to measure
+    device: torch.device | str = "cpu",  # Where its memory lies
+) -> int:  # Bytes
     "Peak memory that calling `f` adds to what is in use before the call"
     if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         f()
         return torch.cuda.max_memory_allocated(device) - before
     return extra_peak(f)
@@ -353,58 +529,89 @@ def extra_memory(
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #1c9b2714
 capture_methods = ("eager", "band", "sdpa")
 
+
 def capture_call(
-    method:str, # "eager" stores all maps, "band" is `rhythm_signals` on all layers, "sdpa" captures nothing
-    n:int,      # Tokens in the one sequence, the first 32 of them the prompt
-)->object:      # A function without arguments; give it `n` to run at another length
+    method: str,  # "eager" stores all maps, "band" is `rhythm_signals` on all layers, "sdpa" captures nothing
+    n: int,  # Tokens in the one sequence, the first 32 of them the prompt
+) -> object:  # A function without arguments; give it `n` to run at another length
     "One way of capturing attention in a random Qwen3 of 4 layers and 4 heads, ready to be timed"
     from transformers import Qwen3Config, Qwen3ForCausalLM
-    if method not in capture_methods: raise ValueError(f"method={method!r} must be one of {capture_methods}")
-    cfg = Qwen3Config(vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
-                      num_key_value_heads=2, head_dim=16, max_position_embeddings=1 << 17)
-    model = Qwen3ForCausalLM._from_config(cfg, attn_implementation="eager" if method == "eager" else "sdpa").eval()
+
+    if method not in capture_methods:
+        raise ValueError(f"method={method!r} must be one of {capture_methods}")
+    cfg = Qwen3Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1 << 17,
+    )
+    model = Qwen3ForCausalLM._from_config(
+        cfg, attn_implementation="eager" if method == "eager" else "sdpa"
+    ).eval()
+
     @torch.no_grad()
     def run(n=n):
-        ids, resp = (torch.arange(n)*7 % 128)[None], torch.arange(n)[None] >= 32
-        if method == "band": return rhythm_signals(model, ids, None, resp, layers=[0, 1, 2, 3])
+        ids, resp = (torch.arange(n) * 7 % 128)[None], torch.arange(n)[None] >= 32
+        if method == "band":
+            return rhythm_signals(model, ids, None, resp, layers=[0, 1, 2, 3])
         return model.model(ids, output_attentions=method == "eager", use_cache=False)
+
     return run
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #c7d11aa4
-def _memory_jobs(jobs:list)->list[int]:
+def _memory_jobs(jobs: list) -> list[int]:
     "Each `(method, n)` in a process forked from this one: warm up at 128 tokens, then measure"
+
     def job(send, method, n):
         run = capture_call(method, n)
-        run(128); send.send(extra_memory(run))
+        run(128)
+        send.send(extra_memory(run))
+
     ctx, res = multiprocessing.get_context("fork"), []
     for j in jobs:
         receive, send = ctx.Pipe(False)
-        p = ctx.Process(target=job, args=(send, *j)); p.start(); send.close()
-        try: res.append(receive.recv())
-        except EOFError: raise RuntimeError(f"the process that measured {j} died; it may have run out of memory") from None
+        p = ctx.Process(target=job, args=(send, *j))
+        p.start()
+        send.close()
+        try:
+            res.append(receive.recv())
+        except EOFError:
+            raise RuntimeError(
+                f"the process that measured {j} died; it may have run out of memory"
+            ) from None
         p.join()
     return res
 
+
 def capture_memory(
-    jobs:list[tuple[str, int]], # Method and number of tokens of each measurement
-)->list[int]:                   # Bytes
+    jobs: list[tuple[str, int]],  # Method and number of tokens of each measurement
+) -> list[int]:  # Bytes
     "Peak extra memory of each capture, in a fresh process each"
-    code = ("import json, transformers.models.qwen3.modeling_qwen3; from llmpapers.attention_rhythm.capture import _memory_jobs; "
-            f"print(json.dumps(_memory_jobs({list(jobs)!r})))")
+    code = (
+        "import json, transformers.models.qwen3.modeling_qwen3; from llmpapers.attention_rhythm.capture import _memory_jobs; "
+        f"print(json.dumps(_memory_jobs({list(jobs)!r})))"
+    )
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    if done.returncode: raise RuntimeError(f"a memory measurement failed:\n{done.stderr[-2000:]}")
+    if done.returncode:
+        raise RuntimeError(f"a memory measurement failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #6faa771d
 def capture_seconds(
-    method:str,       # See `capture_call`
-    n:int,            # Tokens
-    budget:float=4.,  # Repeat until about this many seconds are used, 1 to 9 times
-)->float:             # Seconds
+    method: str,  # See `capture_call`
+    n: int,  # Tokens
+    budget: float = 4.0,  # Repeat until about this many seconds are used, 1 to 9 times
+) -> float:  # Seconds
     "Median wall time of one capture, after a warm-up"
     run, times = capture_call(method, n), []
     run(min(n, 2048))
-    while not times or (len(times) < 9 and sum(times)+times[-1] < budget):
-        start = time.perf_counter(); run(); times.append(time.perf_counter()-start)
+    while not times or (len(times) < 9 and sum(times) + times[-1] < budget):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
     return statistics.median(times)

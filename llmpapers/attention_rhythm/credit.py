@@ -19,60 +19,85 @@ from .metrics import _response
 # %% ../../nbs/attention_rhythm/04_credit.ipynb #7fd9507c
 def _check_signal(x, mask, name):
     "A signal with a batch axis, finite on the response, of the mask's shape"
-    if x.shape != mask.shape: raise ValueError(f"{name} has shape {tuple(x.shape)}, response_mask has {tuple(mask.shape)}; they must agree")
+    if x.shape != mask.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, response_mask has {tuple(mask.shape)}; they must agree"
+        )
     m = _response(mask)
     x = x.detach().reshape(m.shape).to(torch.promote_types(x.dtype, torch.float32))
-    if not torch.where(m, x, 0.).isfinite().all(): raise ValueError(f"{name} has NaN or infinite values on response tokens; check the maps it came from")
+    if not torch.where(m, x, 0.0).isfinite().all():
+        raise ValueError(
+            f"{name} has NaN or infinite values on response tokens; check the maps it came from"
+        )
     return x, m
 
+
 def delta_waad(
-    waad:Tensor,           # (B,N) or (N,) from `waad` or `rhythm_signals`
-    response_mask:Tensor,  # Same shape, True on response tokens
-)->Tensor:                 # Same shape; 0 at the last response token and outside the response
+    waad: Tensor,  # (B,N) or (N,) from `waad` or `rhythm_signals`
+    response_mask: Tensor,  # Same shape, True on response tokens
+) -> Tensor:  # Same shape; 0 at the last response token and outside the response
     "Size of the change of WAAD from each response token to the next"
     return _jump(*_check_signal(waad, response_mask, "waad")).reshape(response_mask.shape)
 
+
 def _jump(w, m):
-    d = torch.where(m[:, :-1] & m[:, 1:], (w[:, :-1] - w[:, 1:]).abs(), 0.)
+    d = torch.where(m[:, :-1] & m[:, 1:], (w[:, :-1] - w[:, 1:]).abs(), 0.0)
     return torch.nn.functional.pad(d, (0, 1))
 
-def _has_next(m): return m & torch.nn.functional.pad(m[:, 1:], (0, 1))
+
+def _has_next(m):
+    return m & torch.nn.functional.pad(m[:, 1:], (0, 1))
 
 # %% ../../nbs/attention_rhythm/04_credit.ipynb #00b48d12
 def top_q(
-    scores:Tensor,         # (B,N) or (N,) the larger, the sooner selected
-    candidates:Tensor,     # Same shape, bool: tokens that may be selected
-    q:float,               # Share of the response, 0 to 1
-    n:Tensor|None=None,    # (B,) response lengths; None counts the candidates
-    largest:bool=True,     # False selects the smallest scores
-)->Tensor:                 # Same shape, bool: exactly min(m, candidates) tokens a row
+    scores: Tensor,  # (B,N) or (N,) the larger, the sooner selected
+    candidates: Tensor,  # Same shape, bool: tokens that may be selected
+    q: float,  # Share of the response, 0 to 1
+    n: Tensor | None = None,  # (B,) response lengths; None counts the candidates
+    largest: bool = True,  # False selects the smallest scores
+) -> Tensor:  # Same shape, bool: exactly min(m, candidates) tokens a row
     "The top (or bottom) share of each row, by rank; ties go to the earlier token"
-    if not 0 <= q <= 1: raise ValueError(f"q={q} must be in [0, 1]: a share of the response tokens")
-    if scores.shape != candidates.shape: raise ValueError(f"scores has shape {tuple(scores.shape)}, candidates {tuple(candidates.shape)}; they must agree")
+    if not 0 <= q <= 1:
+        raise ValueError(f"q={q} must be in [0, 1]: a share of the response tokens")
+    if scores.shape != candidates.shape:
+        raise ValueError(
+            f"scores has shape {tuple(scores.shape)}, candidates {tuple(candidates.shape)}; they must agree"
+        )
     x, c = scores.reshape(-1, scores.shape[-1]), candidates.bool().reshape(-1, scores.shape[-1])
-    if not torch.where(c, x, 0.).isfinite().all(): raise ValueError("scores has NaN or infinite values at candidates")
+    if not torch.where(c, x, 0.0).isfinite().all():
+        raise ValueError("scores has NaN or infinite values at candidates")
     count = c.sum(-1)
     n = count if n is None else torch.as_tensor(n, device=x.device).reshape(-1)
-    m = torch.minimum(((n.double()*q + .5 + 1e-9).floor().clamp(min=1)*(q > 0)).long(), count)
-    order = torch.where(c, x if largest else -x, -math.inf).sort(dim=-1, descending=True, stable=True).indices
+    m = torch.minimum(((n.double() * q + 0.5 + 1e-9).floor().clamp(min=1) * (q > 0)).long(), count)
+    order = (
+        torch.where(c, x if largest else -x, -math.inf)
+        .sort(dim=-1, descending=True, stable=True)
+        .indices
+    )
     chosen = torch.arange(x.shape[-1], device=x.device) < m[:, None]
     return torch.zeros_like(c).scatter(-1, order, chosen).reshape(scores.shape)
 
 # %% ../../nbs/attention_rhythm/04_credit.ipynb #85a2b3ae
 def _check_knobs(q, amp, select):
-    if not 0 <= q <= 1: raise ValueError(f"q={q} must be in [0, 1]: a share of the response tokens")
-    if not (math.isfinite(amp) and amp >= 1): raise ValueError(f"amp={amp} must be at least 1; the coefficients amplify")
-    if select not in ("top", "bottom"): raise ValueError(f"select={select!r} must be 'top' or 'bottom'")
+    if not 0 <= q <= 1:
+        raise ValueError(f"q={q} must be in [0, 1]: a share of the response tokens")
+    if not (math.isfinite(amp) and amp >= 1):
+        raise ValueError(f"amp={amp} must be at least 1; the coefficients amplify")
+    if select not in ("top", "bottom"):
+        raise ValueError(f"select={select!r} must be 'top' or 'bottom'")
 
-def _pay(chosen, amp, like): return (1 + (amp - 1)*chosen.float()).reshape(like.shape)
+
+def _pay(chosen, amp, like):
+    return (1 + (amp - 1) * chosen.float()).reshape(like.shape)
+
 
 def local_chunk_gamma(
-    waad:Tensor,           # (B,N) or (N,)
-    response_mask:Tensor,  # Same shape, bool
-    q:float=.4,            # Share of tokens amplified
-    amp:float=1.5,         # Their coefficient
-    select:str="top",      # "top" or "bottom"
-)->Tensor:                 # Same shape, 1 outside the response
+    waad: Tensor,  # (B,N) or (N,)
+    response_mask: Tensor,  # Same shape, bool
+    q: float = 0.4,  # Share of tokens amplified
+    amp: float = 1.5,  # Their coefficient
+    select: str = "top",  # "top" or "bottom"
+) -> Tensor:  # Same shape, 1 outside the response
     "Coefficients of the local-chunk strategy: tokens where WAAD jumps"
     _check_knobs(q, amp, select)
     w, m = _check_signal(waad, response_mask, "waad")
@@ -82,190 +107,247 @@ def local_chunk_gamma(
 def _anchors(fai, response_mask, support, q, select):
     f, m = _check_signal(fai, response_mask, "fai")
     if support is not None and support.shape != response_mask.shape:
-        raise ValueError(f"support has shape {tuple(support.shape)}, response_mask has {tuple(response_mask.shape)}; they must agree")
+        raise ValueError(
+            f"support has shape {tuple(support.shape)}, response_mask has {tuple(response_mask.shape)}; they must agree"
+        )
     can = m if support is None else m & (support.reshape(m.shape) > 0)
     return top_q(f, can, q, m.sum(-1), select == "top"), m
 
+
 def global_anchor_gamma(
-    fai:Tensor,               # (B,N) or (N,)
-    response_mask:Tensor,     # Same shape, bool
-    q:float=.4,               # Share of tokens amplified
-    amp:float=1.5,            # Their coefficient
-    support:Tensor|None=None, # Same shape, from `fai_support` or `rhythm_signals`; None lets every response token be selected
-    select:str="top",         # "top" or "bottom"
-)->Tensor:                    # Same shape, 1 outside the response
+    fai: Tensor,  # (B,N) or (N,)
+    response_mask: Tensor,  # Same shape, bool
+    q: float = 0.4,  # Share of tokens amplified
+    amp: float = 1.5,  # Their coefficient
+    support: Tensor
+    | None = None,  # Same shape, from `fai_support` or `rhythm_signals`; None lets every response token be selected
+    select: str = "top",  # "top" or "bottom"
+) -> Tensor:  # Same shape, 1 outside the response
     "Coefficients of the global-anchor strategy: tokens with the largest FAI"
     _check_knobs(q, amp, select)
     return _pay(_anchors(fai, response_mask, support, q, select)[0], amp, response_mask)
 
 # %% ../../nbs/attention_rhythm/04_credit.ipynb #c2770051
 def coupled_gamma_loop(
-    waad:Tensor,          # (B,N)
-    fai:Tensor,           # (B,N)
-    response_mask:Tensor, # (B,N) bool
-    q:float=.4,           # Share of anchors
-    amp:float=1.5,        # Their coefficient
-    alpha:float=.5,       # Share of the bonus handed back
-    k:int=3,              # How far back an introducing token may stand
-    support:Tensor=None,  # (B,N) or None
-)->Tensor:                # (B,N)
+    waad: Tensor,  # (B,N)
+    fai: Tensor,  # (B,N)
+    response_mask: Tensor,  # (B,N) bool
+    q: float = 0.4,  # Share of anchors
+    amp: float = 1.5,  # Their coefficient
+    alpha: float = 0.5,  # Share of the bonus handed back
+    k: int = 3,  # How far back an introducing token may stand
+    support: Tensor = None,  # (B,N) or None
+) -> Tensor:  # (B,N)
     "The definition of `coupled_gamma`, token by token, with the medians as thresholds"
     gamma = torch.ones(response_mask.shape)
     for b in range(len(waad)):
         R = response_mask[b].nonzero().squeeze(1).tolist()
-        if not R: continue
+        if not R:
+            continue
         W, F = waad[b].tolist(), fai[b].tolist()
-        delta = {t: abs(W[t] - W[t+1]) for t in R[:-1]}
-        lower_median = lambda v: sorted(v)[(len(v) - 1)//2] if v else math.inf
+        delta = {t: abs(W[t] - W[t + 1]) for t in R[:-1]}
+        lower_median = lambda v: sorted(v)[(len(v) - 1) // 2] if v else math.inf
         tau_w, tau_d = lower_median([W[t] for t in R]), lower_median(list(delta.values()))
         can = [t for t in R if support is None or support[b, t] > 0]
-        m = 0 if q == 0 else max(1, math.floor(q*len(R) + .5 + 1e-9))
+        m = 0 if q == 0 else max(1, math.floor(q * len(R) + 0.5 + 1e-9))
         intros = set()
         for t in sorted(can, key=lambda t: (-F[t], t))[:m]:
-            near = [u for u in range(t-1, t-k-1, -1) if u in delta]
+            near = [u for u in range(t - 1, t - k - 1, -1) if u in delta]
             intro = max(near, key=lambda u: (delta[u], u)) if near else None
             dominated = intro is not None and W[t] <= tau_w and delta[intro] >= tau_d
-            gamma[b, t] += (1 - alpha if dominated else 1)*(amp - 1)
-            if dominated: intros.add(intro)
-        for u in intros: gamma[b, u] += alpha*(amp - 1)
+            gamma[b, t] += (1 - alpha if dominated else 1) * (amp - 1)
+            if dominated:
+                intros.add(intro)
+        for u in intros:
+            gamma[b, u] += alpha * (amp - 1)
     return gamma
 
 # %% ../../nbs/attention_rhythm/04_credit.ipynb #9131831b
 class CreditParts(NamedTuple):
     "Coefficients of the coupled strategy and the sets they come from"
-    gamma:Tensor      # (B,N) coefficients
-    anchors:Tensor    # (B,N) bool, the anchors
-    dominated:Tensor  # (B,N) bool, anchors that share their bonus
-    intros:Tensor     # (B,N) bool, tokens that receive a share
+
+    gamma: Tensor  # (B,N) coefficients
+    anchors: Tensor  # (B,N) bool, the anchors
+    dominated: Tensor  # (B,N) bool, anchors that share their bonus
+    intros: Tensor  # (B,N) bool, tokens that receive a share
+
 
 def _median(x, where):
     "(B,1) lower median of each row over `where`; infinite for an empty row"
     n, x = where.sum(-1, keepdim=True), torch.where(where, x, math.inf).sort(-1).values
-    return x.gather(-1, ((n - 1)//2).clamp(min=0))
+    return x.gather(-1, ((n - 1) // 2).clamp(min=0))
+
 
 def _threshold(tau, x, where, name):
-    if tau is None: return _median(x, where)
+    if tau is None:
+        return _median(x, where)
     tau = torch.as_tensor(tau, dtype=x.dtype, device=x.device)
     if tau.ndim > 1 or (tau.ndim == 1 and len(tau) != len(x)):
-        raise ValueError(f"{name} has shape {tuple(tau.shape)}; give a number, ({len(x)},), or None for medians")
-    if tau.isnan().any(): raise ValueError(f"{name} is NaN; give a number, or None for the medians")
+        raise ValueError(
+            f"{name} has shape {tuple(tau.shape)}; give a number, ({len(x)},), or None for medians"
+        )
+    if tau.isnan().any():
+        raise ValueError(f"{name} is NaN; give a number, or None for the medians")
     return tau.reshape(-1, 1)
+
 
 def _intro(delta, has_next, k):
     "(B,N) largest delta among the `k` tokens before each, and the position of that token"
     back = torch.nn.functional.pad(torch.where(has_next, delta, -math.inf), (k, 0), value=-math.inf)
-    near = back[:, :-1].unfold(-1, k, 1).flip(-1)   # (B,N,k), the nearest first
+    near = back[:, :-1].unfold(-1, k, 1).flip(-1)  # (B,N,k), the nearest first
     lag = near.argmax(-1, keepdim=True)
     at = torch.arange(delta.shape[1], device=delta.device) - 1 - lag[..., 0]
     return near.gather(-1, lag)[..., 0], at.clamp(min=0)
 
 # %% ../../nbs/attention_rhythm/04_credit.ipynb #15ddc85e
 def coupled_gamma(
-    waad:Tensor,              # (B,N) or (N,)
-    fai:Tensor,               # Same shape
-    response_mask:Tensor,     # Same shape, bool
-    q:float=.4,               # Share of anchors
-    amp:float=1.5,            # Their coefficient
-    alpha:float=.5,           # Share of the bonus a dominated anchor hands back, 0 to 1
-    k:int=3,                  # How far back an introducing token may stand; 0 switches the hand-back off
-    tau_waad=None,            # Largest WAAD of a dominated anchor; None: median of the response; or a number, or (B,)
-    tau_delta=None,           # Smallest jump of an introducing token; None: median of the response; or a number, or (B,)
-    support:Tensor|None=None, # Same shape; None lets every response token be an anchor
-    select:str="top",         # "top" or "bottom" of FAI
-    return_parts:bool=False,  # Also return the sets
-)->"Tensor|CreditParts":      # Coefficients, 1 outside the response; or `CreditParts`
+    waad: Tensor,  # (B,N) or (N,)
+    fai: Tensor,  # Same shape
+    response_mask: Tensor,  # Same shape, bool
+    q: float = 0.4,  # Share of anchors
+    amp: float = 1.5,  # Their coefficient
+    alpha: float = 0.5,  # Share of the bonus a dominated anchor hands back, 0 to 1
+    k: int = 3,  # How far back an introducing token may stand; 0 switches the hand-back off
+    tau_waad=None,  # Largest WAAD of a dominated anchor; None: median of the response; or a number, or (B,)
+    tau_delta=None,  # Smallest jump of an introducing token; None: median of the response; or a number, or (B,)
+    support: Tensor | None = None,  # Same shape; None lets every response token be an anchor
+    select: str = "top",  # "top" or "bottom" of FAI
+    return_parts: bool = False,  # Also return the sets
+) -> "Tensor|CreditParts":  # Coefficients, 1 outside the response; or `CreditParts`
     "Coefficients of the coupled strategy: anchors, with back-allocation to the tokens that introduce them"
     _check_knobs(q, amp, select)
-    if not 0 <= alpha <= 1: raise ValueError(f"alpha={alpha} must be in [0, 1]: a share of the bonus")
-    if not isinstance(k, int) or k < 0: raise ValueError(f"k={k!r} must be an integer of at least 0")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha} must be in [0, 1]: a share of the bonus")
+    if not isinstance(k, int) or k < 0:
+        raise ValueError(f"k={k!r} must be an integer of at least 0")
     anchors, m = _anchors(fai, response_mask, support, q, select)
     w, _ = _check_signal(waad, response_mask, "waad")
     nxt, d = _has_next(m), _jump(w, m)
     dominated = intros = torch.zeros_like(m)
     if k:
         best, at = _intro(d, nxt, k)
-        dominated = anchors & (w <= _threshold(tau_waad, w, m, "tau_waad")) & (best >= _threshold(tau_delta, d, nxt, "tau_delta")) & (best > -math.inf)
+        dominated = (
+            anchors
+            & (w <= _threshold(tau_waad, w, m, "tau_waad"))
+            & (best >= _threshold(tau_delta, d, nxt, "tau_delta"))
+            & (best > -math.inf)
+        )
         intros = torch.zeros(m.shape, device=m.device).scatter_add(-1, at, dominated.float()) > 0
-    share = anchors.float() - alpha*dominated.float() + alpha*intros.float()
-    res = CreditParts(1 + (amp - 1)*share, anchors, dominated, intros)
+    share = anchors.float() - alpha * dominated.float() + alpha * intros.float()
+    res = CreditParts(1 + (amp - 1) * share, anchors, dominated, intros)
     res = CreditParts(*(x.reshape(response_mask.shape) for x in res))
     return res if return_parts else res.gamma
 
 # %% ../../nbs/attention_rhythm/04_credit.ipynb #9351030a
 def random_gamma(
-    response_mask:Tensor,          # (B,N) or (N,) bool
-    q:float=.4,                    # Share of tokens amplified
-    amp:float=1.5,                 # Their coefficient
-    generator:torch.Generator=None,# Decides them; on the CPU
-)->Tensor:                         # Same shape
+    response_mask: Tensor,  # (B,N) or (N,) bool
+    q: float = 0.4,  # Share of tokens amplified
+    amp: float = 1.5,  # Their coefficient
+    generator: torch.Generator = None,  # Decides them; on the CPU
+) -> Tensor:  # Same shape
     "Control: as many tokens, drawn at random"
-    _check_knobs(q, amp, "top"); m = _response(response_mask)
+    _check_knobs(q, amp, "top")
+    m = _response(response_mask)
     x = torch.rand(m.shape, generator=generator).to(m.device)
     return _pay(top_q(x, m, q), amp, response_mask)
 
+
 def entropy_gamma(
-    entropy:Tensor,        # (B,N) or (N,) from `token_entropy`
-    response_mask:Tensor,  # Same shape, bool
-    q:float=.4,            # Share of tokens amplified
-    amp:float=1.5,         # Their coefficient
-    select:str="top",      # "top" or "bottom"
-)->Tensor:                 # Same shape
+    entropy: Tensor,  # (B,N) or (N,) from `token_entropy`
+    response_mask: Tensor,  # Same shape, bool
+    q: float = 0.4,  # Share of tokens amplified
+    amp: float = 1.5,  # Their coefficient
+    select: str = "top",  # "top" or "bottom"
+) -> Tensor:  # Same shape
     "Control: the tokens of highest entropy"
     _check_knobs(q, amp, select)
     h, m = _check_signal(entropy, response_mask, "entropy")
     return _pay(top_q(h, m, q, largest=select == "top"), amp, response_mask)
 
+
 def uniform_gamma(
-    response_mask:Tensor,  # (B,N) or (N,) bool
-    q:float=.4,            # Share that a selective strategy would amplify
-    amp:float=1.5,         # By how much
-)->Tensor:                 # Same shape
+    response_mask: Tensor,  # (B,N) or (N,) bool
+    q: float = 0.4,  # Share that a selective strategy would amplify
+    amp: float = 1.5,  # By how much
+) -> Tensor:  # Same shape
     "Control: the same mean amplification on every response token"
-    _check_knobs(q, amp, "top"); m = _response(response_mask)
-    return _pay(m*q, amp, response_mask)
+    _check_knobs(q, amp, "top")
+    m = _response(response_mask)
+    return _pay(m * q, amp, response_mask)
 
 # %% ../../nbs/attention_rhythm/04_credit.ipynb #3135efb5
 signs = ("both", "positive", "negative")
 
+
 def shape_advantages(
-    adv:Tensor,        # (B,) or (B,N) advantages
-    gamma:Tensor,      # (B,N) coefficients
-    sign:str="both",   # Which advantages are shaped: "both", "positive" or "negative"
-)->Tensor:             # (B,N) shaped advantages
+    adv: Tensor,  # (B,) or (B,N) advantages
+    gamma: Tensor,  # (B,N) coefficients
+    sign: str = "both",  # Which advantages are shaped: "both", "positive" or "negative"
+) -> Tensor:  # (B,N) shaped advantages
     "Advantages times coefficients"
-    if sign not in signs: raise ValueError(f"sign={sign!r} must be one of {', '.join(signs)}")
-    A = adv[:, None].expand(gamma.shape) if adv.shape == gamma.shape[:1] and gamma.ndim == 2 else adv
-    if A.shape != gamma.shape: raise ValueError(f"adv has shape {tuple(adv.shape)}; it needs {tuple(gamma.shape[:1])} or {tuple(gamma.shape)}")
+    if sign not in signs:
+        raise ValueError(f"sign={sign!r} must be one of {', '.join(signs)}")
+    A = (
+        adv[:, None].expand(gamma.shape)
+        if adv.shape == gamma.shape[:1] and gamma.ndim == 2
+        else adv
+    )
+    if A.shape != gamma.shape:
+        raise ValueError(
+            f"adv has shape {tuple(adv.shape)}; it needs {tuple(gamma.shape[:1])} or {tuple(gamma.shape)}"
+        )
     g = gamma.detach().to(A.dtype)
-    if (g < 0).any(): raise ValueError("gamma has negative values; they would turn an advantage round")
-    return A*g if sign == "both" else torch.where(A > 0 if sign == "positive" else A < 0, A*g, A)
+    if (g < 0).any():
+        raise ValueError("gamma has negative values; they would turn an advantage round")
+    return (
+        A * g if sign == "both" else torch.where(A > 0 if sign == "positive" else A < 0, A * g, A)
+    )
 
 # %% ../../nbs/attention_rhythm/04_credit.ipynb #fde12527
-strategies = ("none", "uniform", "random", "entropy", "local", "global", "coupled") # Names that `credit_gamma` knows
+strategies = (
+    "none",
+    "uniform",
+    "random",
+    "entropy",
+    "local",
+    "global",
+    "coupled",
+)  # Names that `credit_gamma` knows
+
 
 def credit_gamma(
-    strategy:str,                  # One of `strategies`
-    response_mask:Tensor,          # (B,N) or (N,) bool
+    strategy: str,  # One of `strategies`
+    response_mask: Tensor,  # (B,N) or (N,) bool
     *,
-    waad:Tensor=None,              # Same shape, for "local" and "coupled"
-    fai:Tensor=None,               # Same shape, for "global" and "coupled"
-    support:Tensor=None,           # Same shape, for "global" and "coupled"
-    entropy:Tensor=None,           # Same shape, for "entropy"
-    generator:torch.Generator=None,# For "random"
-    q:float=.4,                    # Share of tokens amplified
-    amp:float=1.5,                 # Their coefficient
-    alpha:float=.5,                # Hand-back of "coupled"
-    k:int=3,                       # Window of "coupled"
-    select:str="top",              # "top" or "bottom"
-)->Tensor:                         # Same shape
+    waad: Tensor = None,  # Same shape, for "local" and "coupled"
+    fai: Tensor = None,  # Same shape, for "global" and "coupled"
+    support: Tensor = None,  # Same shape, for "global" and "coupled"
+    entropy: Tensor = None,  # Same shape, for "entropy"
+    generator: torch.Generator = None,  # For "random"
+    q: float = 0.4,  # Share of tokens amplified
+    amp: float = 1.5,  # Their coefficient
+    alpha: float = 0.5,  # Hand-back of "coupled"
+    k: int = 3,  # Window of "coupled"
+    select: str = "top",  # "top" or "bottom"
+) -> Tensor:  # Same shape
     "Coefficients of a strategy by its name"
-    if strategy not in strategies: raise ValueError(f"strategy={strategy!r} must be one of {', '.join(strategies)}")
-    needs = dict(local=dict(waad=waad), entropy=dict(entropy=entropy), coupled=dict(waad=waad, fai=fai)) | {"global": dict(fai=fai)}
-    if lost := [n for n, x in needs.get(strategy, {}).items() if x is None]: raise ValueError(f"{lost[0]} is needed by strategy={strategy!r}")
-    if strategy == "none": return torch.ones(response_mask.shape, device=response_mask.device)
-    if strategy == "uniform": return uniform_gamma(response_mask, q, amp)
-    if strategy == "random": return random_gamma(response_mask, q, amp, generator)
-    if strategy == "entropy": return entropy_gamma(entropy, response_mask, q, amp, select)
-    if strategy == "local": return local_chunk_gamma(waad, response_mask, q, amp, select)
-    if strategy == "global": return global_anchor_gamma(fai, response_mask, q, amp, support, select)
+    if strategy not in strategies:
+        raise ValueError(f"strategy={strategy!r} must be one of {', '.join(strategies)}")
+    needs = dict(
+        local=dict(waad=waad), entropy=dict(entropy=entropy), coupled=dict(waad=waad, fai=fai)
+    ) | {"global": dict(fai=fai)}
+    if lost := [n for n, x in needs.get(strategy, {}).items() if x is None]:
+        raise ValueError(f"{lost[0]} is needed by strategy={strategy!r}")
+    if strategy == "none":
+        return torch.ones(response_mask.shape, device=response_mask.device)
+    if strategy == "uniform":
+        return uniform_gamma(response_mask, q, amp)
+    if strategy == "random":
+        return random_gamma(response_mask, q, amp, generator)
+    if strategy == "entropy":
+        return entropy_gamma(entropy, response_mask, q, amp, select)
+    if strategy == "local":
+        return local_chunk_gamma(waad, response_mask, q, amp, select)
+    if strategy == "global":
+        return global_anchor_gamma(fai, response_mask, q, amp, support, select)
     return coupled_gamma(waad, fai, response_mask, q, amp, alpha, k, support=support, select=select)

@@ -15,254 +15,327 @@ from torch import Tensor
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #ca60c7ea
 def _response(
-    response_mask:Tensor, # (b,n) or (n,) True on response tokens
-)->Tensor:                # (b,n) bool
+    response_mask: Tensor,  # (b,n) or (n,) True on response tokens
+) -> Tensor:  # (b,n) bool
     "The response mask with a batch axis, checked for shape and holes"
-    if not isinstance(response_mask, Tensor): raise TypeError(f"response_mask must be a tensor, not {type(response_mask).__name__}")
+    if not isinstance(response_mask, Tensor):
+        raise TypeError(f"response_mask must be a tensor, not {type(response_mask).__name__}")
     if response_mask.ndim not in (1, 2) or response_mask.shape[-1] == 0:
-        raise ValueError(f"response_mask has shape {tuple(response_mask.shape)}; it needs (n,) or (b,n) with n >= 1")
+        raise ValueError(
+            f"response_mask has shape {tuple(response_mask.shape)}; it needs (n,) or (b,n) with n >= 1"
+        )
     m = response_mask.bool()
     m = m[None] if m.ndim == 1 else m
     starts = m[:, 0].long() + (m[:, 1:] & ~m[:, :-1]).sum(1)
     if (starts > 1).any():
-        raise ValueError(f"response_mask row {int((starts > 1).nonzero()[0])} has holes; the response must be one contiguous run of tokens")
+        raise ValueError(
+            f"response_mask row {int((starts > 1).nonzero()[0])} has holes; the response must be one contiguous run of tokens"
+        )
     return m
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #118113d0
-def _lookback(n:int, like:Tensor)->Tensor:
+def _lookback(n: int, like: Tensor) -> Tensor:
     "(n,n) distances `t-s` in at least single precision, negative above the diagonal"
     t = torch.arange(n, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
     return t[:, None] - t[None]
 
+
 def _maps(
-    attn:Tensor,          # (...,n,n) maps; leading axes as in `lead`, the batch axis may be missing
-    response_mask:Tensor, # (b,n) or (n,)
-    lead:str,             # Axes before (n,n), e.g. "lbh" or "b"
-)->tuple[Tensor, Tensor]: # Maps with a batch axis in at least single precision, and the mask (b,n)
+    attn: Tensor,  # (...,n,n) maps; leading axes as in `lead`, the batch axis may be missing
+    response_mask: Tensor,  # (b,n) or (n,)
+    lead: str,  # Axes before (n,n), e.g. "lbh" or "b"
+) -> tuple[
+    Tensor, Tensor
+]:  # Maps with a batch axis in at least single precision, and the mask (b,n)
     "Bring maps and mask to full shape and check that every response row is a causal distribution"
     m, half = _response(response_mask), attn.dtype in (torch.float16, torch.bfloat16)
-    if response_mask.ndim == 1: attn = attn.unsqueeze(lead.index("b"))
+    if response_mask.ndim == 1:
+        attn = attn.unsqueeze(lead.index("b"))
     b, n = m.shape
     if attn.ndim != len(lead) + 2 or attn.shape[-2:] != (n, n) or attn.shape[lead.index("b")] != b:
-        raise ValueError(f"attn has shape {tuple(attn.shape)} and response_mask {tuple(response_mask.shape)}; "
-                         f"they need ({','.join(lead)},n,n) and (b,n), or both without b")
+        raise ValueError(
+            f"attn has shape {tuple(attn.shape)} and response_mask {tuple(response_mask.shape)}; "
+            f"they need ({','.join(lead)},n,n) and (b,n), or both without b"
+        )
     attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
-    mass = torch.cat([attn[..., i:i+256, :i].sum(-1) + attn[..., i:i+256, i:i+256].tril().sum(-1) for i in range(0, n, 256)], -1)
-    mass = mass.movedim(lead.index("b"), -2)   # (...,b,n)
+    mass = torch.cat(
+        [
+            attn[..., i : i + 256, :i].sum(-1) + attn[..., i : i + 256, i : i + 256].tril().sum(-1)
+            for i in range(0, n, 256)
+        ],
+        -1,
+    )
+    mass = mass.movedim(lead.index("b"), -2)  # (...,b,n)
     off = ((mass - 1).abs() <= (2e-2 if half else 1e-3)).logical_not() & m
     if off.any():
-        raise ValueError(f"attn: {int(off.sum())} response rows do not sum to one over past positions (first sum "
-                         f"{float(mass[off][0]):.4f}); pass causal softmax maps, and average heads instead of summing them")
+        raise ValueError(
+            f"attn: {int(off.sum())} response rows do not sum to one over past positions (first sum "
+            f"{float(mass[off][0]):.4f}); pass causal softmax maps, and average heads instead of summing them"
+        )
     return attn, m
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #13266182
 def drop_sink(
-    attn:Tensor,                    # (l,b,h,n,n) attention maps, rows sum to one; or (l,h,n,n)
-    attention_mask:Tensor|None=None,# (b,n) or (n,) True on real tokens; None means no left padding
-)->Tensor:                          # Maps without the first real token's column, rows sum to one again
+    attn: Tensor,  # (l,b,h,n,n) attention maps, rows sum to one; or (l,h,n,n)
+    attention_mask: Tensor
+    | None = None,  # (b,n) or (n,) True on real tokens; None means no left padding
+) -> Tensor:  # Maps without the first real token's column, rows sum to one again
     "Remove the attention sink: zero the first real token's column and renormalise"
-    if attn.ndim not in (4, 5): raise ValueError(f"attn has shape {tuple(attn.shape)}; it needs (l,b,h,n,n) or (l,h,n,n)")
+    if attn.ndim not in (4, 5):
+        raise ValueError(f"attn has shape {tuple(attn.shape)}; it needs (l,b,h,n,n) or (l,h,n,n)")
     A, n = attn if attn.ndim == 5 else attn[:, None], attn.shape[-1]
-    real = torch.ones(A.shape[1], n, dtype=torch.bool) if attention_mask is None else attention_mask.bool().reshape(-1, n)
-    if real.shape[0] != A.shape[1]: raise ValueError(f"attention_mask has {real.shape[0]} rows, attn has a batch of {A.shape[1]}")
-    first = torch.nn.functional.one_hot(real.long().argmax(1), n).bool().to(A.device)   # (b,n)
+    real = (
+        torch.ones(A.shape[1], n, dtype=torch.bool)
+        if attention_mask is None
+        else attention_mask.bool().reshape(-1, n)
+    )
+    if real.shape[0] != A.shape[1]:
+        raise ValueError(
+            f"attention_mask has {real.shape[0]} rows, attn has a batch of {A.shape[1]}"
+        )
+    first = torch.nn.functional.one_hot(real.long().argmax(1), n).bool().to(A.device)  # (b,n)
     rest = A.masked_fill(first[None, :, None, None], 0)
     mass = rest.sum(-1, keepdim=True)
-    out = torch.where(mass > 0, rest/mass.clamp(min=torch.finfo(A.dtype).tiny), A)
+    out = torch.where(mass > 0, rest / mass.clamp(min=torch.finfo(A.dtype).tiny), A)
     return out.reshape(attn.shape)
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #8cc49aef
 def head_spans_loop(
-    attn:Tensor,          # (l,b,h,n,n) causal attention, rows sum to one
-    response_mask:Tensor, # (b,n) True on response tokens
-)->Tensor:                # (l,h) mean look-back distance in tokens
+    attn: Tensor,  # (l,b,h,n,n) causal attention, rows sum to one
+    response_mask: Tensor,  # (b,n) True on response tokens
+) -> Tensor:  # (l,h) mean look-back distance in tokens
     "The definition of `head_spans` as a double loop over positions"
     L, B, H, N, _ = attn.shape
     total = torch.zeros(L, H, dtype=torch.float64)
     for b in range(B):
         for t in range(N):
             if response_mask[b, t]:
-                for s in range(t+1): total += attn[:, b, :, t, s].double()*(t-s)
-    return total/response_mask.sum()
+                for s in range(t + 1):
+                    total += attn[:, b, :, t, s].double() * (t - s)
+    return total / response_mask.sum()
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #0ea0e781
 def head_spans(
-    attn:Tensor,          # (l,b,h,n,n) causal attention, rows sum to one; or (l,h,n,n) with a mask (n,)
-    response_mask:Tensor, # (b,n) True on response tokens
-    drop_first:bool=False,             # Remove the attention sink first, see `drop_sink`
-    attention_mask:Tensor|None=None,   # (b,n) True on real tokens; only for `drop_first` with left padding
-)->Tensor:                # (l,h) mean look-back distance in tokens
+    attn: Tensor,  # (l,b,h,n,n) causal attention, rows sum to one; or (l,h,n,n) with a mask (n,)
+    response_mask: Tensor,  # (b,n) True on response tokens
+    drop_first: bool = False,  # Remove the attention sink first, see `drop_sink`
+    attention_mask: Tensor
+    | None = None,  # (b,n) True on real tokens; only for `drop_first` with left padding
+) -> Tensor:  # (l,h) mean look-back distance in tokens
     "Mean look-back distance of each head over all response tokens (Eq. 7)"
     A, m = _maps(attn, response_mask, "lbh")
-    if drop_first: A = drop_sink(A, attention_mask)
-    if not m.any(): raise ValueError("response_mask has no response token, so a head has no span; drop empty batches first")
+    if drop_first:
+        A = drop_sink(A, attention_mask)
+    if not m.any():
+        raise ValueError(
+            "response_mask has no response token, so a head has no span; drop empty batches first"
+        )
     d = torch.einsum("lbhts,ts->lbht", A, _lookback(A.shape[-1], A).clamp(min=0))
-    return (d*m[None, :, None]).sum((1, 3))/m.sum()
+    return (d * m[None, :, None]).sum((1, 3)) / m.sum()
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #85bf7bb3
 class HeadSplit(NamedTuple):
     "Heads of the local and of the global group, as (layer, head) index pairs"
-    local:Tensor # (k,2) shortest spans, shortest first
-    glob:Tensor  # (k,2) longest spans, longest first
+
+    local: Tensor  # (k,2) shortest spans, shortest first
+    glob: Tensor  # (k,2) longest spans, longest first
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #cfcc6e29
 def split_heads(
-    spans:Tensor,    # (l,h) mean look-back distances from `head_spans`
-    frac:float=0.3,  # Share of all heads in each group, in (0, 0.5]
-)->HeadSplit:        # `max(1, floor(frac*l*h))` heads in each group
+    spans: Tensor,  # (l,h) mean look-back distances from `head_spans`
+    frac: float = 0.3,  # Share of all heads in each group, in (0, 0.5]
+) -> HeadSplit:  # `max(1, floor(frac*l*h))` heads in each group
     "Lowest and highest `frac` of the heads by span; ties go by (layer, head)"
-    if not 0 < frac <= .5: raise ValueError(f"frac={frac} must be in (0, 0.5]; above one half a head would be local and global at once")
-    if spans.ndim != 2 or spans.numel() < 2: raise ValueError(f"spans has shape {tuple(spans.shape)}; it needs (l,h) with at least two heads")
-    if not spans.isfinite().all(): raise ValueError("spans contains a value that is not finite; check the maps it came from")
-    k = max(1, math.floor(frac*spans.numel() + 1e-9))
+    if not 0 < frac <= 0.5:
+        raise ValueError(
+            f"frac={frac} must be in (0, 0.5]; above one half a head would be local and global at once"
+        )
+    if spans.ndim != 2 or spans.numel() < 2:
+        raise ValueError(
+            f"spans has shape {tuple(spans.shape)}; it needs (l,h) with at least two heads"
+        )
+    if not spans.isfinite().all():
+        raise ValueError("spans contains a value that is not finite; check the maps it came from")
+    k = max(1, math.floor(frac * spans.numel() + 1e-9))
     order = spans.flatten().sort(stable=True).indices
     pairs = torch.stack([order // spans.shape[1], order % spans.shape[1]], 1)
     return HeadSplit(pairs[:k], pairs[-k:].flip(0))
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #b2c6c225
 def aggregate_heads(
-    attn:Tensor,   # (l,b,h,n,n) attention maps; or (l,h,n,n)
-    heads:Tensor,  # (k,2) (layer, head) pairs, e.g. `HeadSplit.local`
-    drop_first:bool=False,           # Remove the attention sink first, see `drop_sink`
-    attention_mask:Tensor|None=None, # (b,n) True on real tokens; only for `drop_first` with left padding
-)->Tensor:         # (b,n,n) mean map; (n,n) without a batch axis
+    attn: Tensor,  # (l,b,h,n,n) attention maps; or (l,h,n,n)
+    heads: Tensor,  # (k,2) (layer, head) pairs, e.g. `HeadSplit.local`
+    drop_first: bool = False,  # Remove the attention sink first, see `drop_sink`
+    attention_mask: Tensor
+    | None = None,  # (b,n) True on real tokens; only for `drop_first` with left padding
+) -> Tensor:  # (b,n,n) mean map; (n,n) without a batch axis
     "Mean attention map of a group of heads (Eq. 8)"
     if not isinstance(heads, Tensor) or heads.ndim != 2 or heads.shape[1] != 2 or not len(heads):
-        raise ValueError("heads must be a (k,2) tensor of (layer, head) pairs; pass `split.local` or `split.glob`")
-    if attn.ndim not in (4, 5): raise ValueError(f"attn has shape {tuple(attn.shape)}; it needs (l,b,h,n,n) or (l,h,n,n)")
-    if (heads < 0).any() or (heads.amax(0) >= torch.tensor([attn.shape[0], attn.shape[-3]], device=heads.device)).any():
-        raise ValueError(f"heads points outside the {attn.shape[0]} layers x {attn.shape[-3]} heads of attn")
+        raise ValueError(
+            "heads must be a (k,2) tensor of (layer, head) pairs; pass `split.local` or `split.glob`"
+        )
+    if attn.ndim not in (4, 5):
+        raise ValueError(f"attn has shape {tuple(attn.shape)}; it needs (l,b,h,n,n) or (l,h,n,n)")
+    if (heads < 0).any() or (
+        heads.amax(0) >= torch.tensor([attn.shape[0], attn.shape[-3]], device=heads.device)
+    ).any():
+        raise ValueError(
+            f"heads points outside the {attn.shape[0]} layers x {attn.shape[-3]} heads of attn"
+        )
     l, h = heads.to(attn.device).T
     picked = attn[l, h] if attn.ndim == 4 else attn[l, :, h]
     picked = picked.to(torch.promote_types(attn.dtype, torch.float32))
-    if drop_first: picked = drop_sink(picked[:, None] if attn.ndim == 4 else picked[:, :, None], attention_mask).squeeze(-3)
+    if drop_first:
+        picked = drop_sink(
+            picked[:, None] if attn.ndim == 4 else picked[:, :, None], attention_mask
+        ).squeeze(-3)
     mean = picked.mean(0)
-    if attn.dtype not in (torch.float16, torch.bfloat16): return mean
-    mass = mean.sum(-1, keepdim=True)   # off by the rounding of the half-precision entries
-    return torch.where((mass - 1).abs() <= 2e-2, mean/mass, mean)
+    if attn.dtype not in (torch.float16, torch.bfloat16):
+        return mean
+    mass = mean.sum(-1, keepdim=True)  # off by the rounding of the half-precision entries
+    return torch.where((mass - 1).abs() <= 2e-2, mean / mass, mean)
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #ff41455e
 def waad_loop(
-    a_loc:Tensor,         # (b,n,n) mean map of the local heads
-    response_mask:Tensor, # (b,n) True on response tokens
-    window:int=10,        # Distances beyond this count as `window`
-)->Tensor:                # (b,n) WAAD, 0 outside the response
+    a_loc: Tensor,  # (b,n,n) mean map of the local heads
+    response_mask: Tensor,  # (b,n) True on response tokens
+    window: int = 10,  # Distances beyond this count as `window`
+) -> Tensor:  # (b,n) WAAD, 0 outside the response
     "The definition of `waad` as a double loop over positions"
     out = torch.zeros(response_mask.shape, dtype=torch.float64)
     for b, t in response_mask.nonzero().tolist():
-        for s in range(t+1): out[b, t] += a_loc[b, t, s].double()*min(t-s, window)
+        for s in range(t + 1):
+            out[b, t] += a_loc[b, t, s].double() * min(t - s, window)
     return out
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #f9d6c0c2
 def waad(
-    a_loc:Tensor,         # (b,n,n) mean map of the local heads; or (n,n) with a mask (n,)
-    response_mask:Tensor, # (b,n) True on response tokens
-    window:int=10,        # Distances beyond this count as `window`, in tokens
-)->Tensor:                # (b,n) WAAD in [0, window], 0 outside the response
+    a_loc: Tensor,  # (b,n,n) mean map of the local heads; or (n,n) with a mask (n,)
+    response_mask: Tensor,  # (b,n) True on response tokens
+    window: int = 10,  # Distances beyond this count as `window`, in tokens
+) -> Tensor:  # (b,n) WAAD in [0, window], 0 outside the response
     "Windowed average attention distance of each response token (Eq. 9)"
-    if window < 1: raise ValueError(f"window={window} must be at least 1")
+    if window < 1:
+        raise ValueError(f"window={window} must be at least 1")
     A, m = _maps(a_loc, response_mask, "b")
-    out = torch.einsum("bts,ts->bt", A, _lookback(A.shape[-1], A).clamp(0, window))*m
+    out = torch.einsum("bts,ts->bt", A, _lookback(A.shape[-1], A).clamp(0, window)) * m
     return out.reshape(response_mask.shape)
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #26412aa0
 def fai_support(
-    response_mask:Tensor,  # (b,n) or (n,) True on response tokens
-    h_lo:int=10,           # Nearest query counted, in tokens after the key
-    h_hi:int|None=100,     # Farthest query counted; None means the end of the response
-)->Tensor:                 # long, shape of `response_mask`: number of queries averaged, 0 outside the response
+    response_mask: Tensor,  # (b,n) or (n,) True on response tokens
+    h_lo: int = 10,  # Nearest query counted, in tokens after the key
+    h_hi: int | None = 100,  # Farthest query counted; None means the end of the response
+) -> Tensor:  # long, shape of `response_mask`: number of queries averaged, 0 outside the response
     "How many later response tokens the FAI of each token averages over"
-    if h_lo < 0: raise ValueError(f"h_lo={h_lo} must be at least 0; attention never looks at the future")
-    if h_hi is not None and h_hi < h_lo: raise ValueError(f"h_hi={h_hi} is below h_lo={h_lo}; the horizon is empty")
+    if h_lo < 0:
+        raise ValueError(f"h_lo={h_lo} must be at least 0; attention never looks at the future")
+    if h_hi is not None and h_hi < h_lo:
+        raise ValueError(f"h_hi={h_hi} is below h_lo={h_lo}; the horizon is empty")
     m = _response(response_mask)
     s = torch.arange(m.shape[1], device=m.device)
-    last = torch.where(m, s, -1).amax(1, keepdim=True)   # (b,1) last response position
+    last = torch.where(m, s, -1).amax(1, keepdim=True)  # (b,1) last response position
     end = last if h_hi is None else torch.minimum(last, s + h_hi)
-    return ((end - s - h_lo + 1).clamp(min=0)*m).reshape(response_mask.shape)
+    return ((end - s - h_lo + 1).clamp(min=0) * m).reshape(response_mask.shape)
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #aa23a596
 def fai_loop(
-    a_glob:Tensor,        # (b,n,n) mean map of the global heads
-    response_mask:Tensor, # (b,n) True on response tokens
-    h_lo:int=10,          # Nearest query counted
-    h_hi:int|None=100,    # Farthest query counted; None means the end of the response
-)->Tensor:                # (b,n) FAI, 0 outside the response and without support
+    a_glob: Tensor,  # (b,n,n) mean map of the global heads
+    response_mask: Tensor,  # (b,n) True on response tokens
+    h_lo: int = 10,  # Nearest query counted
+    h_hi: int | None = 100,  # Farthest query counted; None means the end of the response
+) -> Tensor:  # (b,n) FAI, 0 outside the response and without support
     "The definition of `fai` as a double loop over positions"
     out, N = torch.zeros(response_mask.shape, dtype=torch.float64), response_mask.shape[1]
     for b, s in response_mask.nonzero().tolist():
-        T = [t for t in range(s+h_lo, N) if response_mask[b, t] and (h_hi is None or t <= s+h_hi)]
-        if T: out[b, s] = sum(a_glob[b, t, s].double() for t in T)/len(T)
+        T = [
+            t for t in range(s + h_lo, N) if response_mask[b, t] and (h_hi is None or t <= s + h_hi)
+        ]
+        if T:
+            out[b, s] = sum(a_glob[b, t, s].double() for t in T) / len(T)
     return out
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #772d1c3e
 def _diagonals(
-    A:Tensor, # (b,n,n) maps
-    lo:int,   # First subdiagonal
-    hi:int,   # Last subdiagonal
-)->Tensor:    # (b,n,hi-lo+1) entry j of row s is A[s+lo+j, s], 0 below the map
+    A: Tensor,  # (b,n,n) maps
+    lo: int,  # First subdiagonal
+    hi: int,  # Last subdiagonal
+) -> Tensor:  # (b,n,hi-lo+1) entry j of row s is A[s+lo+j, s], 0 below the map
     "A band below the diagonal, read through strides so that nothing of size n x n is made"
     (b, n, _), (sb, st, ss) = A.shape, A.stride()
     cut = max(0, n - hi)
-    band = lambda x, k, sb, st, ss: x.as_strided((b, k, hi-lo+1), (sb, st+ss, st), x.storage_offset() + lo*st)
+    band = lambda x, k, sb, st, ss: x.as_strided(
+        (b, k, hi - lo + 1), (sb, st + ss, st), x.storage_offset() + lo * st
+    )
     tail = torch.nn.functional.pad(A[:, cut:, cut:], (0, 0, 0, hi))
-    return torch.cat([band(A, cut, sb, st, ss), band(tail, n-cut, *tail.stride())], 1)
+    return torch.cat([band(A, cut, sb, st, ss), band(tail, n - cut, *tail.stride())], 1)
+
 
 def fai(
-    a_glob:Tensor,        # (b,n,n) mean map of the global heads; or (n,n) with a mask (n,)
-    response_mask:Tensor, # (b,n) True on response tokens
-    h_lo:int=10,          # Nearest query counted, in tokens after the key
-    h_hi:int|None=100,    # Farthest query counted; None means the end of the response
-)->Tensor:                # (b,n) FAI in [0, 1], 0 outside the response and without support
+    a_glob: Tensor,  # (b,n,n) mean map of the global heads; or (n,n) with a mask (n,)
+    response_mask: Tensor,  # (b,n) True on response tokens
+    h_lo: int = 10,  # Nearest query counted, in tokens after the key
+    h_hi: int | None = 100,  # Farthest query counted; None means the end of the response
+) -> Tensor:  # (b,n) FAI in [0, 1], 0 outside the response and without support
     "Future attention influence of each response token (Eq. 10)"
     support = fai_support(response_mask, h_lo, h_hi).reshape(-1, response_mask.shape[-1])
     A, m = _maps(a_glob, response_mask, "b")
     hi = m.shape[1] - 1 if h_hi is None else min(h_hi, m.shape[1] - 1)
-    if hi < h_lo: return torch.zeros(response_mask.shape, dtype=A.dtype, device=A.device)
-    asks = torch.arange(h_lo, hi+1, device=A.device) < h_lo + support[..., None]   # the first |T(s)| of the band
-    total = torch.where(asks, _diagonals(A, h_lo, hi), 0.).sum(-1)
-    return (total/support.clamp(min=1)).reshape(response_mask.shape)
+    if hi < h_lo:
+        return torch.zeros(response_mask.shape, dtype=A.dtype, device=A.device)
+    asks = (
+        torch.arange(h_lo, hi + 1, device=A.device) < h_lo + support[..., None]
+    )  # the first |T(s)| of the band
+    total = torch.where(asks, _diagonals(A, h_lo, hi), 0.0).sum(-1)
+    return (total / support.clamp(min=1)).reshape(response_mask.shape)
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #0bf4e5a7
 class Planted(NamedTuple):
     "Artificial attention maps with known chunk onsets and anchors"
-    attn:Tensor          # (1,b,h,n,n) maps; the even heads are local, the odd ones global
-    response_mask:Tensor # (b,n) bool
-    onsets:Tensor        # (b,n) bool, first token of each chunk
-    anchors:Tensor       # (b,n) bool, tokens that later tokens return to
+
+    attn: Tensor  # (1,b,h,n,n) maps; the even heads are local, the odd ones global
+    response_mask: Tensor  # (b,n) bool
+    onsets: Tensor  # (b,n) bool, first token of each chunk
+    anchors: Tensor  # (b,n) bool, tokens that later tokens return to
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #daebbe1e
-def _planted_rows(t:int, onset:bool, anchors:Tensor, n:int)->tuple[Tensor, Tensor]:
+def _planted_rows(t: int, onset: bool, anchors: Tensor, n: int) -> tuple[Tensor, Tensor]:
     "(n,) row of a local and of a global head for query `t`"
     loc, glo = torch.zeros(n), torch.zeros(n)
-    if t == 0: loc[0] = glo[0] = 1
+    if t == 0:
+        loc[0] = glo[0] = 1
     else:
-        loc[max(0, t - (20 if onset else 2)):t] = 1
+        loc[max(0, t - (20 if onset else 2)) : t] = 1
         glo[:t] = 1
         before = anchors[:t].nonzero().flatten()
-        if len(before): glo *= .3/t; glo[before] += .7/len(before)
-    return loc/loc.sum(), glo/glo.sum()
+        if len(before):
+            glo *= 0.3 / t
+            glo[before] += 0.7 / len(before)
+    return loc / loc.sum(), glo / glo.sum()
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #7a103a9d
 def planted_maps(
-    n:int=160,                    # Sequence length
-    batch:int=1,                  # Sequences
-    heads:int=4,                  # Heads, half of them local; even
-    prompt:int=16,                # Prompt tokens
-    noise:float=.15,              # Share of random mass in every row
-    generator:torch.Generator=None,# Source of chunk lengths, anchors and noise
-)->Planted:                       # Maps and the planted answer
+    n: int = 160,  # Sequence length
+    batch: int = 1,  # Sequences
+    heads: int = 4,  # Heads, half of them local; even
+    prompt: int = 16,  # Prompt tokens
+    noise: float = 0.15,  # Share of random mass in every row
+    generator: torch.Generator = None,  # Source of chunk lengths, anchors and noise
+) -> Planted:  # Maps and the planted answer
     "Row-stochastic maps in which chunk onsets and anchors are known"
-    if heads < 2 or heads % 2 or not 0 < prompt < n: raise ValueError(f"heads={heads} must be even and 0 < prompt={prompt} < n={n}")
+    if heads < 2 or heads % 2 or not 0 < prompt < n:
+        raise ValueError(f"heads={heads} must be even and 0 < prompt={prompt} < n={n}")
     g, mask = generator, torch.arange(n).expand(batch, n) >= prompt
     onsets, anchors = torch.zeros(2, batch, n, dtype=torch.bool)
-    attn = torch.rand(1, batch, heads, n, n, generator=g).tril() + torch.eye(n)*1e-6
-    attn *= noise/attn.sum(-1, keepdim=True)
+    attn = torch.rand(1, batch, heads, n, n, generator=g).tril() + torch.eye(n) * 1e-6
+    attn *= noise / attn.sum(-1, keepdim=True)
     for b in range(batch):
-        gaps = torch.randint(6, 15, (n//6,), generator=g).cumsum(0) + prompt
+        gaps = torch.randint(6, 15, (n // 6,), generator=g).cumsum(0) + prompt
         onsets[b, gaps[gaps < n]] = True
         starts = gaps[gaps < n - 3]
         anchors[b, starts + torch.randint(1, 4, starts.shape, generator=g)] = True
         for t in range(n):
             loc, glo = _planted_rows(t, bool(onsets[b, t]), anchors[b], n)
-            attn[0, b, ::2, t] += (1-noise)*loc; attn[0, b, 1::2, t] += (1-noise)*glo
+            attn[0, b, ::2, t] += (1 - noise) * loc
+            attn[0, b, 1::2, t] += (1 - noise) * glo
     return Planted(attn, mask, onsets, anchors)

@@ -29,10 +29,31 @@ from torch import Tensor
 
 from .analysis import token_entropy
 from .capture import rhythm_signals
-from .credit import credit_gamma, entropy_gamma, shape_advantages, signs, strategies
-from .metrics import aggregate_heads, fai, fai_support, head_spans, split_heads, waad
+from llmpapers.attention_rhythm.credit import (
+    credit_gamma,
+    entropy_gamma,
+    shape_advantages,
+    signs,
+    strategies,
+)
+from llmpapers.attention_rhythm.metrics import (
+    aggregate_heads,
+    fai,
+    fai_support,
+    head_spans,
+    split_heads,
+    waad,
+)
 from ..core.artifacts import artifact
-from ..core.lm import LM, TinyLMConfig, char_tokenizer, encode_batch, load_lm, save_lm, tiny_lm
+from llmpapers.core.lm import (
+    LM,
+    TinyLMConfig,
+    char_tokenizer,
+    encode_batch,
+    load_lm,
+    save_lm,
+    tiny_lm,
+)
 from ..core.scale import rng
 from ..core.tasks import ChainLMConfig, ChainTask, chain_lm, chain_scales
 from ..core.train import TrainConfig, train
@@ -51,77 +72,99 @@ from ..rl.types import Request, SamplingConfig
 @dataclass(frozen=True)
 class RhythmConfig:
     "GRPO with token credit"
-    strategy:str="coupled"      # One of `strategies`; "none" is plain GRPO
-    q:float=.4                  # Share of tokens amplified
-    amp:float=1.5               # Their coefficient
-    alpha:float=.5              # Share of the bonus handed back (coupled)
-    k:int=3                     # Window of introducing tokens (coupled)
-    select:str="top"            # "top" or "bottom"
-    sign:str="both"             # Advantages that are shaped: "both", "positive", "negative"
-    window:int=10               # WAAD window
-    h_lo:int=10                 # FAI horizon, nearest
-    h_hi:int|None=100           # FAI horizon, farthest; None is the end of the response
-    frac:float=.3               # Share of heads in each group
-    layers:tuple|None=None      # Layers captured; None takes the middle ones
-    signal_rows:int=512         # Rows of one forward pass for the signals
-    steps:int=200               # Batches
-    prompts:int=16              # Prompts per batch
-    group_size:int=8            # Responses per prompt
-    max_new_tokens:int=512      # Longest response
-    temperature:float=1.        # Of sampling and training
-    lr:float=1e-6               # Of AdamW
-    epochs:int=1                # Passes over a batch
-    minibatches:int=1           # Optimiser steps per pass
-    clip:float=.2               # Clip range of the ratio
-    max_grad_norm:float=1.      # Global gradient norm
-    max_tokens_per_micro:int=16384 # Rows times width of one forward pass in training
-    bf16:bool=False             # Forward passes in bfloat16
-    engine:str="hf"             # "hf" or "vllm"
-    loop:str="sync"             # "sync" or "async"
-    async_ratio:float=1.        # Batches that generation may run ahead (async)
-    max_active:int=128          # Requests sampled at once
-    seed:int=0                  # Decides sampling, minibatches and random credit
+
+    strategy: str = "coupled"  # One of `strategies`; "none" is plain GRPO
+    q: float = 0.4  # Share of tokens amplified
+    amp: float = 1.5  # Their coefficient
+    alpha: float = 0.5  # Share of the bonus handed back (coupled)
+    k: int = 3  # Window of introducing tokens (coupled)
+    select: str = "top"  # "top" or "bottom"
+    sign: str = "both"  # Advantages that are shaped: "both", "positive", "negative"
+    window: int = 10  # WAAD window
+    h_lo: int = 10  # FAI horizon, nearest
+    h_hi: int | None = 100  # FAI horizon, farthest; None is the end of the response
+    frac: float = 0.3  # Share of heads in each group
+    layers: tuple | None = None  # Layers captured; None takes the middle ones
+    signal_rows: int = 512  # Rows of one forward pass for the signals
+    steps: int = 200  # Batches
+    prompts: int = 16  # Prompts per batch
+    group_size: int = 8  # Responses per prompt
+    max_new_tokens: int = 512  # Longest response
+    temperature: float = 1.0  # Of sampling and training
+    lr: float = 1e-6  # Of AdamW
+    epochs: int = 1  # Passes over a batch
+    minibatches: int = 1  # Optimiser steps per pass
+    clip: float = 0.2  # Clip range of the ratio
+    max_grad_norm: float = 1.0  # Global gradient norm
+    max_tokens_per_micro: int = 16384  # Rows times width of one forward pass in training
+    bf16: bool = False  # Forward passes in bfloat16
+    engine: str = "hf"  # "hf" or "vllm"
+    loop: str = "sync"  # "sync" or "async"
+    async_ratio: float = 1.0  # Batches that generation may run ahead (async)
+    max_active: int = 128  # Requests sampled at once
+    seed: int = 0  # Decides sampling, minibatches and random credit
 
     def __post_init__(self):
-        for name, allowed in (("strategy", strategies), ("sign", signs), ("engine", ("hf", "vllm")), ("loop", ("sync", "async"))):
-            if getattr(self, name) not in allowed: raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        for name, allowed in (
+            ("strategy", strategies),
+            ("sign", signs),
+            ("engine", ("hf", "vllm")),
+            ("loop", ("sync", "async")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}"
+                )
         for name in ("steps", "prompts", "max_new_tokens", "signal_rows"):
-            if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.group_size < 2: raise ValueError(f"group_size={self.group_size} must be at least 2; a group of one has no advantage")
-        if self.h_hi is not None and self.h_hi < self.h_lo: raise ValueError(f"h_hi={self.h_hi} is below h_lo={self.h_lo}; the horizon is empty")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size={self.group_size} must be at least 2; a group of one has no advantage"
+            )
+        if self.h_hi is not None and self.h_hi < self.h_lo:
+            raise ValueError(f"h_hi={self.h_hi} is below h_lo={self.h_lo}; the horizon is empty")
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #75bee0ad
 class Problems(NamedTuple):
     "Prompts by number, and how responses are scored"
-    prompt:Callable # (index) -> text, or dictionary with "prompt"
-    reward:Callable # (prompt, response, info) -> score
+
+    prompt: Callable  # (index) -> text, or dictionary with "prompt"
+    reward: Callable  # (prompt, response, info) -> score
+
 
 def chain_problems(
-    task:ChainTask, # Which problems
-    seed:int=0,     # Decides them
-)->Problems:        # An endless set
+    task: ChainTask,  # Which problems
+    seed: int = 0,  # Decides them
+) -> Problems:  # An endless set
     "Chained arithmetic"
-    return Problems(lambda i: task.split(task.sample(1, rng(seed, "prompt", i)).texts[0])[0], ChainReward(task))
+    return Problems(
+        lambda i: task.split(task.sample(1, rng(seed, "prompt", i)).texts[0])[0], ChainReward(task)
+    )
+
 
 def countdown_problems(
-    task:Countdown, # Which problems
-    seed:int=0,     # Decides them
-)->Problems:        # An endless set
+    task: Countdown,  # Which problems
+    seed: int = 0,  # Decides them
+) -> Problems:  # An endless set
     "Countdown"
     return Problems(lambda i: task.sample(1, rng(seed, "prompt", i))[0], task)
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #d526f40f
 def countdown_trace(
-    solution:str, # An expression, e.g. "(3+5)*2"
-)->str:           # "3+5=8;8*2=16\n(3+5)*2"
+    solution: str,  # An expression, e.g. "(3+5)*2"
+) -> str:  # "3+5=8;8*2=16\n(3+5)*2"
     "The steps of an expression from the inside out, then the expression"
     steps, sign = [], {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+
     def walk(n):
-        if isinstance(n, ast.Constant): return str(n.value)
+        if isinstance(n, ast.Constant):
+            return str(n.value)
         a, b = walk(n.left), walk(n.right)
         value = str(evaluate(ast.unparse(n))[0])
         steps.append(f"{a}{sign[type(n.op)]}{b}={value}")
         return value
+
     walk(ast.parse(solution, mode="eval").body)
     return ";".join(steps) + "\n" + solution
 
@@ -129,329 +172,566 @@ def countdown_trace(
 @dataclass(frozen=True)
 class CountdownLMConfig:
     "Recipe of a Countdown model"
-    task:Countdown = field(default_factory=Countdown)       # What it learns
-    lm:TinyLMConfig = field(default_factory=TinyLMConfig)   # How large it is
-    train:TrainConfig = field(default_factory=TrainConfig)  # How it is trained
 
-countdown_alphabet = "0123456789+-*/()=;\n., Uaceghkmnorst" # All characters of prompts and traces
+    task: Countdown = field(default_factory=Countdown)  # What it learns
+    lm: TinyLMConfig = field(default_factory=TinyLMConfig)  # How large it is
+    train: TrainConfig = field(default_factory=TrainConfig)  # How it is trained
+
+
+countdown_alphabet = "0123456789+-*/()=;\n., Uaceghkmnorst"  # All characters of prompts and traces
+
 
 def _countdown_batch(task, tok, size):
     "Training data: prompt, trace, end; labels on the trace"
+
     def make(step, generator):
         ps = task.sample(size, generator)
-        enc = encode_batch(tok, [p["prompt"] + countdown_trace(p["solution"]) + tok.eos_token for p in ps])
+        enc = encode_batch(
+            tok, [p["prompt"] + countdown_trace(p["solution"]) + tok.eos_token for p in ps]
+        )
         start = torch.tensor([len(p["prompt"]) for p in ps])
         at = torch.arange(enc["input_ids"].shape[1])
-        labels = enc["input_ids"].masked_fill((at < start[:, None]) | (enc["attention_mask"] == 0), -100)
+        labels = enc["input_ids"].masked_fill(
+            (at < start[:, None]) | (enc["attention_mask"] == 0), -100
+        )
         return {k: v.to(generator.device) for k, v in (enc | dict(labels=labels)).items()}
+
     return make
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #3f3d7368
 def countdown_lm(
-    cfg:CountdownLMConfig, # The recipe
-    seed:int=0,            # Of weights and data
-    progress:bool=False,   # Show a bar
-    device=None,           # Where to train; None takes a GPU if there is one
-)->LM:                     # The model after supervised training
+    cfg: CountdownLMConfig,  # The recipe
+    seed: int = 0,  # Of weights and data
+    progress: bool = False,  # Show a bar
+    device=None,  # Where to train; None takes a GPU if there is one
+) -> LM:  # The model after supervised training
     "The Countdown model of a recipe, trained at most once on this machine"
     tok = char_tokenizer(countdown_alphabet)
+
     def build(out):
         lm, conf = LM(tiny_lm(tok, cfg.lm, seed), tok, "countdown"), replace(cfg.train, seed=seed)
-        train(lm.model, _countdown_batch(cfg.task, tok, conf.batch_size), conf, out=out/"run", progress=progress, device=device)
-        save_lm(lm, out/"model")
-    return load_lm(str(artifact("countdown_lm", dict(config=cfg, seed=seed), build)/"model"), device=device)
+        train(
+            lm.model,
+            _countdown_batch(cfg.task, tok, conf.batch_size),
+            conf,
+            out=out / "run",
+            progress=progress,
+            device=device,
+        )
+        save_lm(lm, out / "model")
+
+    return load_lm(
+        str(artifact("countdown_lm", dict(config=cfg, seed=seed), build) / "model"), device=device
+    )
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #b1b3bc00
 class RhythmCredit:
     "Group advantages times token coefficients, as an `advantages_fn` of `PolicyTrainer`"
-    def __init__(self,
-        trainer:PolicyTrainer, # Its model gives the signals
-        cfg:RhythmConfig,      # Strategy and signals
-    ): self.trainer, self.cfg, self.log = trainer, cfg, []
 
-    def __call__(self,
-        batch,   # A `Batch` with rewards
-    )->Tensor:   # (N,L) advantages
+    def __init__(
+        self,
+        trainer: PolicyTrainer,  # Its model gives the signals
+        cfg: RhythmConfig,  # Strategy and signals
+    ):
+        self.trainer, self.cfg, self.log = trainer, cfg, []
+
+    def __call__(
+        self,
+        batch,  # A `Batch` with rewards
+    ) -> Tensor:  # (N,L) advantages
         "Shaped advantages of a batch; the cost and the coverage go to `log`"
         c, cuda, start = self.cfg, self.trainer.device.type == "cuda", time.perf_counter()
-        with torch.no_grad(), _cast(self.trainer): sig = self.signals(batch)
+        with torch.no_grad(), _cast(self.trainer):
+            sig = self.signals(batch)
         knobs = {k: getattr(c, k) for k in ("q", "amp", "alpha", "k", "select")}
-        gamma = credit_gamma(c.strategy, batch.response_mask, **sig, generator=rng(c.seed, "credit", len(self.log)), **knobs)
-        if cuda: torch.cuda.synchronize()
+        gamma = credit_gamma(
+            c.strategy,
+            batch.response_mask,
+            **sig,
+            generator=rng(c.seed, "credit", len(self.log)),
+            **knobs,
+        )
+        if cuda:
+            torch.cuda.synchronize()
         seen = gamma[batch.response_mask]
-        self.log.append({"rhythm/seconds": time.perf_counter() - start, "rhythm/gamma_mean": seen.mean().item(),
-                         "rhythm/coverage": (seen > 1).float().mean().item()})
+        self.log.append(
+            {
+                "rhythm/seconds": time.perf_counter() - start,
+                "rhythm/gamma_mean": seen.mean().item(),
+                "rhythm/coverage": (seen > 1).float().mean().item(),
+            }
+        )
         return shape_advantages(group_advantages(batch.rewards, batch.group_ids), gamma, c.sign)
 
-def _cast(trainer): return nullcontext() if trainer.autocast_dtype is None else torch.autocast(trainer.device.type, trainer.autocast_dtype)
+
+def _cast(trainer):
+    return (
+        nullcontext()
+        if trainer.autocast_dtype is None
+        else torch.autocast(trainer.device.type, trainer.autocast_dtype)
+    )
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #7e840f64
 @patch
-def signals(self:RhythmCredit,
-    batch, # A `Batch`
-)->dict:   # What the strategy needs: "waad", "fai", "support" or "entropy", (N,L) each
+def signals(
+    self: RhythmCredit,
+    batch,  # A `Batch`
+) -> dict:  # What the strategy needs: "waad", "fai", "support" or "entropy", (N,L) each
     "One more look at the batch, by the policy itself"
     c, model, parts, heads = self.cfg, self.trainer.model, [], None
     args = lambda s: (batch.input_ids[s], batch.attention_mask[s])
-    if c.strategy in ("none", "uniform", "random"): return {}
-    if c.strategy == "entropy": return dict(entropy=token_entropy(model, *args(slice(None)), batch=min(c.signal_rows, 64))*batch.response_mask)
+    if c.strategy in ("none", "uniform", "random"):
+        return {}
+    if c.strategy == "entropy":
+        return dict(
+            entropy=token_entropy(model, *args(slice(None)), batch=min(c.signal_rows, 64))
+            * batch.response_mask
+        )
     for i in range(0, len(batch), c.signal_rows):
         s = slice(i, i + c.signal_rows)
-        x = rhythm_signals(model, *args(s), batch.response_mask[s], layers=None if c.layers is None else list(c.layers), frac=c.frac,
-                           heads=heads, window=c.window, h_lo=c.h_lo, h_hi=c.h_hi)
-        heads = x.heads; parts.append(x)
+        x = rhythm_signals(
+            model,
+            *args(s),
+            batch.response_mask[s],
+            layers=None if c.layers is None else list(c.layers),
+            frac=c.frac,
+            heads=heads,
+            window=c.window,
+            h_lo=c.h_lo,
+            h_hi=c.h_hi,
+        )
+        heads = x.heads
+        parts.append(x)
     return {k: torch.cat([getattr(x, k) for x in parts]) for k in ("waad", "fai", "support")}
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #7209602b
 def rhythm_engine(
-    lm:LM,              # The policy
-    cfg:RhythmConfig,   # engine, loop, max_active, max_new_tokens
-    folder=None,        # Where vLLM finds the model; None saves it to a temporary folder
-    **engine_args,      # More arguments of `VLLMEngine`
-)->object:              # A `RolloutEngine`
+    lm: LM,  # The policy
+    cfg: RhythmConfig,  # engine, loop, max_active, max_new_tokens
+    folder=None,  # Where vLLM finds the model; None saves it to a temporary folder
+    **engine_args,  # More arguments of `VLLMEngine`
+) -> object:  # A `RolloutEngine`
     "The rollout engine that a configuration asks for"
     if cfg.engine == "hf":
-        return HFEngine(lm.model, lm.tokenizer.pad_token_id or 0, cfg.max_active, use_cache=True, copy_model=cfg.loop == "async", **engine_args)
+        return HFEngine(
+            lm.model,
+            lm.tokenizer.pad_token_id or 0,
+            cfg.max_active,
+            use_cache=True,
+            copy_model=cfg.loop == "async",
+            **engine_args,
+        )
     from llmpapers.rl import vllm
-    if folder is None: folder = save_lm(lm, Path(tempfile.mkdtemp())/"policy")
-    return vllm.VLLMEngine(folder, max_active=cfg.max_active, dtype="bfloat16" if cfg.bf16 else "float32", seed=cfg.seed, **engine_args)
+
+    if folder is None:
+        folder = save_lm(lm, Path(tempfile.mkdtemp()) / "policy")
+    return vllm.VLLMEngine(
+        folder,
+        max_active=cfg.max_active,
+        dtype="bfloat16" if cfg.bf16 else "float32",
+        seed=cfg.seed,
+        **engine_args,
+    )
+
 
 def load_policy(
-    policy:"LM|str|Path", # A model in memory, a folder, or a Hugging Face id
-    device=None,          # Where to put it; None takes a GPU if there is one
-)->LM:                    # A copy that may be trained
+    policy: "LM|str|Path",  # A model in memory, a folder, or a Hugging Face id
+    device=None,  # Where to put it; None takes a GPU if there is one
+) -> LM:  # A copy that may be trained
     "The model to train"
-    if isinstance(policy, LM): return policy._replace(model=copy.deepcopy(policy.model))
+    if isinstance(policy, LM):
+        return policy._replace(model=copy.deepcopy(policy.model))
     if isinstance(policy, Path) or Path(str(policy)).is_absolute():
-        if not (Path(policy)/"config.json").is_file(): raise ValueError(f"policy: {policy} is no folder with a config.json; give a saved model, or a hub id")
+        if not (Path(policy) / "config.json").is_file():
+            raise ValueError(
+                f"policy: {policy} is no folder with a config.json; give a saved model, or a hub id"
+            )
     return load_lm(str(policy), device=device)
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #be28ba5a
 class RhythmRun(NamedTuple):
     "A finished run"
-    rows:list              # One dictionary a batch: reward, loss, times, `rhythm/...`
-    lm:LM                  # The trained policy
-    trainer:PolicyTrainer  # With optimiser and counters
+
+    rows: list  # One dictionary a batch: reward, loss, times, `rhythm/...`
+    lm: LM  # The trained policy
+    trainer: PolicyTrainer  # With optimiser and counters
+
 
 def _loop(cfg, engine, problems, rollout, trainer, out, pad):
     if cfg.loop == "sync":
-        return train_sync(engine, problems.prompt, rollout, trainer, cfg.steps, batch_size=cfg.prompts, group_size=cfg.group_size,
-                          checkpoint=out, save_every=25, pad_id=pad)
+        return train_sync(
+            engine,
+            problems.prompt,
+            rollout,
+            trainer,
+            cfg.steps,
+            batch_size=cfg.prompts,
+            group_size=cfg.group_size,
+            checkpoint=out,
+            save_every=25,
+            pad_id=pad,
+        )
     buffer = SampleBuffer(cfg.prompts, cfg.async_ratio, cfg.group_size)
     pool = InProcessPool(engine, max_inflight=cfg.max_active)
-    return AsyncController(problems.prompt, rollout, trainer, pool, buffer, checkpoint=out, save_every=25, pad_id=pad,
-                           probe_tol=.1 if cfg.bf16 else 1e-3).run(cfg.steps)
+    return AsyncController(
+        problems.prompt,
+        rollout,
+        trainer,
+        pool,
+        buffer,
+        checkpoint=out,
+        save_every=25,
+        pad_id=pad,
+        probe_tol=0.1 if cfg.bf16 else 1e-3,
+    ).run(cfg.steps)
+
 
 def train_rhythm(
-    policy:"LM|str|Path",    # A model in memory (copied), a folder, or a Hugging Face id
-    problems:Problems,       # Prompts and reward
-    cfg:RhythmConfig,        # Everything else
+    policy: "LM|str|Path",  # A model in memory (copied), a folder, or a Hugging Face id
+    problems: Problems,  # Prompts and reward
+    cfg: RhythmConfig,  # Everything else
     *,
-    out:"str|Path|None"=None,# Folder for checkpoints; a second call goes on from there
-    device=None,             # Where to train
-    **engine_args,           # More arguments of the engine
-)->RhythmRun:                # Rows, trained policy, trainer
+    out: "str|Path|None" = None,  # Folder for checkpoints; a second call goes on from there
+    device=None,  # Where to train
+    **engine_args,  # More arguments of the engine
+) -> RhythmRun:  # Rows, trained policy, trainer
     "GRPO with token credit"
-    lm = load_policy(policy, device); tok = lm.tokenizer
+    lm = load_policy(policy, device)
+    tok = lm.tokenizer
     lm.model.requires_grad_(True)
-    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=cfg.lr, weight_decay=0.)
-    loss = PolicyLossConfig("ppo", "seq-mean-token-mean", args=dict(clip_low=cfg.clip, clip_high=cfg.clip))
-    trainer = PolicyTrainer(lm.model, optimizer, loss, temperature=cfg.temperature, epochs=cfg.epochs, minibatches=cfg.minibatches, seed=cfg.seed,
-                            max_tokens_per_micro=cfg.max_tokens_per_micro, max_grad_norm=cfg.max_grad_norm,
-                            autocast_dtype=torch.bfloat16 if cfg.bf16 else None)
+    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=cfg.lr, weight_decay=0.0)
+    loss = PolicyLossConfig(
+        "ppo", "seq-mean-token-mean", args=dict(clip_low=cfg.clip, clip_high=cfg.clip)
+    )
+    trainer = PolicyTrainer(
+        lm.model,
+        optimizer,
+        loss,
+        temperature=cfg.temperature,
+        epochs=cfg.epochs,
+        minibatches=cfg.minibatches,
+        seed=cfg.seed,
+        max_tokens_per_micro=cfg.max_tokens_per_micro,
+        max_grad_norm=cfg.max_grad_norm,
+        autocast_dtype=torch.bfloat16 if cfg.bf16 else None,
+    )
     trainer.advantages_fn = credit = RhythmCredit(trainer, cfg)
-    rollout = SingleTurn(tok, problems.reward, SamplingConfig(cfg.max_new_tokens, cfg.temperature, (tok.eos_token_id,), cfg.seed))
-    engine = rhythm_engine(lm, cfg, policy if isinstance(policy, (str, Path)) and Path(policy).is_dir() else None, **engine_args)
+    rollout = SingleTurn(
+        tok,
+        problems.reward,
+        SamplingConfig(cfg.max_new_tokens, cfg.temperature, (tok.eos_token_id,), cfg.seed),
+    )
+    engine = rhythm_engine(
+        lm,
+        cfg,
+        policy if isinstance(policy, (str, Path)) and Path(policy).is_dir() else None,
+        **engine_args,
+    )
     rows = _loop(cfg, engine, problems, rollout, trainer, out, tok.pad_token_id or 0)
     step = lambda r: r.get("time/step") or r["time/wait_batch"] + r["time/train"]
-    rows = [r | c | {"rhythm/share": c["rhythm/seconds"]/step(r)} for r, c in zip(rows, credit.log)]
+    rows = [
+        r | c | {"rhythm/share": c["rhythm/seconds"] / step(r)} for r, c in zip(rows, credit.log)
+    ]
     return RhythmRun(rows, lm, trainer)
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #5c0816b8
 def success_rate(
-    lm:LM,                 # A policy
-    problems:Problems,     # Of another seed than training
-    n:int=128,             # Problems
-    max_new_tokens:int=64, # Longest response
-    seed:int=0,            # Of the sampling
-)->float:                  # Mean reward
+    lm: LM,  # A policy
+    problems: Problems,  # Of another seed than training
+    n: int = 128,  # Problems
+    max_new_tokens: int = 64,  # Longest response
+    seed: int = 0,  # Of the sampling
+) -> float:  # Mean reward
     "Mean reward of sampled responses"
-    tok, sampling = lm.tokenizer, SamplingConfig(max_new_tokens, 1., (lm.tokenizer.eos_token_id,), seed)
+    tok, sampling = (
+        lm.tokenizer,
+        SamplingConfig(max_new_tokens, 1.0, (lm.tokenizer.eos_token_id,), seed),
+    )
     items = [problems.prompt(i) for i in range(n)]
     text = [p if isinstance(p, str) else p["prompt"] for p in items]
-    ask = [Request(str(i), tok(t, add_special_tokens=False).input_ids, sampling) for i, t in enumerate(text)]
+    ask = [
+        Request(str(i), tok(t, add_special_tokens=False).input_ids, sampling)
+        for i, t in enumerate(text)
+    ]
     done = generate(HFEngine(lm.model, tok.pad_token_id or 0, 256, use_cache=True), ask)
     answer = [tok.decode([t for t in c.token_ids if t != tok.eos_token_id]) for c in done]
-    return float(np.mean([problems.reward(t, a, p if isinstance(p, dict) else {}) for t, a, p in zip(text, answer, items)]))
+    return float(
+        np.mean(
+            [
+                problems.reward(t, a, p if isinstance(p, dict) else {})
+                for t, a, p in zip(text, answer, items)
+            ]
+        )
+    )
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #e071bbf2
 class RhythmScale(NamedTuple):
     "Sizes of a scale"
-    task:str             # "chain" or "countdown"
-    lm:object            # Recipe of the policy: `ChainLMConfig` or `CountdownLMConfig`
-    problems:object      # Problems of training: `ChainTask` or `Countdown`
-    run:RhythmConfig     # Training
-    seeds:int            # Seeds of a comparison
-    n_eval:int           # Problems of an evaluation
+
+    task: str  # "chain" or "countdown"
+    lm: object  # Recipe of the policy: `ChainLMConfig` or `CountdownLMConfig`
+    problems: object  # Problems of training: `ChainTask` or `Countdown`
+    run: RhythmConfig  # Training
+    seeds: int  # Seeds of a comparison
+    n_eval: int  # Problems of an evaluation
+
 
 _short = lambda scale: replace(chain_scales[scale].task, n_steps=2)
-_tiny_run = RhythmConfig(steps=12, prompts=6, group_size=8, max_new_tokens=40, lr=3e-4, h_lo=4, h_hi=20)
+_tiny_run = RhythmConfig(
+    steps=12, prompts=6, group_size=8, max_new_tokens=40, lr=3e-4, h_lo=4, h_hi=20
+)
 _gpu_lm = TinyLMConfig(layers=12, heads=8, kv_heads=4, width=320, head_dim=40, max_len=256)
-_gpu_sft = TrainConfig(steps=12_000, batch_size=256, lr=1e-3, mixed_precision="bf16", log_every=500, save_every=2000)
-_gpu_run = RhythmConfig(steps=200, prompts=32, group_size=16, max_new_tokens=96, lr=1e-5, h_lo=8, h_hi=40, bf16=True, max_active=512)
-rhythm_scales = dict( # Sizes by scale; at "paper" scale pass a real model to `train_rhythm`
-    smoke=RhythmScale("chain", chain_scales["smoke"], _short("smoke"), replace(_tiny_run, steps=2, prompts=2, group_size=2), 1, 4),
+_gpu_sft = TrainConfig(
+    steps=12_000, batch_size=256, lr=1e-3, mixed_precision="bf16", log_every=500, save_every=2000
+)
+_gpu_run = RhythmConfig(
+    steps=200,
+    prompts=32,
+    group_size=16,
+    max_new_tokens=96,
+    lr=1e-5,
+    h_lo=8,
+    h_hi=40,
+    bf16=True,
+    max_active=512,
+)
+rhythm_scales = dict(  # Sizes by scale; at "paper" scale pass a real model to `train_rhythm`
+    smoke=RhythmScale(
+        "chain",
+        chain_scales["smoke"],
+        _short("smoke"),
+        replace(_tiny_run, steps=2, prompts=2, group_size=2),
+        1,
+        4,
+    ),
     laptop=RhythmScale("chain", chain_scales["laptop"], _short("laptop"), _tiny_run, 5, 192),
-    gpu=RhythmScale("countdown", CountdownLMConfig(Countdown(), _gpu_lm, _gpu_sft), Countdown(), _gpu_run, 5, 1024))
+    gpu=RhythmScale(
+        "countdown",
+        CountdownLMConfig(Countdown(), _gpu_lm, _gpu_sft),
+        Countdown(),
+        _gpu_run,
+        5,
+        1024,
+    ),
+)
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #cd73e1a5
 def scale_policy(
-    size:RhythmScale, # One of `rhythm_scales`
-    seed:int=0,       # Of its supervised training
-    device=None,      # Where
-)->LM:                # The policy before reinforcement learning
+    size: RhythmScale,  # One of `rhythm_scales`
+    seed: int = 0,  # Of its supervised training
+    device=None,  # Where
+) -> LM:  # The policy before reinforcement learning
     "The policy of a scale"
-    return (chain_lm if size.task == "chain" else countdown_lm)(size.lm, seed, progress=False, device=device)
+    return (chain_lm if size.task == "chain" else countdown_lm)(
+        size.lm, seed, progress=False, device=device
+    )
+
 
 def scale_problems(
-    size:RhythmScale, # One of `rhythm_scales`
-    seed:int=0,       # Decides the problems
-)->Problems:          # Prompts and reward
+    size: RhythmScale,  # One of `rhythm_scales`
+    seed: int = 0,  # Decides the problems
+) -> Problems:  # Prompts and reward
     "The problems of a scale"
     return (chain_problems if size.task == "chain" else countdown_problems)(size.problems, seed)
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #8673024b
 def rhythm_outcome(
-    size:RhythmScale,   # One of `rhythm_scales`
-    cfg:RhythmConfig,   # The arm; its seed decides prompts, sampling and held-out problems
-    policy_seed:int=0,  # Of the supervised training
-    device=None,        # Where
-)->dict:                # "before", "after": held-out success; "reward", "share", "coverage": lists, one value a batch
+    size: RhythmScale,  # One of `rhythm_scales`
+    cfg: RhythmConfig,  # The arm; its seed decides prompts, sampling and held-out problems
+    policy_seed: int = 0,  # Of the supervised training
+    device=None,  # Where
+) -> (
+    dict
+):  # "before", "after": held-out success; "reward", "share", "coverage": lists, one value a batch
     "Train one arm and evaluate it, at most once on this machine"
+
     def build(out):
-        policy, held = scale_policy(size, policy_seed, device), scale_problems(size, 10_000 + cfg.seed)
+        policy, held = (
+            scale_policy(size, policy_seed, device),
+            scale_problems(size, 10_000 + cfg.seed),
+        )
         rate = lambda lm: success_rate(lm, held, size.n_eval, cfg.max_new_tokens, cfg.seed)
         run = train_rhythm(policy, scale_problems(size, cfg.seed), cfg, device=device)
-        rows = {k: [r[n] for r in run.rows] for k, n in (("reward", "rollout/reward"), ("share", "rhythm/share"), ("coverage", "rhythm/coverage"))}
-        (out/"outcome.json").write_text(json.dumps(dict(before=rate(policy), after=rate(run.lm)) | rows))
-    recipe = dict(task=size.task, lm=size.lm, problems=size.problems, n_eval=size.n_eval, run=cfg, policy_seed=policy_seed)
-    return json.loads((artifact("rhythm_run", recipe, build)/"outcome.json").read_text())
+        rows = {
+            k: [r[n] for r in run.rows]
+            for k, n in (
+                ("reward", "rollout/reward"),
+                ("share", "rhythm/share"),
+                ("coverage", "rhythm/coverage"),
+            )
+        }
+        (out / "outcome.json").write_text(
+            json.dumps(dict(before=rate(policy), after=rate(run.lm)) | rows)
+        )
+
+    recipe = dict(
+        task=size.task,
+        lm=size.lm,
+        problems=size.problems,
+        n_eval=size.n_eval,
+        run=cfg,
+        policy_seed=policy_seed,
+    )
+    return json.loads((artifact("rhythm_run", recipe, build) / "outcome.json").read_text())
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #becc5d36
 @dataclass(frozen=True)
 class TabularConfig:
     "A world in which the decisive tokens are known, and how a policy learns in it"
-    seeds:int=12                # Independent worlds, run side by side
-    prompts:int=8               # Prompts, each with its own table of choices
-    length:int=32               # Choices of a response
-    choices:int=4               # Alternatives at each
-    group:int=8                 # Responses per prompt
-    iterations:int=60           # Batches
-    updates:int=4               # Gradient steps per batch
-    p_start:float=.82           # Probability of the right choice at decisive tokens before training; uniform elsewhere
-    lr:float=.5                 # Step size of plain gradient ascent
-    clip:float=.2               # Clip range of the ratio
-    max_norm:float=1.5          # Global gradient norm; inf does not clip
-    decisive:str="rhythm"       # Decisive tokens: "rhythm" (onsets and anchors), "anchors", or "elsewhere" (unrelated to attention)
-    noise:float=.15             # Share of random mass in the maps
-    targeted:bool=True          # Split the heads; False averages all of them
-    window:int=10               # Of WAAD
-    h_lo:int=2                  # Horizon of FAI, nearest
-    h_hi:int=16                 # Horizon of FAI, farthest
-    seed:int=0                  # Decides everything
+
+    seeds: int = 12  # Independent worlds, run side by side
+    prompts: int = 8  # Prompts, each with its own table of choices
+    length: int = 32  # Choices of a response
+    choices: int = 4  # Alternatives at each
+    group: int = 8  # Responses per prompt
+    iterations: int = 60  # Batches
+    updates: int = 4  # Gradient steps per batch
+    p_start: float = 0.82  # Probability of the right choice at decisive tokens before training; uniform elsewhere
+    lr: float = 0.5  # Step size of plain gradient ascent
+    clip: float = 0.2  # Clip range of the ratio
+    max_norm: float = 1.5  # Global gradient norm; inf does not clip
+    decisive: str = "rhythm"  # Decisive tokens: "rhythm" (onsets and anchors), "anchors", or "elsewhere" (unrelated to attention)
+    noise: float = 0.15  # Share of random mass in the maps
+    targeted: bool = True  # Split the heads; False averages all of them
+    window: int = 10  # Of WAAD
+    h_lo: int = 2  # Horizon of FAI, nearest
+    h_hi: int = 16  # Horizon of FAI, farthest
+    seed: int = 0  # Decides everything
 
     def __post_init__(self):
-        if self.decisive not in ("rhythm", "anchors", "elsewhere"): raise ValueError(f"decisive={self.decisive!r} must be 'rhythm', 'anchors' or 'elsewhere'")
-        if min(self.seeds, self.prompts, self.iterations, self.updates) < 1 or self.group < 2 or self.choices < 2 or self.length < 8:
-            raise ValueError("seeds, prompts, iterations and updates must be at least 1, group and choices 2, length 8")
-        if not 1/self.choices < self.p_start < 1: raise ValueError(f"p_start={self.p_start} must be between 1/choices and 1")
+        if self.decisive not in ("rhythm", "anchors", "elsewhere"):
+            raise ValueError(
+                f"decisive={self.decisive!r} must be 'rhythm', 'anchors' or 'elsewhere'"
+            )
+        if (
+            min(self.seeds, self.prompts, self.iterations, self.updates) < 1
+            or self.group < 2
+            or self.choices < 2
+            or self.length < 8
+        ):
+            raise ValueError(
+                "seeds, prompts, iterations and updates must be at least 1, group and choices 2, length 8"
+            )
+        if not 1 / self.choices < self.p_start < 1:
+            raise ValueError(f"p_start={self.p_start} must be between 1/choices and 1")
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #78ab065a
 def planted_rhythm(
-    n:int,                     # Sequences
-    length:int,                # Response tokens
-    generator:torch.Generator, # Decides chunk lengths and places
-)->tuple[Tensor,Tensor]:       # (n,length) bool each: onsets and anchors
+    n: int,  # Sequences
+    length: int,  # Response tokens
+    generator: torch.Generator,  # Decides chunk lengths and places
+) -> tuple[Tensor, Tensor]:  # (n,length) bool each: onsets and anchors
     "Chunks of 3 to 6 tokens; each begins with an onset, and one of the next two tokens is its anchor"
-    starts = torch.cat([torch.zeros(n, 1).long(), torch.randint(3, 7, (n, length//3), generator=generator).cumsum(1)], 1)
+    starts = torch.cat(
+        [
+            torch.zeros(n, 1).long(),
+            torch.randint(3, 7, (n, length // 3), generator=generator).cumsum(1),
+        ],
+        1,
+    )
     anchors = starts + torch.randint(1, 3, starts.shape, generator=generator)
-    mark = lambda at: torch.zeros(n, length + 8).scatter(1, at.clamp(max=length), 1.)[:, :length] > 0
+    mark = lambda at: (
+        torch.zeros(n, length + 8).scatter(1, at.clamp(max=length), 1.0)[:, :length] > 0
+    )
     return mark(starts), mark(anchors)
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #3a8ee345
 def rhythm_maps(
-    onsets:Tensor,             # (b,n) bool
-    anchors:Tensor,            # (b,n) bool
-    prompt:int=4,              # Prompt tokens put before
-    heads:int=4,               # Half of them local, half global
-    noise:float=.15,           # Share of random mass in every row
-    generator:torch.Generator=None, # Decides the noise
-)->tuple[Tensor,Tensor]:       # (1,b,heads,N,N) maps with N = prompt + n, and the response mask (b,N)
+    onsets: Tensor,  # (b,n) bool
+    anchors: Tensor,  # (b,n) bool
+    prompt: int = 4,  # Prompt tokens put before
+    heads: int = 4,  # Half of them local, half global
+    noise: float = 0.15,  # Share of random mass in every row
+    generator: torch.Generator = None,  # Decides the noise
+) -> tuple[Tensor, Tensor]:  # (1,b,heads,N,N) maps with N = prompt + n, and the response mask (b,N)
     "Row-stochastic maps of planted onsets and anchors"
     on, an = (torch.nn.functional.pad(x, (prompt, 0)) for x in (onsets, anchors))
     (b, N), t = on.shape, torch.arange(on.shape[1])
     d, first = t[:, None] - t[None], torch.eye(N)[:1]
-    rows = lambda x: torch.cat([first.expand(b, 1, N), (x/x.sum(-1, keepdim=True).clamp(min=1e-9))[:, 1:]], 1)
+    rows = lambda x: torch.cat(
+        [first.expand(b, 1, N), (x / x.sum(-1, keepdim=True).clamp(min=1e-9))[:, 1:]], 1
+    )
     near = rows(((d >= 1) & (d <= torch.where(on, 20, 2)[..., None])).float())
     past, back = rows((d >= 1).float().expand(b, N, N)), ((d >= 1) & an[:, None]).float()
-    far = torch.where(back.sum(-1, keepdim=True) > 0, .3*past + .7*rows(back), past)
-    rand = torch.rand(b, heads, N, N, generator=generator).tril() + 1e-6*torch.eye(N)
-    attn = torch.stack([near, far], 1).repeat(1, heads//2, 1, 1)*(1-noise) + noise*rand/rand.sum(-1, keepdim=True)
+    far = torch.where(back.sum(-1, keepdim=True) > 0, 0.3 * past + 0.7 * rows(back), past)
+    rand = torch.rand(b, heads, N, N, generator=generator).tril() + 1e-6 * torch.eye(N)
+    attn = torch.stack([near, far], 1).repeat(1, heads // 2, 1, 1) * (
+        1 - noise
+    ) + noise * rand / rand.sum(-1, keepdim=True)
     return attn[None], (t >= prompt).expand(b, N)
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #449fdf62
 class TabularWorld(NamedTuple):
     "What is planted, and what the signals say of it"
-    onsets:Tensor    # (S,P,T) bool
-    anchors:Tensor   # (S,P,T) bool
-    decisive:Tensor  # (S,P,T) bool
-    waad:Tensor      # (I,S,P,G,T) of every response of every iteration
-    fai:Tensor       # (I,S,P,G,T)
-    support:Tensor   # (T,) long
+
+    onsets: Tensor  # (S,P,T) bool
+    anchors: Tensor  # (S,P,T) bool
+    decisive: Tensor  # (S,P,T) bool
+    waad: Tensor  # (I,S,P,G,T) of every response of every iteration
+    fai: Tensor  # (I,S,P,G,T)
+    support: Tensor  # (T,) long
+
 
 def _signals(cfg, onsets, anchors, generator):
     "WAAD and FAI (P,G,T) of one batch of one world: maps, head split, metrics"
     P, T = onsets.shape
     many = lambda x: x[:, None].expand(P, cfg.group, T).reshape(-1, T)
     attn, m = rhythm_maps(many(onsets), many(anchors), noise=cfg.noise, generator=generator)
-    if cfg.targeted: a_loc, a_glob = (aggregate_heads(attn, h) for h in split_heads(head_spans(attn, m)))
-    else: a_loc = a_glob = attn[0].mean(1)
+    if cfg.targeted:
+        a_loc, a_glob = (aggregate_heads(attn, h) for h in split_heads(head_spans(attn, m)))
+    else:
+        a_loc = a_glob = attn[0].mean(1)
     cut = lambda x: x[:, -T:].reshape(P, cfg.group, T)
     return cut(waad(a_loc, m, cfg.window)), cut(fai(a_glob, m, cfg.h_lo, cfg.h_hi))
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #d091029d
 def tabular_world(
-    cfg:TabularConfig, # The world
-)->TabularWorld:       # Planted tokens and measured signals
+    cfg: TabularConfig,  # The world
+) -> TabularWorld:  # Planted tokens and measured signals
     "Plant a rhythm and measure it in every response, through maps, head split, WAAD and FAI"
     S, P, T = cfg.seeds, cfg.prompts, cfg.length
-    on, an = (x.reshape(S, P, T) for x in planted_rhythm(S*P, T, rng(cfg.seed, "rhythm")))
-    n, shuffled = (on | an).sum(-1, keepdim=True), torch.rand(S, P, T, generator=rng(cfg.seed, "elsewhere")).argsort(-1).argsort(-1)
+    on, an = (x.reshape(S, P, T) for x in planted_rhythm(S * P, T, rng(cfg.seed, "rhythm")))
+    n, shuffled = (
+        (on | an).sum(-1, keepdim=True),
+        torch.rand(S, P, T, generator=rng(cfg.seed, "elsewhere")).argsort(-1).argsort(-1),
+    )
     decisive = {"rhythm": on | an, "anchors": an, "elsewhere": shuffled < n}[cfg.decisive]
-    sig = [[_signals(cfg, on[s], an[s], rng(cfg.seed, "maps", s, i)) for s in range(S)] for i in range(cfg.iterations)]
+    sig = [
+        [_signals(cfg, on[s], an[s], rng(cfg.seed, "maps", s, i)) for s in range(S)]
+        for i in range(cfg.iterations)
+    ]
     w, f = (torch.stack([torch.stack([x[j] for x in row]) for row in sig]) for j in (0, 1))
-    return TabularWorld(on, an, decisive, w, f, fai_support(torch.ones(T).bool(), cfg.h_lo, cfg.h_hi))
+    return TabularWorld(
+        on, an, decisive, w, f, fai_support(torch.ones(T).bool(), cfg.h_lo, cfg.h_hi)
+    )
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #d01fb2c6
 class TabularRun(NamedTuple):
     "What one strategy achieved"
-    success:np.ndarray # (S,I+1) expected success, in closed form, before and after each batch
-    clipped:float      # Share of updates whose gradient was scaled down
-    hit:float          # Share of the bonus that went to decisive tokens
+
+    success: np.ndarray  # (S,I+1) expected success, in closed form, before and after each batch
+    clipped: float  # Share of updates whose gradient was scaled down
+    hit: float  # Share of the bonus that went to decisive tokens
+
 
 def _success(theta, decisive):
     "(S,) probability that all decisive choices are right, mean over prompts; choice 0 is right"
-    return torch.where(decisive, theta.log_softmax(-1)[..., 0], 0.).sum(-1).exp().mean(-1)
+    return torch.where(decisive, theta.log_softmax(-1)[..., 0], 0.0).sum(-1).exp().mean(-1)
+
 
 def _ascend(theta, y, old, A, cfg):
     "One clipped policy-gradient step of every seed; the new table and which seeds were scaled down"
     theta = theta.detach().requires_grad_()
-    lp = theta.log_softmax(-1)[:, :, None].expand(*y.shape, theta.shape[-1]).gather(-1, y[..., None])[..., 0]
+    lp = (
+        theta.log_softmax(-1)[:, :, None]
+        .expand(*y.shape, theta.shape[-1])
+        .gather(-1, y[..., None])[..., 0]
+    )
     r = (lp - old).exp()
-    torch.minimum(r*A, r.clamp(1-cfg.clip, 1+cfg.clip)*A).sum(-1).mean(2).sum().backward()
+    torch.minimum(r * A, r.clamp(1 - cfg.clip, 1 + cfg.clip) * A).sum(-1).mean(2).sum().backward()
     norm = theta.grad.flatten(1).norm(dim=1)
-    scale = (cfg.max_norm/norm.clamp(min=1e-12)).clamp(max=1.)
-    return (theta + cfg.lr*scale[:, None, None, None]*theta.grad).detach(), scale < 1
+    scale = (cfg.max_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
+    return (theta + cfg.lr * scale[:, None, None, None] * theta.grad).detach(), scale < 1
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #4037209a
 def _tabular_gamma(world, cfg, i, theta, strategy, select, knobs):
@@ -459,38 +739,60 @@ def _tabular_gamma(world, cfg, i, theta, strategy, select, knobs):
     shape = world.waad[i].shape
     flat = lambda x: x.expand(shape).reshape(-1, shape[-1])
     p = theta.softmax(-1)
-    H = -(p*p.log()).sum(-1)[:, :, None]
+    H = -(p * p.log()).sum(-1)[:, :, None]
     if strategy == "oracle":
-        score = world.decisive[:, :, None].float() + .01*torch.rand(shape, generator=rng(cfg.seed, "oracle", i))
-        return entropy_gamma(flat(score), flat(world.support > -1), select=select, **knobs).reshape(shape)
+        score = world.decisive[:, :, None].float() + 0.01 * torch.rand(
+            shape, generator=rng(cfg.seed, "oracle", i)
+        )
+        return entropy_gamma(flat(score), flat(world.support > -1), select=select, **knobs).reshape(
+            shape
+        )
     m = flat(world.support > -1)
-    return credit_gamma(strategy, m, waad=flat(world.waad[i]), fai=flat(world.fai[i]), support=flat(world.support), entropy=flat(H),
-                        generator=rng(cfg.seed, "random", i), select=select, **knobs).reshape(shape)
+    return credit_gamma(
+        strategy,
+        m,
+        waad=flat(world.waad[i]),
+        fai=flat(world.fai[i]),
+        support=flat(world.support),
+        entropy=flat(H),
+        generator=rng(cfg.seed, "random", i),
+        select=select,
+        **knobs,
+    ).reshape(shape)
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #fd9a20ef
 def tabular_grpo(
-    world:TabularWorld,   # From `tabular_world(cfg)`
-    cfg:TabularConfig,    # The same configuration
-    strategy:str,         # One of `strategies`, or "oracle", which knows the decisive tokens
-    select:str="top",     # "top" or "bottom"
-    sign:str="both",      # Which advantages are shaped
-    **knobs,              # q, amp, alpha, k of `credit_gamma`
-)->TabularRun:            # Curves of all seeds
+    world: TabularWorld,  # From `tabular_world(cfg)`
+    cfg: TabularConfig,  # The same configuration
+    strategy: str,  # One of `strategies`, or "oracle", which knows the decisive tokens
+    select: str = "top",  # "top" or "bottom"
+    sign: str = "both",  # Which advantages are shaped
+    **knobs,  # q, amp, alpha, k of `credit_gamma`
+) -> TabularRun:  # Curves of all seeds
     "GRPO on a table of choices with the coefficients of a strategy; all strategies see the same random numbers"
     S, P, T = world.decisive.shape
     theta = torch.zeros(S, P, T, cfg.choices)
-    theta[..., 0] = torch.where(world.decisive, math.log(cfg.p_start*(cfg.choices - 1)/(1 - cfg.p_start)), 0.)
-    curve, scaled, paid, hit = [_success(theta, world.decisive)], [], 0., 0.
+    theta[..., 0] = torch.where(
+        world.decisive, math.log(cfg.p_start * (cfg.choices - 1) / (1 - cfg.p_start)), 0.0
+    )
+    curve, scaled, paid, hit = [_success(theta, world.decisive)], [], 0.0, 0.0
     for i in range(cfg.iterations):
         lp = theta.log_softmax(-1)[:, :, None].expand(S, P, cfg.group, T, cfg.choices)
         u = torch.rand(S, P, cfg.group, T, 1, generator=rng(cfg.seed, "choices", i))
         y = (lp.exp().cumsum(-1) < u).sum(-1).clamp(max=cfg.choices - 1)
         ok = ((y == 0) | ~world.decisive[:, :, None]).all(-1)
-        A = group_advantages(ok.flatten().float(), torch.arange(S*P).repeat_interleave(cfg.group))
+        A = group_advantages(ok.flatten().float(), torch.arange(S * P).repeat_interleave(cfg.group))
         gamma = _tabular_gamma(world, cfg, i, theta, strategy, select, knobs)
         shaped = shape_advantages(A, gamma.reshape(-1, T), sign).reshape(gamma.shape)
         old = lp.gather(-1, y[..., None])[..., 0]
-        for _ in range(cfg.updates): theta, s = _ascend(theta, y, old, shaped, cfg); scaled.append(s)
+        for _ in range(cfg.updates):
+            theta, s = _ascend(theta, y, old, shaped, cfg)
+            scaled.append(s)
         curve.append(_success(theta, world.decisive))
-        paid += (gamma - 1).sum().item(); hit += ((gamma - 1)*world.decisive[:, :, None]).sum().item()
-    return TabularRun(torch.stack(curve, 1).numpy(), torch.cat(scaled).float().mean().item(), hit/paid if paid else 0.)
+        paid += (gamma - 1).sum().item()
+        hit += ((gamma - 1) * world.decisive[:, :, None]).sum().item()
+    return TabularRun(
+        torch.stack(curve, 1).numpy(),
+        torch.cat(scaled).float().mean().item(),
+        hit / paid if paid else 0.0,
+    )

@@ -16,147 +16,209 @@ from ..core.scale import need
 
 # %% ../../nbs/benchmarks/06_alignments.ipynb #5047549c
 def problem(
-    K:int,          # Tasks
-    own:bool,       # Each task has its own batch
-    width:int=256,  # Width of the trunk
-    seed:int=0,     # Of weights and data
-)->tuple:           # Network, closure of the training losses, closure of the validation loss
+    K: int,  # Tasks
+    own: bool,  # Each task has its own batch
+    width: int = 256,  # Width of the trunk
+    seed: int = 0,  # Of weights and data
+) -> tuple:  # Network, closure of the training losses, closure of the validation loss
     "Network and losses that all sides share"
     import torch
     import torch.nn.functional as F
     from torch import nn
+
     torch.manual_seed(seed)
+
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            sizes = [64] + [width]*4
-            self.trunk = nn.Sequential(*[f for a, b in zip(sizes, sizes[1:]) for f in (nn.Linear(a, b), nn.ReLU())])
+            sizes = [64] + [width] * 4
+            self.trunk = nn.Sequential(
+                *[f for a, b in zip(sizes, sizes[1:]) for f in (nn.Linear(a, b), nn.ReLU())]
+            )
             self.heads = nn.ModuleList(nn.Linear(width, 1) for _ in range(K))
-        def shared_parameters(self): return self.trunk.parameters()
+
+        def shared_parameters(self):
+            return self.trunk.parameters()
+
     n = 32 if own else 128
     x, y, xv, yv = torch.randn(K, n, 64), torch.randn(K, n), torch.randn(n, 64), torch.randn(K, n)
+
     def one(net, x, y):
-        z = net.trunk(x); return torch.stack([F.mse_loss(h(z)[:, 0], t) for h, t in zip(net.heads, y)])
-    def parts(net): return [F.mse_loss(h(net.trunk(a))[:, 0], t) for h, a, t in zip(net.heads, x, y)]
-    def apart(net): return torch.stack(parts(net))
+        z = net.trunk(x)
+        return torch.stack([F.mse_loss(h(z)[:, 0], t) for h, t in zip(net.heads, y)])
+
+    def parts(net):
+        return [F.mse_loss(h(net.trunk(a))[:, 0], t) for h, a, t in zip(net.heads, x, y)]
+
+    def apart(net):
+        return torch.stack(parts(net))
+
     apart.parts = parts
-    return Net(), apart if own else lambda net: one(net, x[0], y), lambda net: one(net, xv, yv).mean()
+    return (
+        Net(),
+        apart if own else lambda net: one(net, x[0], y),
+        lambda net: one(net, xv, yv).mean(),
+    )
 
 # %% ../../nbs/benchmarks/06_alignments.ipynb #f83fe2ec
 def ours_step(
-    K:int,          # Tasks
-    own:bool,       # Own batches
-    width:int=256,  # Width of the trunk
-)->tuple:           # Function that takes one step and returns its agreements, and the network
+    K: int,  # Tasks
+    own: bool,  # Own batches
+    width: int = 256,  # Width of the trunk
+) -> tuple:  # Function that takes one step and returns its agreements, and the network
     "Step with `vamo_step`"
     import torch
     from llmpapers.vamo.alignment import AlignedWeighter, vamo_step
-    net, train, val = problem(K, own, width); opt, weighter = torch.optim.Adam(net.parameters(), 1e-4), AlignedWeighter(.1, "rms")
+
+    net, train, val = problem(K, own, width)
+    opt, weighter = torch.optim.Adam(net.parameters(), 1e-4), AlignedWeighter(0.1, "rms")
     return lambda: vamo_step(net, opt, train, val, weighter, scope="shared").m, net
 
+
 def mean_step(
-    K:int,          # Tasks
-    own:bool,       # Own batches
-    width:int=256,  # Width of the trunk
-)->tuple:           # Function that takes one step and returns None, and the network
+    K: int,  # Tasks
+    own: bool,  # Own batches
+    width: int = 256,  # Width of the trunk
+) -> tuple:  # Function that takes one step and returns None, and the network
     "Plain step on the mean loss: no validation, no agreements"
     import torch
-    net, train, _ = problem(K, own, width); opt = torch.optim.Adam(net.parameters(), 1e-4)
-    def step(): opt.zero_grad(); train(net).mean().backward(); opt.step()
+
+    net, train, _ = problem(K, own, width)
+    opt = torch.optim.Adam(net.parameters(), 1e-4)
+
+    def step():
+        opt.zero_grad()
+        train(net).mean().backward()
+        opt.step()
+
     return step, net
 
 # %% ../../nbs/benchmarks/06_alignments.ipynb #9681e10f
 def _step_with(gradients, K, own, width, matrix):
     import torch
     from llmpapers.vamo.alignment import AlignedWeighter
-    net, train, val = problem(K, own, width); opt, weighter = torch.optim.Adam(net.parameters(), 1e-4), AlignedWeighter(.1, "rms")
-    shared = list(net.trunk.parameters()); every = list(net.parameters())
+
+    net, train, val = problem(K, own, width)
+    opt, weighter = torch.optim.Adam(net.parameters(), 1e-4), AlignedWeighter(0.1, "rms")
+    shared = list(net.trunk.parameters())
+    every = list(net.parameters())
+
     def step():
-        gv = torch.autograd.grad(val(net), every)[:len(shared)]
-        opt.zero_grad(); losses = train(net) if matrix or not own else train.parts(net); G = gradients(net, losses, shared, gv)
-        m = G@torch.cat([g.flatten() for g in gv]) if matrix else G
+        gv = torch.autograd.grad(val(net), every)[: len(shared)]
+        opt.zero_grad()
+        losses = train(net) if matrix or not own else train.parts(net)
+        G = gradients(net, losses, shared, gv)
+        m = G @ torch.cat([g.flatten() for g in gv]) if matrix else G
         w = weighter.update(m)
-        if not matrix: (torch.stack(losses) if own else losses).backward(w)
+        if not matrix:
+            (torch.stack(losses) if own else losses).backward(w)
         else:
-            for p, g in zip(shared, (w@G).split([p.numel() for p in shared])): p.grad = g.view_as(p).clone()
-        opt.step(); return m
+            for p, g in zip(shared, (w @ G).split([p.numel() for p in shared])):
+                p.grad = g.view_as(p).clone()
+        opt.step()
+        return m
+
     return step, net
 
 # %% ../../nbs/benchmarks/06_alignments.ipynb #3682f3ab
 def loop_step(
-    K:int,          # Tasks
-    own:bool,       # Own batches
-    width:int=256,  # Width of the trunk
-)->tuple:           # Function that takes one step and returns its agreements, and the network
+    K: int,  # Tasks
+    own: bool,  # Own batches
+    width: int = 256,  # Width of the trunk
+) -> tuple:  # Function that takes one step and returns its agreements, and the network
     "A bare loop of K backwards, one number kept of each"
     import torch
+
     def dots(net, losses, shared, gv):
-        return torch.stack([sum((a*b).sum() for a, b in zip(torch.autograd.grad(l, shared, retain_graph=True), gv)) for l in losses])
+        return torch.stack(
+            [
+                sum(
+                    (a * b).sum()
+                    for a, b in zip(torch.autograd.grad(l, shared, retain_graph=True), gv)
+                )
+                for l in losses
+            ]
+        )
+
     return _step_with(dots, K, own, width, False)
 
+
 def torchjd_step(
-    K:int,          # Tasks
-    own:bool,       # Own batches
-    width:int=256,  # Width of the trunk
-)->tuple:           # Function that takes one step and returns its agreements, and the network
+    K: int,  # Tasks
+    own: bool,  # Own batches
+    width: int = 256,  # Width of the trunk
+) -> tuple:  # Function that takes one step and returns its agreements, and the network
     "TorchJD's Jacobian of the losses, heads by their own gradient"
     import torch
+
     autojac = need("torchjd.autojac", "mtl")
+
     def rows(net, losses, shared, gv):
         J = autojac.jac(losses, shared, retain_graph=True)
         losses.sum().backward(inputs=list(net.heads.parameters()))
         return torch.cat([j.flatten(1) for j in J], 1)
+
     return _step_with(rows, K, own, width, True)
 
 # %% ../../nbs/benchmarks/06_alignments.ipynb #80a7093e
 def _libmtl():
     "LibMTL, with stand-ins for the parts of torchvision that only its vision models use"
     if "LibMTL" not in sys.modules and "torchvision" not in sys.modules:
-        for name in ("torchvision", "torchvision.models", "torchvision.models.utils"): sys.modules[name] = types.ModuleType(name)
+        for name in ("torchvision", "torchvision.models", "torchvision.models.utils"):
+            sys.modules[name] = types.ModuleType(name)
         sys.modules["torchvision.models.utils"].load_state_dict_from_url = None
     return need("LibMTL.weighting.abstract_weighting", "bench").AbsWeighting
 
+
 def libmtl_step(
-    K:int,          # Tasks
-    own:bool,       # Own batches
-    width:int=256,  # Width of the trunk
-)->tuple:           # Function that takes one step and returns its agreements, and the network
+    K: int,  # Tasks
+    own: bool,  # Own batches
+    width: int = 256,  # Width of the trunk
+) -> tuple:  # Function that takes one step and returns its agreements, and the network
     "LibMTL's matrix of gradients"
     import torch
+
     peer = _libmtl()()
+
     def rows(net, losses, shared, gv):
         peer.task_num, peer.device, peer.rep_grad = len(losses), torch.device("cpu"), False
         peer.get_share_params = lambda: iter(shared)
         peer.zero_grad_share_params = lambda: [setattr(p, "grad", None) for p in shared]
         return peer._get_grads(losses, mode="backward")
+
     return _step_with(rows, K, own, width, True)
 
 # %% ../../nbs/benchmarks/06_alignments.ipynb #c7643943
-sides = dict(ours=ours_step, mean=mean_step, loop=loop_step, torchjd=torchjd_step, libmtl=libmtl_step)
+sides = dict(
+    ours=ours_step, mean=mean_step, loop=loop_step, torchjd=torchjd_step, libmtl=libmtl_step
+)
+
 
 def race_here(
-    names:list,     # Of `sides`
-    K:int,          # Tasks
-    own:bool,       # Own batches
-    repeat:int,     # Timed turns
-    width:int=256,  # Width of the trunk
-)->dict:            # `seconds` of each turn, and `m` of the first step, by side
+    names: list,  # Of `sides`
+    K: int,  # Tasks
+    own: bool,  # Own batches
+    repeat: int,  # Timed turns
+    width: int = 256,  # Width of the trunk
+) -> dict:  # `seconds` of each turn, and `m` of the first step, by side
     "Time the sides in turns, in this process"
     steps = {n: sides[n](K, own, width)[0] for n in names}
     m = {n: None if (v := f()) is None else v.tolist() for n, f in steps.items()}
     seconds = {n: [] for n in names}
     for i in range(repeat + 1):
         for n, f in steps.items():
-            t = time.perf_counter(); f()
-            if i: seconds[n].append(time.perf_counter() - t)
+            t = time.perf_counter()
+            f()
+            if i:
+                seconds[n].append(time.perf_counter() - t)
     return dict(seconds=seconds, m=m)
 
 # %% ../../nbs/benchmarks/06_alignments.ipynb #21f4556e
 def memory_case(
-    name:str,       # One of `sides`
-    K:int,          # Tasks
-    width:int,      # Width of the trunk
-)->Callable:        # One step on a shared batch
+    name: str,  # One of `sides`
+    K: int,  # Tasks
+    width: int,  # Width of the trunk
+) -> Callable:  # One step on a shared batch
     "Work whose peak memory is measured; a tiny step before it loads what is loaded on first use"
     sides[name](2, False, 8)[0]()
     return sides[name](K, False, width)[0]

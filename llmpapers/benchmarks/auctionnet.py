@@ -22,44 +22,58 @@ from ..vamo.slots import run_auctions
 
 # %% ../../nbs/benchmarks/07_auctionnet.ipynb #f50770a4
 def make_bids(
-    n:int,          # Impressions
-    bidders:int=48, # Bidders
-    seed:int=0,     # Seed
-)->dict:            # Arrays (n, bidders): conversion probabilities, their uncertainty, and bids
+    n: int,  # Impressions
+    bidders: int = 48,  # Bidders
+    seed: int = 0,  # Seed
+) -> dict:  # Arrays (n, bidders): conversion probabilities, their uncertainty, and bids
     "Bids of a step: noisy values times a target cost per conversion"
     g = rng(seed, "auctionnet", n)
-    values = (.0005*torch.exp(.5*torch.randn(n, bidders, generator=g))).double()
-    target = 60 + 70*torch.rand(bidders, generator=g).double()
-    return dict(values=values.numpy(), sigmas=(.15*values).numpy(), bids=(values*target).numpy())
+    values = (0.0005 * torch.exp(0.5 * torch.randn(n, bidders, generator=g))).double()
+    target = 60 + 70 * torch.rand(bidders, generator=g).double()
+    return dict(
+        values=values.numpy(), sigmas=(0.15 * values).numpy(), bids=(values * target).numpy()
+    )
+
 
 def load_environment(
-    checkout:str, # Path of a checkout of alimama-tech/AuctionNet
-)->object:        # Its environment, reserve as in its configuration
+    checkout: str,  # Path of a checkout of alimama-tech/AuctionNet
+) -> object:  # Its environment, reserve as in its configuration
     "AuctionNet's bidding environment"
-    if not (Path(checkout)/"simul_bidding_env"/"Environment"/"BiddingEnv.py").is_file():
-        raise ValueError("auctionnet is no checkout of alimama-tech/AuctionNet: simul_bidding_env/Environment/BiddingEnv.py is missing")
-    try: importlib.import_module("gin")
-    except ImportError: sys.modules["gin"] = types.SimpleNamespace(configurable=lambda cls: cls)
+    if not (Path(checkout) / "simul_bidding_env" / "Environment" / "BiddingEnv.py").is_file():
+        raise ValueError(
+            "auctionnet is no checkout of alimama-tech/AuctionNet: simul_bidding_env/Environment/BiddingEnv.py is missing"
+        )
+    try:
+        importlib.import_module("gin")
+    except ImportError:
+        sys.modules["gin"] = types.SimpleNamespace(configurable=lambda cls: cls)
     sys.path.insert(0, str(checkout))
-    return importlib.import_module("simul_bidding_env.Environment.BiddingEnv").BiddingEnv(reserve_pv_price=.0001)
+    return importlib.import_module("simul_bidding_env.Environment.BiddingEnv").BiddingEnv(
+        reserve_pv_price=0.0001
+    )
 
 # %% ../../nbs/benchmarks/07_auctionnet.ipynb #c8e146fa
 def compare(
-    checkout:str, # Path of a checkout; "" measures our side alone
-    n:int,        # Impressions of a step
-    repeat:int,   # Timed runs of each side
-    seed:int=0,   # Seed
-)->dict:          # Seconds of each run, and whether prices agree
+    checkout: str,  # Path of a checkout; "" measures our side alone
+    n: int,  # Impressions of a step
+    repeat: int,  # Timed runs of each side
+    seed: int = 0,  # Seed
+) -> dict:  # Seconds of each run, and whether prices agree
     "Time our step and AuctionNet's in alternation"
     x, g = make_bids(n, seed=seed), rng(seed, "chance")
     bids, values, sigmas = (torch.from_numpy(x[k]) for k in ("bids", "values", "sigmas"))
     money = torch.full((bids.shape[1],), 1e9)
-    ours = lambda: run_auctions(bids, values, money, g, sigma=sigmas, reserve=.0001)
-    if not checkout: return dict(ours=race(ours, lambda: None, repeat)[0], n=n)
+    ours = lambda: run_auctions(bids, values, money, g, sigma=sigmas, reserve=0.0001)
+    if not checkout:
+        return dict(ours=race(ours, lambda: None, repeat)[0], n=n)
     env = load_environment(checkout)
+
     def peer():
-        xi, slot, cost, seen, conv, *_ = env.simulate_ad_bidding(x["values"], x["sigmas"], x["bids"].copy())
-        return slot, cost, (cost*seen).sum(1), conv.sum(1)
+        xi, slot, cost, seen, conv, *_ = env.simulate_ad_bidding(
+            x["values"], x["sigmas"], x["bids"].copy()
+        )
+        return slot, cost, (cost * seen).sum(1), conv.sum(1)
+
     slot, cost, *_ = peer()
     o = ours()
     mine = np.zeros_like(cost)
@@ -70,8 +84,8 @@ def compare(
 
 # %% ../../nbs/benchmarks/07_auctionnet.ipynb #f13fc38c
 def child(
-    *args,             # Arguments of `compare`
-    timeout:float=600, # Seconds before it is given up
-)->dict:               # Its result
+    *args,  # Arguments of `compare`
+    timeout: float = 600,  # Seconds before it is given up
+) -> dict:  # Its result
     "`compare` in a fresh process"
     return fresh("llmpapers.benchmarks.auctionnet:compare", *args, timeout=timeout)

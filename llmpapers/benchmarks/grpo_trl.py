@@ -18,50 +18,58 @@ from ..core.scale import need
 # %% ../../nbs/benchmarks/02_grpo_trl.ipynb #7fe10808
 letters = "abcdefgh"
 
-def tokenizer()->object: # A tokenizer with "end" as its end of sequence
+
+def tokenizer() -> object:  # A tokenizer with "end" as its end of sequence
     "Tokenizer of the task"
     from llmpapers.core.lm import word_tokenizer
-    tok = word_tokenizer([*letters, *map(str, range(10)), "end"]); tok.eos_token = "end"
+
+    tok = word_tokenizer([*letters, *map(str, range(10)), "end"])
+    tok.eos_token = "end"
     return tok
 
+
 def prompt(
-    i:int,          # Number of the prompt
-    longest:int=24, # Largest number that is asked for
-    seed:int=0,     # Seed of the stream
-)->str:             # The prompt
+    i: int,  # Number of the prompt
+    longest: int = 24,  # Largest number that is asked for
+    seed: int = 0,  # Seed of the stream
+) -> str:  # The prompt
     "Prompt number `i`: a letter, and how often to write it, in three digits"
     g = np.random.default_rng([seed, i])
-    return " ".join([letters[g.integers(8)], *f"{1 + int((longest - 1)*g.random()**3):03d}"])
+    return " ".join([letters[g.integers(8)], *f"{1 + int((longest - 1) * g.random() ** 3):03d}"])
+
 
 def score(
-    prompt:str,     # The prompt
-    response:str,   # The answer
-    info=None,      # Not used
-)->float:           # Between 0 and 1
+    prompt: str,  # The prompt
+    response: str,  # The answer
+    info=None,  # Not used
+) -> float:  # Between 0 and 1
     "Share of right letters in the longer of what was asked for and what was written"
-    letter, *digits = prompt.split(); n, w = int("".join(digits)), response.split()
-    return sum(x == letter for x in w[:n])/max(n, len(w)) if w else 0.
+    letter, *digits = prompt.split()
+    n, w = int("".join(digits)), response.split()
+    return sum(x == letter for x in w[:n]) / max(n, len(w)) if w else 0.0
 
 # %% ../../nbs/benchmarks/02_grpo_trl.ipynb #19d8b380
 def policy(
-    tok,        # The tokenizer
-    seed:int=0, # Seed of the weights
-)->object:      # The model
+    tok,  # The tokenizer
+    seed: int = 0,  # Seed of the weights
+) -> object:  # The model
     "The model both sides start from"
     from llmpapers.core.lm import TinyLMConfig, tiny_lm
+
     m = tiny_lm(tok, TinyLMConfig(layers=4, width=64, head_dim=32, max_len=256), seed)
-    for c in (m.config, m.generation_config): c.eos_token_id, c.pad_token_id = tok.eos_token_id, tok.pad_token_id
+    for c in (m.config, m.generation_config):
+        c.eos_token_id, c.pad_token_id = tok.eos_token_id, tok.pad_token_id
     return m
 
 # %% ../../nbs/benchmarks/02_grpo_trl.ipynb #e5cc60d8
 def run_ours(
-    steps:int,          # Batches
-    seed:int=0,         # Seed of weights, prompts and sampling
-    how:str="sync",     # "sync", or "ray" (asynchronous, engine in an actor)
-    longest:int=24,     # Longest answer, tokens
-    lr:float=1e-3,      # Learning rate
-    lag:float=1.,       # Versions that a sample may be old on Ray
-)->dict:                # Lists: seconds, tokens, reward
+    steps: int,  # Batches
+    seed: int = 0,  # Seed of weights, prompts and sampling
+    how: str = "sync",  # "sync", or "ray" (asynchronous, engine in an actor)
+    longest: int = 24,  # Longest answer, tokens
+    lr: float = 1e-3,  # Learning rate
+    lag: float = 1.0,  # Versions that a sample may be old on Ray
+) -> dict:  # Lists: seconds, tokens, reward
     "GRPO with this library"
     import torch
     from llmpapers.core.lm import LM
@@ -72,68 +80,154 @@ def run_ours(
     from llmpapers.rl.trainer import PolicyTrainer
     from llmpapers.rl.types import SamplingConfig
     from llmpapers.roll_flash.training import AsyncConfig, train_async
-    tok = tokenizer(); m = policy(tok, seed); out = dict(seconds=[], tokens=[], reward=[]); ask = lambda i: prompt(i, longest, seed)
+
+    tok = tokenizer()
+    m = policy(tok, seed)
+    out = dict(seconds=[], tokens=[], reward=[])
+    ask = lambda i: prompt(i, longest, seed)
+
     def note(r):
-        for k, v in dict(seconds=time.perf_counter(), tokens=r["train/tokens"], reward=r["rollout/reward"]).items(): out[k].append(v)
+        for k, v in dict(
+            seconds=time.perf_counter(), tokens=r["train/tokens"], reward=r["rollout/reward"]
+        ).items():
+            out[k].append(v)
+
     if how == "sync":
-        trainer = PolicyTrainer(m, torch.optim.AdamW(m.parameters(), lr=lr, fused=True), PolicyLossConfig("ppo"), max_tokens_per_micro=2048)
-        roll = SingleTurn(tok, score, SamplingConfig(longest, stop_token_ids=(tok.eos_token_id,), seed=seed))
-        train_sync(HFEngine(m, tok.pad_token_id, use_cache=True), ask, roll, trainer, steps, batch_size=8, group_size=8, metrics=note)
+        trainer = PolicyTrainer(
+            m,
+            torch.optim.AdamW(m.parameters(), lr=lr, fused=True),
+            PolicyLossConfig("ppo"),
+            max_tokens_per_micro=2048,
+        )
+        roll = SingleTurn(
+            tok, score, SamplingConfig(longest, stop_token_ids=(tok.eos_token_id,), seed=seed)
+        )
+        train_sync(
+            HFEngine(m, tok.pad_token_id, use_cache=True),
+            ask,
+            roll,
+            trainer,
+            steps,
+            batch_size=8,
+            group_size=8,
+            metrics=note,
+        )
     else:
-        cfg = AsyncConfig(async_ratio=lag, max_new_tokens=longest, lr=lr, actors=1, slots=128, seed=seed, save_every=10**6,
-                          max_tokens_per_micro=2048)
-        with tempfile.TemporaryDirectory() as d: train_async(LM(m, tok, "policy"), ask, score, steps, cfg, d, note)
+        cfg = AsyncConfig(
+            async_ratio=lag,
+            max_new_tokens=longest,
+            lr=lr,
+            actors=1,
+            slots=128,
+            seed=seed,
+            save_every=10**6,
+            max_tokens_per_micro=2048,
+        )
+        with tempfile.TemporaryDirectory() as d:
+            train_async(LM(m, tok, "policy"), ask, score, steps, cfg, d, note)
     return out
 
 # %% ../../nbs/benchmarks/02_grpo_trl.ipynb #8fab7984
 def _trl_args(d, steps, seed, longest, lr):
     "The same run for TRL"
-    return need("trl", "bench").GRPOConfig(output_dir=d, per_device_train_batch_size=64, num_generations=8, max_completion_length=longest, max_steps=steps,
-        learning_rate=lr, lr_scheduler_type="constant", warmup_steps=0, weight_decay=.01, temperature=1., top_p=1., top_k=0, beta=0., loss_type="dapo",
-        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
-        shuffle_dataset=False, seed=seed)
+    return need("trl", "bench").GRPOConfig(
+        output_dir=d,
+        per_device_train_batch_size=64,
+        num_generations=8,
+        max_completion_length=longest,
+        max_steps=steps,
+        learning_rate=lr,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        weight_decay=0.01,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        beta=0.0,
+        loss_type="dapo",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        shuffle_dataset=False,
+        seed=seed,
+    )
 
 # %% ../../nbs/benchmarks/02_grpo_trl.ipynb #b9da7a27
 def run_trl(
-    steps:int,          # Batches
-    seed:int=0,         # Seed of weights, prompts and sampling
-    threads:int=1,      # Threads of PyTorch
-    longest:int=24,     # Longest answer, tokens
-    lr:float=1e-3,      # Learning rate
-)->dict:                # Lists: seconds, tokens, reward
+    steps: int,  # Batches
+    seed: int = 0,  # Seed of weights, prompts and sampling
+    threads: int = 1,  # Threads of PyTorch
+    longest: int = 24,  # Longest answer, tokens
+    lr: float = 1e-3,  # Learning rate
+) -> dict:  # Lists: seconds, tokens, reward
     "GRPO with TRL"
     import torch
+
     trl, datasets, transformers = need("trl", "bench"), need("datasets"), need("transformers")
-    tok = tokenizer(); out = dict(seconds=[], tokens=[], reward=[]); before = torch.get_num_threads()
+    tok = tokenizer()
+    out = dict(seconds=[], tokens=[], reward=[])
+    before = torch.get_num_threads()
+
     class Note(transformers.TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kw):
-            if "reward" not in logs: return
-            for k, v in dict(seconds=time.perf_counter(), tokens=64*logs["completions/mean_length"], reward=logs["reward"]).items(): out[k].append(float(v))
+            if "reward" not in logs:
+                return
+            for k, v in dict(
+                seconds=time.perf_counter(),
+                tokens=64 * logs["completions/mean_length"],
+                reward=logs["reward"],
+            ).items():
+                out[k].append(float(v))
+
     with tempfile.TemporaryDirectory() as d:
         args = _trl_args(d, steps, seed, longest, lr)
-        data = datasets.Dataset.from_dict(dict(prompt=[prompt(i, longest, seed) for i in range(8*steps)]))
-        reward = lambda prompts, completions, **kw: [score(p, c) for p, c in zip(prompts, completions)]
-        reward.__name__ = "share"; torch.set_num_threads(threads)
-        try: trl.GRPOTrainer(model=policy(tok, seed), reward_funcs=reward, args=args, train_dataset=data, processing_class=tok, callbacks=[Note()]).train()
-        finally: torch.set_num_threads(before)
+        data = datasets.Dataset.from_dict(
+            dict(prompt=[prompt(i, longest, seed) for i in range(8 * steps)])
+        )
+        reward = lambda prompts, completions, **kw: [
+            score(p, c) for p, c in zip(prompts, completions)
+        ]
+        reward.__name__ = "share"
+        torch.set_num_threads(threads)
+        try:
+            trl.GRPOTrainer(
+                model=policy(tok, seed),
+                reward_funcs=reward,
+                args=args,
+                train_dataset=data,
+                processing_class=tok,
+                callbacks=[Note()],
+            ).train()
+        finally:
+            torch.set_num_threads(before)
     return out
 
 # %% ../../nbs/benchmarks/02_grpo_trl.ipynb #4b793ce2
 def run(
-    side:str,       # "sync", "ray" or "trl"
-    number:int,     # Threads of PyTorch, or the lag on Ray, where each process has one thread
-    steps:int,      # Batches
-    seed:int=0,     # Seed of weights, prompts and sampling
-    longest:int=24, # Longest answer, tokens
-)->dict:            # Lists: seconds, tokens, reward
+    side: str,  # "sync", "ray" or "trl"
+    number: int,  # Threads of PyTorch, or the lag on Ray, where each process has one thread
+    steps: int,  # Batches
+    seed: int = 0,  # Seed of weights, prompts and sampling
+    longest: int = 24,  # Longest answer, tokens
+) -> dict:  # Lists: seconds, tokens, reward
     "One run of one side, in this process"
     import torch
+
     torch.set_num_threads(1 if side == "ray" else number)
-    return run_trl(steps, seed, number, longest) if side == "trl" else run_ours(steps, seed, side, longest, lag=float(number))
+    return (
+        run_trl(steps, seed, number, longest)
+        if side == "trl"
+        else run_ours(steps, seed, side, longest, lag=float(number))
+    )
+
 
 def memory_job(
-    side:str,   # "ours" or "trl"
-    steps:int,  # Batches
-)->Callable:    # Function without arguments to measure
+    side: str,  # "ours" or "trl"
+    steps: int,  # Batches
+) -> Callable:  # Function without arguments to measure
     "Work whose peak memory is measured in a process of its own"
     return (lambda: run_ours(steps)) if side == "ours" else (lambda: run_trl(steps))

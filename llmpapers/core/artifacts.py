@@ -21,66 +21,106 @@ from pathlib import Path
 from filelock import FileLock
 
 # %% ../../nbs/core/07_artifacts.ipynb #67e8c645
-def cache_dir()->Path: # The folder, which exists and can be written
+def cache_dir() -> Path:  # The folder, which exists and can be written
     "Folder of all artifacts: `$LLMPAPERS_CACHE`, else `~/.cache/llmpapers`"
-    path = Path(os.environ.get("LLMPAPERS_CACHE") or Path.home()/".cache"/"llmpapers").expanduser().absolute()
-    try: path.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise ValueError(f"the cache folder {path} cannot be made ({e.strerror}); set LLMPAPERS_CACHE to one that can") from e
-    if not os.access(path, os.W_OK): raise ValueError(f"the cache folder {path} cannot be written; set LLMPAPERS_CACHE to one that can")
+    path = (
+        Path(os.environ.get("LLMPAPERS_CACHE") or Path.home() / ".cache" / "llmpapers")
+        .expanduser()
+        .absolute()
+    )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(
+            f"the cache folder {path} cannot be made ({e.strerror}); set LLMPAPERS_CACHE to one that can"
+        ) from e
+    if not os.access(path, os.W_OK):
+        raise ValueError(
+            f"the cache folder {path} cannot be written; set LLMPAPERS_CACHE to one that can"
+        )
     return path
 
 # %% ../../nbs/core/07_artifacts.ipynb #b2c88d98
 def _plain(x, where="recipe"):
     "`x` as JSON values, or an error that says where it is not plain"
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        return {"class": type(x).__name__} | {f.name: _plain(getattr(x, f.name), f"{where}.{f.name}") for f in dataclasses.fields(x)}
+        return {"class": type(x).__name__} | {
+            f.name: _plain(getattr(x, f.name), f"{where}.{f.name}") for f in dataclasses.fields(x)
+        }
     if isinstance(x, Mapping):
-        if bad := [k for k in x if not isinstance(k, str)]: raise TypeError(f"{where} has the key {bad[0]!r}; keys must be strings")
+        if bad := [k for k in x if not isinstance(k, str)]:
+            raise TypeError(f"{where} has the key {bad[0]!r}; keys must be strings")
         return {k: _plain(v, f"{where}[{k!r}]") for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [_plain(v, f"{where}[{i}]") for i, v in enumerate(x)]
-    if x is None or isinstance(x, (str, bool, int, float)): return x
-    raise TypeError(f"{where} is a {type(x).__name__}; a recipe holds only strings, numbers, None, lists, dictionaries and dataclasses")
+    if isinstance(x, (list, tuple)):
+        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(x)]
+    if x is None or isinstance(x, (str, bool, int, float)):
+        return x
+    raise TypeError(
+        f"{where} is a {type(x).__name__}; a recipe holds only strings, numbers, None, lists, dictionaries and dataclasses"
+    )
 
 # %% ../../nbs/core/07_artifacts.ipynb #d198e25a
 def recipe_hash(
-    recipe,                # Dictionary or dataclass of plain values
+    recipe,  # Dictionary or dataclass of plain values
     *,
-    code:Iterable=(),      # Functions, classes or modules whose source text also determines the result
-)->str:                    # 16 hexadecimal digits
+    code: Iterable = (),  # Functions, classes or modules whose source text also determines the result
+) -> str:  # 16 hexadecimal digits
     "Hash of a recipe and of the code it depends on; the order of keys does not matter"
-    text = json.dumps([_plain(recipe), [inspect.getsource(c) for c in code]], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(
+        [_plain(recipe), [inspect.getsource(c) for c in code]],
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=False,
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../../nbs/core/07_artifacts.ipynb #12deacb0
 def _digest(path):
     h = hashlib.sha256()
     with open(path, "rb") as f:
-        while block := f.read(1 << 20): h.update(block)
+        while block := f.read(1 << 20):
+            h.update(block)
     return h.hexdigest()
 
-def _files(folder): return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+
+def _files(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+
 
 def _write_manifest(folder, kind, recipe):
     files = {str(p.relative_to(folder)): [p.stat().st_size, _digest(p)] for p in _files(folder)}
-    data = dict(kind=kind, recipe=_plain(recipe), files=files, made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-    tmp = folder/"manifest.json.tmp"
+    data = dict(
+        kind=kind,
+        recipe=_plain(recipe),
+        files=files,
+        made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+    tmp = folder / "manifest.json.tmp"
     with open(tmp, "w", encoding="utf-8") as f:
-        json.dump(data, f, indent=1, sort_keys=True); f.flush(); os.fsync(f.fileno())
-    os.replace(tmp, folder/"manifest.json")
+        json.dump(data, f, indent=1, sort_keys=True)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, folder / "manifest.json")
 
 # %% ../../nbs/core/07_artifacts.ipynb #088bbf37
 def check_artifact(
-    folder:Path,     # Folder of one entry
-)->str|None:         # What is wrong with it, or None
+    folder: Path,  # Folder of one entry
+) -> str | None:  # What is wrong with it, or None
     "Why a cache entry cannot be used, or None when it is complete and undamaged"
-    try: files = json.loads((folder/"manifest.json").read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError: return "it has no manifest: it was not finished"
-    except (ValueError, KeyError, TypeError, OSError) as e: return f"its manifest cannot be read ({type(e).__name__})"
+    try:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return "it has no manifest: it was not finished"
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        return f"its manifest cannot be read ({type(e).__name__})"
     for name, (size, digest) in files.items():
-        path = folder/name
-        if not path.is_file(): return f"{name} is missing"
-        if path.stat().st_size != size: return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _digest(path) != digest: return f"{name} does not have the content that was written"
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _digest(path) != digest:
+            return f"{name} does not have the content that was written"
     return None
 
 # %% ../../nbs/core/07_artifacts.ipynb #ec31a8a0
@@ -88,60 +128,94 @@ def _build(part, build, kind, recipe):
     "Run `build` in the working folder; leftovers that make it fail are cleared once"
     leftover = part.exists() and any(part.iterdir())
     part.mkdir(parents=True, exist_ok=True)
-    try: build(part)
-    except Exception as e:
-        if not leftover: raise
-        warnings.warn(f"the unfinished {kind} in the cache could not be continued ({type(e).__name__}: {e}); it is built anew", stacklevel=3)
-        shutil.rmtree(part); part.mkdir(parents=True)
+    try:
         build(part)
-    if not _files(part): raise ValueError(f"build wrote no file for the {kind}; it must write into the folder it is given")
+    except Exception as e:
+        if not leftover:
+            raise
+        warnings.warn(
+            f"the unfinished {kind} in the cache could not be continued ({type(e).__name__}: {e}); it is built anew",
+            stacklevel=3,
+        )
+        shutil.rmtree(part)
+        part.mkdir(parents=True)
+        build(part)
+    if not _files(part):
+        raise ValueError(
+            f"build wrote no file for the {kind}; it must write into the folder it is given"
+        )
     _write_manifest(part, kind, recipe)
 
 # %% ../../nbs/core/07_artifacts.ipynb #0dc8fb4e
 def artifact(
-    kind:str,                       # What it is, in lower case: "chain_lm"
-    recipe,                         # Dictionary or dataclass of everything that determines the result
-    build:Callable[[Path],None],    # Writes the result into the folder it is given; may find files of a killed run there
+    kind: str,  # What it is, in lower case: "chain_lm"
+    recipe,  # Dictionary or dataclass of everything that determines the result
+    build: Callable[
+        [Path], None
+    ],  # Writes the result into the folder it is given; may find files of a killed run there
     *,
-    code:Iterable=(),               # Functions, classes or modules whose source is part of the key
-    force:bool=False,               # Build anew even if the entry is there
-)->Path:                            # Folder of the complete entry
+    code: Iterable = (),  # Functions, classes or modules whose source is part of the key
+    force: bool = False,  # Build anew even if the entry is there
+) -> Path:  # Folder of the complete entry
     "The folder of a result, built at most once for a recipe"
-    if not re.fullmatch(r"[a-z][a-z0-9_-]*", kind): raise ValueError(f"kind={kind!r} must be lower case letters, digits, _ or -")
-    key, base = recipe_hash(recipe, code=code), cache_dir()/kind
+    if not re.fullmatch(r"[a-z][a-z0-9_-]*", kind):
+        raise ValueError(f"kind={kind!r} must be lower case letters, digits, _ or -")
+    key, base = recipe_hash(recipe, code=code), cache_dir() / kind
     base.mkdir(exist_ok=True)
-    entry, part = base/key, base/f".{key}.part"
-    with FileLock(base/f".{key}.lock"):
+    entry, part = base / key, base / f".{key}.part"
+    with FileLock(base / f".{key}.lock"):
         if entry.exists():
             fault = "force=True" if force else check_artifact(entry)
-            if fault is None: return entry
-            if not force: warnings.warn(f"the cached {kind} {key} cannot be used: {fault}; it is built anew", stacklevel=2)
+            if fault is None:
+                return entry
+            if not force:
+                warnings.warn(
+                    f"the cached {kind} {key} cannot be used: {fault}; it is built anew",
+                    stacklevel=2,
+                )
             shutil.rmtree(entry)
         _build(part, build, kind, recipe)
         os.replace(part, entry)
     return entry
 
 # %% ../../nbs/core/07_artifacts.ipynb #2f354cf6
-def list_artifacts()->list[dict]: # One row an entry: kind, key, files, megabytes, made, fault (None if usable)
+def list_artifacts() -> list[
+    dict
+]:  # One row an entry: kind, key, files, megabytes, made, fault (None if usable)
     "What the cache holds"
     rows = []
     for manifest in sorted(cache_dir().glob("*/*/manifest.json")):
         folder = manifest.parent
-        if folder.name.startswith("."): continue
+        if folder.name.startswith("."):
+            continue
         size = sum(p.stat().st_size for p in _files(folder))
         fault = check_artifact(folder)
-        made = json.loads(manifest.read_text(encoding="utf-8")).get("made") if fault is None else None
-        rows.append(dict(kind=folder.parent.name, key=folder.name, files=len(_files(folder)), megabytes=round(size/1e6, 3), made=made, fault=fault))
+        made = (
+            json.loads(manifest.read_text(encoding="utf-8")).get("made") if fault is None else None
+        )
+        rows.append(
+            dict(
+                kind=folder.parent.name,
+                key=folder.name,
+                files=len(_files(folder)),
+                megabytes=round(size / 1e6, 3),
+                made=made,
+                fault=fault,
+            )
+        )
     return rows
 
 # %% ../../nbs/core/07_artifacts.ipynb #0386f82c
 def clear_artifacts(
-    kind:str|None=None, # Only this kind; None clears all kinds
-)->int:                 # Number of entries removed
+    kind: str | None = None,  # Only this kind; None clears all kinds
+) -> int:  # Number of entries removed
     "Remove cached results, finished or not"
     n = 0
-    for base in ([cache_dir()/kind] if kind else [p for p in cache_dir().iterdir() if p.is_dir()]):
+    for base in [cache_dir() / kind] if kind else [p for p in cache_dir().iterdir() if p.is_dir()]:
         for p in list(base.iterdir()) if base.is_dir() else []:
-            if re.fullmatch(r"[0-9a-f]{16}|\.[0-9a-f]{16}\.part", p.name): shutil.rmtree(p); n += not p.name.startswith(".")
-            elif re.fullmatch(r"\.[0-9a-f]{16}\.lock", p.name): p.unlink()
+            if re.fullmatch(r"[0-9a-f]{16}|\.[0-9a-f]{16}\.part", p.name):
+                shutil.rmtree(p)
+                n += not p.name.startswith(".")
+            elif re.fullmatch(r"\.[0-9a-f]{16}\.lock", p.name):
+                p.unlink()
     return n

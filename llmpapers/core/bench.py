@@ -20,72 +20,114 @@ from pathlib import Path
 
 # %% ../../nbs/core/10_bench.ipynb #3385322c
 def race(
-    ours:Callable[[],object],   # Our side, called without arguments
-    peer:Callable[[],object],   # The peer's side
-    repeat:int=5,               # Timed runs of each side
-    warmup:int=1,               # Untimed runs of each side before
-)->tuple[list,list]:            # Seconds of each run: ours, peer
+    ours: Callable[[], object],  # Our side, called without arguments
+    peer: Callable[[], object],  # The peer's side
+    repeat: int = 5,  # Timed runs of each side
+    warmup: int = 1,  # Untimed runs of each side before
+) -> tuple[list, list]:  # Seconds of each run: ours, peer
     "Time two functions in alternation, after a warm-up of both"
-    if repeat < 1 or warmup < 0: raise ValueError(f"repeat={repeat} must be at least 1 and warmup={warmup} at least 0")
+    if repeat < 1 or warmup < 0:
+        raise ValueError(f"repeat={repeat} must be at least 1 and warmup={warmup} at least 0")
     times = [], []
     for i in range(warmup + repeat):
         for f, ts in zip((ours, peer), times):
-            t0 = time.perf_counter(); f(); t1 = time.perf_counter()
-            if i >= warmup: ts.append(t1 - t0)
+            t0 = time.perf_counter()
+            f()
+            t1 = time.perf_counter()
+            if i >= warmup:
+                ts.append(t1 - t0)
     return times
 
 # %% ../../nbs/core/10_bench.ipynb #b0daf5f5
 def _status(key):
     "A line of /proc/self/status in bytes, or None where there is no such file"
-    try: text = Path("/proc/self/status").read_text()
-    except OSError: return None
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
     line = next((l for l in text.splitlines() if l.startswith(key)), None)
-    return int(line.split()[1])*1024 if line else None
+    return int(line.split()[1]) * 1024 if line else None
+
 
 def _reset_peak():
-    try: Path("/proc/self/clear_refs").write_text("5"); return True
-    except OSError: return False
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    except OSError:
+        return False
+
 
 class _Sampler(threading.Thread):
     "Largest resident size seen, sampled every millisecond, where the system keeps no high-water mark"
+
     def __init__(self):
         super().__init__(daemon=True)
         import psutil
+
         self.process, self.stop = psutil.Process(), threading.Event()
         self.peak = self.rss()
-    def rss(self): return self.process.memory_info().rss
+
+    def rss(self):
+        return self.process.memory_info().rss
+
     def run(self):
-        while not self.stop.wait(.001): self.peak = max(self.peak, self.rss())
+        while not self.stop.wait(0.001):
+            self.peak = max(self.peak, self.rss())
 
 # %% ../../nbs/core/10_bench.ipynb #608f215c
 def extra_peak(
-    f:Callable[[],object], # Called once, in this process
-)->int:                    # Bytes: peak during the call minus resident size before it, at least 0
+    f: Callable[[], object],  # Called once, in this process
+) -> int:  # Bytes: peak during the call minus resident size before it, at least 0
     "Extra peak memory of one call in this process"
     if _status("VmHWM") is not None and _reset_peak():
-        before = _status("VmRSS"); f()
+        before = _status("VmRSS")
+        f()
         return max(0, _status("VmHWM") - before)
-    s = _Sampler(); before = s.peak; s.start()
-    try: f()
-    finally: s.stop.set(); s.join()
+    s = _Sampler()
+    before = s.peak
+    s.start()
+    try:
+        f()
+    finally:
+        s.stop.set()
+        s.join()
     return max(0, s.peak - before)
 
 # %% ../../nbs/core/10_bench.ipynb #53d8e41c
 def _in_child(code, data, what, timeout):
     "Standard output of a fresh interpreter that runs `code` on `data`; an error tells what it printed"
-    try: r = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, timeout=timeout)
-    except subprocess.TimeoutExpired as e: raise RuntimeError(f"{what} took longer than timeout={timeout} s; it printed {_tail(e.stdout, e.stderr)}") from e
-    if r.returncode < 0: raise RuntimeError(f"{what} died of signal {-r.returncode}, most likely for lack of memory; it printed {_tail(r.stdout, r.stderr)}")
-    if r.returncode: raise RuntimeError(f"{what} failed with exit code {r.returncode}; it printed {_tail(r.stdout, r.stderr)}")
+    try:
+        r = subprocess.run(
+            [sys.executable, "-c", code], input=data, capture_output=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired as e:
+        raise RuntimeError(
+            f"{what} took longer than timeout={timeout} s; it printed {_tail(e.stdout, e.stderr)}"
+        ) from e
+    if r.returncode < 0:
+        raise RuntimeError(
+            f"{what} died of signal {-r.returncode}, most likely for lack of memory; it printed {_tail(r.stdout, r.stderr)}"
+        )
+    if r.returncode:
+        raise RuntimeError(
+            f"{what} failed with exit code {r.returncode}; it printed {_tail(r.stdout, r.stderr)}"
+        )
     return r.stdout.decode(errors="replace")
+
 
 def _tail(*streams, lines=12):
     "Last lines of what a process printed, the error stream last"
-    said = [l for s in streams for l in (s or b"").decode(errors="replace").strip().splitlines()[-lines:]]
+    said = [
+        l
+        for s in streams
+        for l in (s or b"").decode(errors="replace").strip().splitlines()[-lines:]
+    ]
     return "\n".join(["", *said]) if said else "nothing"
 
+
 def _named(target, name):
-    if not isinstance(target, str) or not all(target.partition(":")): raise ValueError(f"{name}={target!r} must be text of the form 'module:function'")
+    if not isinstance(target, str) or not all(target.partition(":")):
+        raise ValueError(f"{name}={target!r} must be text of the form 'module:function'")
     return target
 
 # %% ../../nbs/core/10_bench.ipynb #cb81123a
@@ -96,21 +138,29 @@ module, _, name = target.partition(":")
 f = getattr(importlib.import_module(module), name)(*args)
 print("\\nextra_peak", extra_peak(f))"""
 
+
 def peak_memory(
-    make:str,          # "module:function": it prepares the work and returns a function without arguments to measure
-    *args,             # Arguments of that function, which are pickled
-    timeout:float=600, # Seconds before the measurement is given up
-)->int:                # Bytes
+    make: str,  # "module:function": it prepares the work and returns a function without arguments to measure
+    *args,  # Arguments of that function, which are pickled
+    timeout: float = 600,  # Seconds before the measurement is given up
+) -> int:  # Bytes
     "Extra peak memory of a call, in a fresh process"
-    out = _in_child(_measure, pickle.dumps((_named(make, "make"), args)), f"measuring {make}", timeout)
+    out = _in_child(
+        _measure, pickle.dumps((_named(make, "make"), args)), f"measuring {make}", timeout
+    )
     return int(out.rsplit("extra_peak", 1)[1])
 
 # %% ../../nbs/core/10_bench.ipynb #c85adb18
 def touch_bytes(
-    n:int, # Bytes to allocate and write
-)->Callable: # Function that allocates, writes and frees them
+    n: int,  # Bytes to allocate and write
+) -> Callable:  # Function that allocates, writes and frees them
     "Work of known peak memory, to calibrate `peak_memory`"
-    def run(): block = bytearray(n); block[::4096] = b"x"*len(block[::4096]); return len(block)
+
+    def run():
+        block = bytearray(n)
+        block[::4096] = b"x" * len(block[::4096])
+        return len(block)
+
     return run
 
 # %% ../../nbs/core/10_bench.ipynb #5e96cff9
@@ -119,60 +169,81 @@ target, args = json.load(sys.stdin)
 module, _, name = target.partition(":")
 print("\\nresult", json.dumps(getattr(importlib.import_module(module), name)(*args)))"""
 
+
 def fresh(
-    target:str,        # "module:function", both importable in a new interpreter
-    *args,             # Its arguments: plain data that JSON can hold
-    timeout:float=600, # Seconds before it is given up
-)->object:             # Its result as JSON gives it back: tuples are lists, keys are text
+    target: str,  # "module:function", both importable in a new interpreter
+    *args,  # Its arguments: plain data that JSON can hold
+    timeout: float = 600,  # Seconds before it is given up
+) -> object:  # Its result as JSON gives it back: tuples are lists, keys are text
     "Result of a function that runs in a fresh process"
-    try: data = json.dumps([_named(target, "target"), args]).encode()
-    except TypeError as e: raise TypeError(f"the arguments of {target} must be plain data for JSON: {e}") from e
+    try:
+        data = json.dumps([_named(target, "target"), args]).encode()
+    except TypeError as e:
+        raise TypeError(f"the arguments of {target} must be plain data for JSON: {e}") from e
     return json.loads(_in_child(_call, data, target, timeout).rsplit("\nresult ", 1)[1])
 
 # %% ../../nbs/core/10_bench.ipynb #69efa52d
 mime = "application/vnd.llmpapers.bench+json"
 
+
 @dataclass(frozen=True)
 class Bench:
     "One side-by-side measurement"
-    what:str        # What was measured, with its size: "time, N=4096"
-    peer:str        # The peer and its version
-    ours:float      # Our value
-    theirs:float    # The peer's value
-    unit:str        # "s", "bytes", "tokens/s"
-    runs:int=1      # Runs of each side behind the medians
+
+    what: str  # What was measured, with its size: "time, N=4096"
+    peer: str  # The peer and its version
+    ours: float  # Our value
+    theirs: float  # The peer's value
+    unit: str  # "s", "bytes", "tokens/s"
+    runs: int = 1  # Runs of each side behind the medians
 
     def __post_init__(self):
-        if not (self.theirs > 0 and self.ours >= 0): raise ValueError(f"{self.what}: ours={self.ours} and theirs={self.theirs} must be positive")
+        if not (self.theirs > 0 and self.ours >= 0):
+            raise ValueError(
+                f"{self.what}: ours={self.ours} and theirs={self.theirs} must be positive"
+            )
 
     @property
-    def ratio(self)->float: # Ours over theirs; for times and bytes, below one is better
+    def ratio(self) -> float:  # Ours over theirs; for times and bytes, below one is better
         "Our value as a multiple of the peer's"
-        return self.ours/self.theirs
+        return self.ours / self.theirs
 
 # %% ../../nbs/core/10_bench.ipynb #6f6c9524
 class BenchTable(list):
     "Measurements that display as a table and carry their data"
-    def json(self)->list[dict]: # One dictionary a row
+
+    def json(self) -> list[dict]:  # One dictionary a row
         "The rows as plain data"
         return [dataclasses.asdict(b) | dict(ratio=b.ratio) for b in self]
 
-    def markdown(self)->str: # A pipe table
+    def markdown(self) -> str:  # A pipe table
         "The table in Markdown"
-        rows = [f"| {b.what} | {b.peer} | {b.ours:.3g} {b.unit} | {b.theirs:.3g} {b.unit} | **{b.ratio:.3g}** |" for b in self]
-        return "\n".join(["| measured | peer | ours | peer's | ours / peer |", "| --- | --- | --- | --- | --- |", *rows])
+        rows = [
+            f"| {b.what} | {b.peer} | {b.ours:.3g} {b.unit} | {b.theirs:.3g} {b.unit} | **{b.ratio:.3g}** |"
+            for b in self
+        ]
+        return "\n".join(
+            [
+                "| measured | peer | ours | peer's | ours / peer |",
+                "| --- | --- | --- | --- | --- |",
+                *rows,
+            ]
+        )
 
-    def text(self)->str: # Lines for a terminal
+    def text(self) -> str:  # Lines for a terminal
         "The table for a terminal"
-        return "\n".join(f"{b.ratio:>8.3g} x  {b.what}: {b.ours:.3g} {b.unit} against {b.theirs:.3g} {b.unit} of {b.peer} ({b.runs} runs)" for b in self)
+        return "\n".join(
+            f"{b.ratio:>8.3g} x  {b.what}: {b.ours:.3g} {b.unit} against {b.theirs:.3g} {b.unit} of {b.peer} ({b.runs} runs)"
+            for b in self
+        )
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         return {"text/plain": self.text(), "text/markdown": self.markdown(), mime: self.json()}
 
 # %% ../../nbs/core/10_bench.ipynb #1a35f48b
 def bench_in(
-    path:str|Path, # An executed notebook
-)->BenchTable:     # The measurements in its outputs
+    path: str | Path,  # An executed notebook
+) -> BenchTable:  # The measurements in its outputs
     "Measurements found in an executed notebook"
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     rows = [d for c in cells for o in c.get("outputs", []) for d in o.get("data", {}).get(mime, [])]

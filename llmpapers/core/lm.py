@@ -15,112 +15,169 @@ from typing import Iterable, NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, PreTrainedModel,
-                          PreTrainedTokenizerFast, Qwen3Config)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 from transformers.utils import logging as hf_logging
 
 from .scale import pick_device
 
 # %% ../../nbs/core/02_lm.ipynb #3f2421ca
-specials = ("<pad>", "<bos>", "<eos>", "<unk>") # The ids 0, 1, 2, 3 of every tokenizer built here
+specials = ("<pad>", "<bos>", "<eos>", "<unk>")  # The ids 0, 1, 2, 3 of every tokenizer built here
+
 
 def _fast(words, pre, decoder):
     "A `PreTrainedTokenizerFast` over the dictionary `words`"
     bad = [w for w in words if w in specials]
-    if bad: raise ValueError(f"words: {bad[0]!r} is a special token; leave it out, it is always there")
-    if len(words) == 0: raise ValueError("words: the vocabulary is empty; give at least one symbol")
+    if bad:
+        raise ValueError(f"words: {bad[0]!r} is a special token; leave it out, it is always there")
+    if len(words) == 0:
+        raise ValueError("words: the vocabulary is empty; give at least one symbol")
     vocab = {w: i for i, w in enumerate([*specials, *words])}
     tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tok.pre_tokenizer = pre
-    if decoder is not None: tok.decoder = decoder
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-        unk_token="<unk>", clean_up_tokenization_spaces=False, padding_side="right")
+    if decoder is not None:
+        tok.decoder = decoder
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+    )
 
 # %% ../../nbs/core/02_lm.ipynb #40c20118
 def char_tokenizer(
-    alphabet:str, # The characters, in the order of their ids; repeats count once
-)->PreTrainedTokenizerFast: # Four special tokens, then one token per character
+    alphabet: str,  # The characters, in the order of their ids; repeats count once
+) -> PreTrainedTokenizerFast:  # Four special tokens, then one token per character
     "Tokenizer with one token per character of `alphabet`; decoding gives the text back"
-    if not isinstance(alphabet, str): raise TypeError(f"alphabet: need a str, got {type(alphabet).__name__}")
+    if not isinstance(alphabet, str):
+        raise TypeError(f"alphabet: need a str, got {type(alphabet).__name__}")
     pre = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     return _fast(list(dict.fromkeys(alphabet)), pre, decoders.Fuse())
 
 # %% ../../nbs/core/02_lm.ipynb #a2038aa8
 def word_tokenizer(
-    words:Iterable[str], # The words, in the order of their ids; repeats count once
-    sep:str=" ",         # The one character between two words of a text
-)->PreTrainedTokenizerFast: # Four special tokens, then one token per word
+    words: Iterable[str],  # The words, in the order of their ids; repeats count once
+    sep: str = " ",  # The one character between two words of a text
+) -> PreTrainedTokenizerFast:  # Four special tokens, then one token per word
     "Tokenizer with one token per word; decoding a text of words joined by `sep` gives it back"
-    if isinstance(words, str): raise TypeError("words: need an iterable of words, got one str; use char_tokenizer or .split()")
-    if len(sep) != 1: raise ValueError(f"sep: need exactly one character, got {sep!r}")
+    if isinstance(words, str):
+        raise TypeError(
+            "words: need an iterable of words, got one str; use char_tokenizer or .split()"
+        )
+    if len(sep) != 1:
+        raise ValueError(f"sep: need exactly one character, got {sep!r}")
     words = list(dict.fromkeys(words))
     bad = [w for w in words if not w or sep in w]
-    if bad: raise ValueError(f"words: {bad[0]!r} is empty or contains the separator {sep!r}")
-    glue = None if sep == " " else decoders.Sequence(
-        [decoders.Replace(Regex("^"), sep), decoders.Fuse(), decoders.Strip(sep, 1, 0)])
+    if bad:
+        raise ValueError(f"words: {bad[0]!r} is empty or contains the separator {sep!r}")
+    glue = (
+        None
+        if sep == " "
+        else decoders.Sequence(
+            [decoders.Replace(Regex("^"), sep), decoders.Fuse(), decoders.Strip(sep, 1, 0)]
+        )
+    )
     return _fast(words, pre_tokenizers.Split(sep, "removed"), glue)
 
 # %% ../../nbs/core/02_lm.ipynb #9502518d
 def encode_batch(
-    tokenizer,            # Any Hugging Face tokenizer with a pad token
-    texts:list[str],      # The texts, at least one
-    side:str="right",     # Where the padding goes: "right" to train, "left" to generate
-    device=None,          # Where the tensors go; None leaves them on the CPU
-    allow_unk:bool=False, # Accept texts with tokens outside the vocabulary
-)->dict: # `input_ids` (b,t) and `attention_mask` (b,t), both int64
+    tokenizer,  # Any Hugging Face tokenizer with a pad token
+    texts: list[str],  # The texts, at least one
+    side: str = "right",  # Where the padding goes: "right" to train, "left" to generate
+    device=None,  # Where the tensors go; None leaves them on the CPU
+    allow_unk: bool = False,  # Accept texts with tokens outside the vocabulary
+) -> dict:  # `input_ids` (b,t) and `attention_mask` (b,t), both int64
     "Tokenize `texts` into one padded batch"
-    if isinstance(texts, str): raise TypeError("texts: need a list of str, got one str; write [text]")
-    if len(texts) == 0: raise ValueError("texts: the list is empty")
-    if side not in ("left", "right"): raise ValueError(f'side: need "left" or "right", got {side!r}')
+    if isinstance(texts, str):
+        raise TypeError("texts: need a list of str, got one str; write [text]")
+    if len(texts) == 0:
+        raise ValueError("texts: the list is empty")
+    if side not in ("left", "right"):
+        raise ValueError(f'side: need "left" or "right", got {side!r}')
     if tokenizer.pad_token_id is None:
-        raise ValueError("tokenizer: has no pad token; set tokenizer.pad_token = tokenizer.eos_token")
+        raise ValueError(
+            "tokenizer: has no pad token; set tokenizer.pad_token = tokenizer.eos_token"
+        )
     out = tokenizer(list(texts), padding=True, padding_side=side, return_tensors="pt")
     if tokenizer.unk_token_id is not None and not allow_unk:
         bad = (out["input_ids"] == tokenizer.unk_token_id).any(1).nonzero()
-        if len(bad): raise ValueError(f"texts[{int(bad[0])}]: has tokens outside the vocabulary: {texts[int(bad[0])]!r}")
+        if len(bad):
+            raise ValueError(
+                f"texts[{int(bad[0])}]: has tokens outside the vocabulary: {texts[int(bad[0])]!r}"
+            )
     dev = torch.device("cpu" if device is None else device)
     return {k: out[k].to(dev) for k in ("input_ids", "attention_mask")}
 
 # %% ../../nbs/core/02_lm.ipynb #dafc3b03
-archs = ("qwen3", "gpt_neox") # The architectures that `tiny_lm` builds
+archs = ("qwen3", "gpt_neox")  # The architectures that `tiny_lm` builds
+
 
 @dataclass(frozen=True)
 class TinyLMConfig:
     "Sizes of a tiny decoder; every value is checked when it is set"
-    arch:str = "qwen3"    # "qwen3" or "gpt_neox"
-    layers:int = 4        # Number of decoder layers, L
-    heads:int = 4         # Query heads per layer, H
-    kv_heads:int = 2      # Key and value heads per layer (qwen3; gpt_neox has one per query head)
-    width:int = 64        # Size of the residual stream, d
-    head_dim:int = 32     # Size of a head, d_h (qwen3; for gpt_neox it is width / heads)
-    max_len:int = 512     # Longest sequence
-    tied:bool = True      # Share the embedding with the output layer
-    dropout:float = 0.0   # Dropout of attention weights, and in gpt_neox of the residual branches
+
+    arch: str = "qwen3"  # "qwen3" or "gpt_neox"
+    layers: int = 4  # Number of decoder layers, L
+    heads: int = 4  # Query heads per layer, H
+    kv_heads: int = 2  # Key and value heads per layer (qwen3; gpt_neox has one per query head)
+    width: int = 64  # Size of the residual stream, d
+    head_dim: int = 32  # Size of a head, d_h (qwen3; for gpt_neox it is width / heads)
+    max_len: int = 512  # Longest sequence
+    tied: bool = True  # Share the embedding with the output layer
+    dropout: float = 0.0  # Dropout of attention weights, and in gpt_neox of the residual branches
 
     def __post_init__(self):
-        if self.arch not in archs: raise ValueError(f"arch: need one of {archs}, got {self.arch!r}")
+        if self.arch not in archs:
+            raise ValueError(f"arch: need one of {archs}, got {self.arch!r}")
         for k in ("layers", "heads", "kv_heads", "width", "head_dim", "max_len"):
             v = getattr(self, k)
-            if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f"{k}: need a positive int, got {v!r}")
-        if not 0 <= self.dropout < 1: raise ValueError(f"dropout: need a value in [0, 1), got {self.dropout!r}")
+            if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+                raise ValueError(f"{k}: need a positive int, got {v!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: need a value in [0, 1), got {self.dropout!r}")
         if self.arch == "qwen3" and self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads={self.heads}")
         if self.arch == "gpt_neox" and self.width % self.heads:
-            raise ValueError(f"width: {self.width} is not a multiple of heads={self.heads}, which gpt_neox needs")
+            raise ValueError(
+                f"width: {self.width} is not a multiple of heads={self.heads}, which gpt_neox needs"
+            )
 
 # %% ../../nbs/core/02_lm.ipynb #1adf3804
 def hf_config(
-    tokenizer,        # Gives the vocabulary size and the special ids
-    cfg:TinyLMConfig, # The sizes
-)->"PretrainedConfig": # A `Qwen3Config` or a `GPTNeoXConfig`
+    tokenizer,  # Gives the vocabulary size and the special ids
+    cfg: TinyLMConfig,  # The sizes
+) -> "PretrainedConfig":  # A `Qwen3Config` or a `GPTNeoXConfig`
     "Translate `cfg` into the configuration class of its architecture"
-    common = dict(vocab_size=len(tokenizer), hidden_size=cfg.width, num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads, max_position_embeddings=cfg.max_len, tie_word_embeddings=cfg.tied,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        attention_dropout=cfg.dropout, initializer_range=cfg.width**-.5)
+    common = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=cfg.width,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        max_position_embeddings=cfg.max_len,
+        tie_word_embeddings=cfg.tied,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        attention_dropout=cfg.dropout,
+        initializer_range=cfg.width**-0.5,
+    )
     if cfg.arch == "qwen3":
-        return Qwen3Config(intermediate_size=3*cfg.width, num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim, **common)
-    return GPTNeoXConfig(intermediate_size=4*cfg.width, hidden_dropout=cfg.dropout, **common)
+        return Qwen3Config(
+            intermediate_size=3 * cfg.width,
+            num_key_value_heads=cfg.kv_heads,
+            head_dim=cfg.head_dim,
+            **common,
+        )
+    return GPTNeoXConfig(intermediate_size=4 * cfg.width, hidden_dropout=cfg.dropout, **common)
 
 # %% ../../nbs/core/02_lm.ipynb #bd04fa77
 @contextmanager
@@ -128,100 +185,133 @@ def _no_bars():
     "Silence the progress bars of loading and saving"
     on = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
-    try: yield
+    try:
+        yield
     finally:
-        if on: hf_logging.enable_progress_bar()
+        if on:
+            hf_logging.enable_progress_bar()
+
 
 def tiny_lm(
-    tokenizer,                       # Gives the vocabulary
-    cfg:TinyLMConfig=TinyLMConfig(), # The sizes
-    seed:int=0,                      # Seed of the initial weights
-    attn_implementation:str="sdpa",  # "sdpa", "eager", or a registered attention function
-)->PreTrainedModel: # In float32 on the CPU, in evaluation mode
+    tokenizer,  # Gives the vocabulary
+    cfg: TinyLMConfig = TinyLMConfig(),  # The sizes
+    seed: int = 0,  # Seed of the initial weights
+    attn_implementation: str = "sdpa",  # "sdpa", "eager", or a registered attention function
+) -> PreTrainedModel:  # In float32 on the CPU, in evaluation mode
     "Build a decoder with seeded random weights; the global random state is left as it was"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(hf_config(tokenizer, cfg), dtype=torch.float32,
-                                                 attn_implementation=attn_implementation)
+        model = AutoModelForCausalLM.from_config(
+            hf_config(tokenizer, cfg), dtype=torch.float32, attn_implementation=attn_implementation
+        )
     return model.eval()
 
 # %% ../../nbs/core/02_lm.ipynb #518c966a
 def n_params(
-    model:torch.nn.Module, # Any model
-)->int: # Number of parameters; tied ones count once
+    model: torch.nn.Module,  # Any model
+) -> int:  # Number of parameters; tied ones count once
     "Number of parameters of `model`"
     return sum(p.numel() for p in model.parameters())
 
 # %% ../../nbs/core/02_lm.ipynb #51c5b6e4
 class LM(NamedTuple):
     "A causal language model, its tokenizer, and the name it was loaded under"
-    model:PreTrainedModel # The model, in evaluation mode
-    tokenizer:object      # Its tokenizer, with a pad token
-    name:str              # Tiny name, folder, or hub id
+
+    model: PreTrainedModel  # The model, in evaluation mode
+    tokenizer: object  # Its tokenizer, with a pad token
+    name: str  # Tiny name, folder, or hub id
 
 # %% ../../nbs/core/02_lm.ipynb #36180e44
 def save_lm(
-    lm:LM,  # What to save
-    folder, # Where; a model that is already there is replaced
-)->Path: # The folder, which `load_lm`, transformers and vLLM can open
+    lm: LM,  # What to save
+    folder,  # Where; a model that is already there is replaced
+) -> Path:  # The folder, which `load_lm`, transformers and vLLM can open
     "Save model and tokenizer in the hub's format, atomically"
     folder = Path(folder)
-    if folder.exists() and not ((folder/"config.json").exists() or (folder.is_dir() and not any(folder.iterdir()))):
+    if folder.exists() and not (
+        (folder / "config.json").exists() or (folder.is_dir() and not any(folder.iterdir()))
+    ):
         raise ValueError(f"folder: {folder} exists and holds no model; give a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     tag = f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}"
     new, old = folder.with_name(f".{tag}.new"), folder.with_name(f".{tag}.old")
     try:
-        with _no_bars(): lm.model.save_pretrained(new); lm.tokenizer.save_pretrained(new)
-        if folder.exists(): os.replace(folder, old)
+        with _no_bars():
+            lm.model.save_pretrained(new)
+            lm.tokenizer.save_pretrained(new)
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(new, folder)
     finally:
-        if old.exists() and not folder.exists(): os.replace(old, folder)
-        for p in (new, old): shutil.rmtree(p, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        for p in (new, old):
+            shutil.rmtree(p, ignore_errors=True)
     return folder
 
 # %% ../../nbs/core/02_lm.ipynb #da92d4be
 def _read(name, dtype, attn_implementation, tokenizer, local):
     "Read model and tokenizer from a folder or from the hub"
     with _no_bars():
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", local_files_only=local,
-                                                     attn_implementation=attn_implementation)
-        if tokenizer is None: tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype or "auto",
+            local_files_only=local,
+            attn_implementation=attn_implementation,
+        )
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows: raise ValueError(f"tokenizer: has {len(tokenizer)} tokens, the model only {rows}")
+    if len(tokenizer) > rows:
+        raise ValueError(f"tokenizer: has {len(tokenizer)} tokens, the model only {rows}")
     return model.eval(), tokenizer
+
 
 def _read_hub(name, *args):
     "Read from the hub, and say what to do when that fails"
-    try: return _read(name, *args, False)
+    try:
+        return _read(name, *args, False)
     except OSError as e:
         raise RuntimeError(
             f"name: cannot load {name!r} from the Hugging Face hub ({type(e).__name__}). Without a network: run "
             f"`hf download {name}` on a machine that has one and pass the folder, or use a tiny model such as "
-            "'tiny-qwen3'. With a network: check the id, unset HF_HUB_OFFLINE, and log in for a gated model.") from e
+            "'tiny-qwen3'. With a network: check the id, unset HF_HUB_OFFLINE, and log in for a gated model."
+        ) from e
 
 # %% ../../nbs/core/02_lm.ipynb #76bb415c
 def load_lm(
-    name:str="tiny-qwen3",          # "tiny-qwen3", "tiny-gpt_neox", a folder, or a hub id
-    tokenizer=None,                 # Needed for a tiny model; replaces the saved one otherwise
+    name: str = "tiny-qwen3",  # "tiny-qwen3", "tiny-gpt_neox", a folder, or a hub id
+    tokenizer=None,  # Needed for a tiny model; replaces the saved one otherwise
     *,
-    device=None,                    # None: the GPU if there is one
-    dtype=None,                     # None: float32 for a tiny model, else what the checkpoint holds
-    attn_implementation:str="sdpa", # Attention function of the model
-    seed:int=0,                     # Seed of a tiny model's weights
-    **tiny,                         # Fields of `TinyLMConfig` for a tiny model
-)->LM: # Model in evaluation mode on `device`, tokenizer, name
+    device=None,  # None: the GPU if there is one
+    dtype=None,  # None: float32 for a tiny model, else what the checkpoint holds
+    attn_implementation: str = "sdpa",  # Attention function of the model
+    seed: int = 0,  # Seed of a tiny model's weights
+    **tiny,  # Fields of `TinyLMConfig` for a tiny model
+) -> LM:  # Model in evaluation mode on `device`, tokenizer, name
     "Load a causal language model by name"
     name, dev = str(name), pick_device(device)
     if name.startswith("tiny-"):
-        if tokenizer is None: raise ValueError(f"tokenizer: {name!r} starts from random weights and needs a tokenizer")
+        if tokenizer is None:
+            raise ValueError(
+                f"tokenizer: {name!r} starts from random weights and needs a tokenizer"
+            )
         cfg = TinyLMConfig(name.removeprefix("tiny-"), **tiny)
         model = tiny_lm(tokenizer, cfg, seed, attn_implementation).to(dtype or torch.float32)
     else:
-        if tiny: raise TypeError(f"{next(iter(tiny))}: only a tiny model takes sizes, {name!r} has its own")
+        if tiny:
+            raise TypeError(
+                f"{next(iter(tiny))}: only a tiny model takes sizes, {name!r} has its own"
+            )
         args = (dtype, attn_implementation, tokenizer)
-        if Path(name).is_dir(): model, tokenizer = _read(name, *args, True)
-        elif re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name): model, tokenizer = _read_hub(name, *args)
-        else: raise ValueError(f"name: {name!r} is no folder and has not the form of a hub id (owner/model)")
+        if Path(name).is_dir():
+            model, tokenizer = _read(name, *args, True)
+        elif re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
+            model, tokenizer = _read_hub(name, *args)
+        else:
+            raise ValueError(
+                f"name: {name!r} is no folder and has not the form of a hub id (owner/model)"
+            )
     return LM(model.to(dev), tokenizer, name)

@@ -15,68 +15,88 @@ import numpy as np
 # %% ../../nbs/core/11_ranking.ipynb #c7a04b9b
 class Relevance(NamedTuple):
     "Graded relevance as a sparse table: the entries of query q are `indptr[q]:indptr[q+1]`, documents ascending"
-    indptr:np.ndarray # (Q+1,) where each query's entries begin
-    docs:np.ndarray   # (n,) document numbers
-    grades:np.ndarray # (n,) grades, all positive
-    n_docs:int        # Documents in the corpus
+
+    indptr: np.ndarray  # (Q+1,) where each query's entries begin
+    docs: np.ndarray  # (n,) document numbers
+    grades: np.ndarray  # (n,) grades, all positive
+    n_docs: int  # Documents in the corpus
 
 # %% ../../nbs/core/11_ranking.ipynb #5fedc6df
 def _table(q, d, g, n_queries, n_docs):
     "A Relevance from triples, checked"
     q, d, g = np.asarray(q, np.int64), np.asarray(d, np.int64), np.asarray(g, np.float64)
-    if (out := (d < 0) | (d >= n_docs)).any(): raise ValueError(f"relevance names document {int(d[out][0])}, but there are {n_docs}")
-    if not np.isfinite(g).all() or (g < 0).any(): raise ValueError("relevance must be finite and not negative")
+    if (out := (d < 0) | (d >= n_docs)).any():
+        raise ValueError(f"relevance names document {int(d[out][0])}, but there are {n_docs}")
+    if not np.isfinite(g).all() or (g < 0).any():
+        raise ValueError("relevance must be finite and not negative")
     q, d, g = (v[g > 0] for v in (q, d, g))
-    key = q*n_docs + d
+    key = q * n_docs + d
     order = np.argsort(key, kind="stable")
-    if len(key) and (np.diff(key[order]) == 0).any(): raise ValueError("relevance names the same document twice for one query")
-    return Relevance(np.searchsorted(q[order], np.arange(n_queries + 1)), d[order], g[order], int(n_docs))
+    if len(key) and (np.diff(key[order]) == 0).any():
+        raise ValueError("relevance names the same document twice for one query")
+    return Relevance(
+        np.searchsorted(q[order], np.arange(n_queries + 1)), d[order], g[order], int(n_docs)
+    )
 
 # %% ../../nbs/core/11_ranking.ipynb #4545d440
 def as_relevance(
-    relevance,    # (Q,) document number of each query, a list of {document: grade}, a (Q,C) matrix (dense or sparse), or a Relevance
-    n_docs:int,   # Documents in the corpus, C
-)->Relevance:     # The same as a sparse table
+    relevance,  # (Q,) document number of each query, a list of {document: grade}, a (Q,C) matrix (dense or sparse), or a Relevance
+    n_docs: int,  # Documents in the corpus, C
+) -> Relevance:  # The same as a sparse table
     "Relevance in any of its forms as one sparse table"
     if isinstance(relevance, Relevance):
-        if relevance.n_docs != n_docs: raise ValueError(f"relevance is about {relevance.n_docs} documents, there are {n_docs}")
+        if relevance.n_docs != n_docs:
+            raise ValueError(f"relevance is about {relevance.n_docs} documents, there are {n_docs}")
         return relevance
     if isinstance(relevance, Sequence) and len(relevance) and isinstance(relevance[0], Mapping):
         trip = [(q, d, g) for q, row in enumerate(relevance) for d, g in row.items()]
         return _table(*(zip(*trip) if trip else ([], [], [])), len(relevance), n_docs)
     if hasattr(relevance, "tocoo"):
-        m = relevance.tocoo(); q, d, g, shape = m.row, m.col, m.data, m.shape
+        m = relevance.tocoo()
+        q, d, g, shape = m.row, m.col, m.data, m.shape
     else:
         y = np.asarray(relevance)
-        if y.ndim == 1 and np.issubdtype(y.dtype, np.integer): return _table(np.arange(len(y)), y, np.ones(len(y)), len(y), n_docs)
-        if y.ndim != 2: raise ValueError(f"relevance has shape {y.shape} and type {y.dtype}; it needs integers (Q,), dictionaries, or a matrix (Q,C)")
-        if np.isnan(y.astype(float)).any(): raise ValueError("relevance has NaN entries")
+        if y.ndim == 1 and np.issubdtype(y.dtype, np.integer):
+            return _table(np.arange(len(y)), y, np.ones(len(y)), len(y), n_docs)
+        if y.ndim != 2:
+            raise ValueError(
+                f"relevance has shape {y.shape} and type {y.dtype}; it needs integers (Q,), dictionaries, or a matrix (Q,C)"
+            )
+        if np.isnan(y.astype(float)).any():
+            raise ValueError("relevance has NaN entries")
         (q, d), shape = np.nonzero(y), y.shape
         g = y[q, d]
-    if shape[1] != n_docs: raise ValueError(f"relevance has {shape[1]} columns, there are {n_docs} documents")
+    if shape[1] != n_docs:
+        raise ValueError(f"relevance has {shape[1]} columns, there are {n_docs} documents")
     return _table(q, d, g, shape[0], n_docs)
 
 # %% ../../nbs/core/11_ranking.ipynb #8e5d2835
 class Ranked(NamedTuple):
     "The first documents of each query, best first"
-    ids:np.ndarray    # (Q,k) document numbers
-    scores:np.ndarray # (Q,k) their scores
+
+    ids: np.ndarray  # (Q,k) document numbers
+    scores: np.ndarray  # (Q,k) their scores
 
 # %% ../../nbs/core/11_ranking.ipynb #1a63fc23
 def top_k(
-    scores,     # (Q,C) one score per query and document, higher is better
-    k:int,      # How many to keep; more than C means all
-)->Ranked:      # Documents and scores, best first; ties by the lower document number
+    scores,  # (Q,C) one score per query and document, higher is better
+    k: int,  # How many to keep; more than C means all
+) -> Ranked:  # Documents and scores, best first; ties by the lower document number
     "The k best documents of every query in a fixed order"
     s = np.asarray(scores)
-    if s.ndim != 2 or s.shape[1] == 0: raise ValueError(f"scores has shape {s.shape}; it needs (queries, documents)")
-    if k < 1: raise ValueError(f"k={k} must be at least 1")
+    if s.ndim != 2 or s.shape[1] == 0:
+        raise ValueError(f"scores has shape {s.shape}; it needs (queries, documents)")
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1")
     s = s if np.issubdtype(s.dtype, np.floating) else s.astype(np.float64)
-    if np.isnan(s).any(): raise ValueError("scores has NaN; a zero vector has no cosine, remove it first")
+    if np.isnan(s).any():
+        raise ValueError("scores has NaN; a zero vector has no cosine, remove it first")
     k = min(k, s.shape[1])
     cut = np.partition(s, s.shape[1] - k, axis=1)[:, s.shape[1] - k, None]
     keep = s >= cut
-    if np.count_nonzero(keep) > k*len(s):   # some row has more than k: of the equal ones the lowest numbers stay
+    if np.count_nonzero(keep) > k * len(
+        s
+    ):  # some row has more than k: of the equal ones the lowest numbers stay
         above, equal = s > cut, s == cut
         keep = above | (equal & (np.cumsum(equal, 1) <= k - above.sum(1, keepdims=True)))
     ids = np.nonzero(keep)[1].reshape(len(s), k)
@@ -86,59 +106,70 @@ def top_k(
 
 # %% ../../nbs/core/11_ranking.ipynb #33ce9091
 def exact_search(
-    queries,          # (Q,d) vectors, float
-    docs,             # (C,d) vectors, float; a memory map is read block by block
-    k:int=10,         # Depth
-    block:int=65536,  # Documents scored at once
-)->Ranked:            # The k largest inner products of every query
+    queries,  # (Q,d) vectors, float
+    docs,  # (C,d) vectors, float; a memory map is read block by block
+    k: int = 10,  # Depth
+    block: int = 65536,  # Documents scored at once
+) -> Ranked:  # The k largest inner products of every query
     "Exact search by inner product, in blocks of documents"
     q = np.asarray(queries)
     if q.ndim != 2 or len(docs.shape) != 2 or q.shape[1] != docs.shape[1]:
         raise ValueError(f"queries {q.shape} and docs {tuple(docs.shape)} need the same width")
-    if len(docs) == 0: raise ValueError("docs is empty")
-    if block < 1: raise ValueError(f"block={block} must be at least 1")
+    if len(docs) == 0:
+        raise ValueError("docs is empty")
+    if block < 1:
+        raise ValueError(f"block={block} must be at least 1")
     best = None
     for i in range(0, len(docs), block):
-        r = top_k(q @ np.asarray(docs[i:i+block]).T, k)
+        r = top_k(q @ np.asarray(docs[i : i + block]).T, k)
         r = Ranked(r.ids + i, r.scores)
-        if best is None: best = r; continue
+        if best is None:
+            best = r
+            continue
         ids, s = np.concatenate([best.ids, r.ids], 1), np.concatenate([best.scores, r.scores], 1)
-        order = np.argsort(-s, axis=1, kind="stable")[:, :k]   # earlier blocks hold lower numbers, so ties stay in order
+        order = np.argsort(-s, axis=1, kind="stable")[
+            :, :k
+        ]  # earlier blocks hold lower numbers, so ties stay in order
         best = Ranked(np.take_along_axis(ids, order, 1), np.take_along_axis(s, order, 1))
     return best
 
 # %% ../../nbs/core/11_ranking.ipynb #794a8b82
 def ndcg_loop(
-    scores,             # (Q,C) scores
-    relevance,          # (Q,C) grades
-    k:int=10,           # Depth
-    gain:str="linear",  # "linear" or "exponential"
-)->np.ndarray:          # (Q,) NDCG, NaN where nothing is relevant
+    scores,  # (Q,C) scores
+    relevance,  # (Q,C) grades
+    k: int = 10,  # Depth
+    gain: str = "linear",  # "linear" or "exponential"
+) -> np.ndarray:  # (Q,) NDCG, NaN where nothing is relevant
     "The definition of `ndcg_at_k` as a loop"
-    g = (lambda y: y) if gain == "linear" else (lambda y: 2.**y - 1)
+    g = (lambda y: y) if gain == "linear" else (lambda y: 2.0**y - 1)
     res = []
     for s, y in zip(np.asarray(scores), np.asarray(relevance)):
         order = sorted(range(len(s)), key=lambda c: (-s[c], c))[:k]
-        dcg = sum(g(y[c])/np.log2(r + 2) for r, c in enumerate(order))
-        best = sum(g(v)/np.log2(r + 2) for r, v in enumerate(sorted(y, reverse=True)[:k]))
-        res.append(dcg/best if best > 0 else np.nan)
+        dcg = sum(g(y[c]) / np.log2(r + 2) for r, c in enumerate(order))
+        best = sum(g(v) / np.log2(r + 2) for r, v in enumerate(sorted(y, reverse=True)[:k]))
+        res.append(dcg / best if best > 0 else np.nan)
     return np.array(res)
 
 # %% ../../nbs/core/11_ranking.ipynb #630366b5
 def _ranked(scores, relevance, k):
     "Grades found at each rank (Q,k), and the table"
-    if k < 1: raise ValueError(f"k={k} must be at least 1")
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1")
     if isinstance(scores, Ranked):
         ids = scores.ids[:, :k]
-        if not isinstance(relevance, Relevance): raise ValueError("relevance must be a Relevance (see as_relevance) when scores is a Ranked")
+        if not isinstance(relevance, Relevance):
+            raise ValueError(
+                "relevance must be a Relevance (see as_relevance) when scores is a Ranked"
+            )
         rel = relevance
     else:
         n_docs = np.shape(scores)[1] if np.ndim(scores) == 2 else 0
         ids = top_k(scores, k).ids
         rel = as_relevance(relevance, n_docs)
-    if len(rel.indptr) - 1 != len(ids): raise ValueError(f"relevance has {len(rel.indptr)-1} queries, scores has {len(ids)}")
+    if len(rel.indptr) - 1 != len(ids):
+        raise ValueError(f"relevance has {len(rel.indptr) - 1} queries, scores has {len(ids)}")
     owner = np.repeat(np.arange(len(ids)), np.diff(rel.indptr))
-    key, want = owner*rel.n_docs + rel.docs, np.arange(len(ids))[:, None]*rel.n_docs + ids
+    key, want = owner * rel.n_docs + rel.docs, np.arange(len(ids))[:, None] * rel.n_docs + ids
     at = np.searchsorted(key, want)
     hit = at < len(key)
     hit[hit] = key[at[hit]] == want[hit]
@@ -146,68 +177,79 @@ def _ranked(scores, relevance, k):
     found[hit] = rel.grades[at[hit]]
     return found, rel
 
-def _none(x, rel): return np.where(np.diff(rel.indptr) > 0, x, np.nan)
+
+def _none(x, rel):
+    return np.where(np.diff(rel.indptr) > 0, x, np.nan)
 
 # %% ../../nbs/core/11_ranking.ipynb #a447ac00
 def ndcg_at_k(
-    scores,             # (Q,C) scores, or a Ranked with at least k columns
-    relevance,          # Any form that `as_relevance` takes; a Relevance when `scores` is a Ranked
-    k:int=10,           # Depth
-    gain:str="linear",  # "linear" (BEIR, trec_eval) or "exponential"
-)->np.ndarray:          # (Q,) NDCG in [0, 1]; NaN for a query without any relevant document
+    scores,  # (Q,C) scores, or a Ranked with at least k columns
+    relevance,  # Any form that `as_relevance` takes; a Relevance when `scores` is a Ranked
+    k: int = 10,  # Depth
+    gain: str = "linear",  # "linear" (BEIR, trec_eval) or "exponential"
+) -> np.ndarray:  # (Q,) NDCG in [0, 1]; NaN for a query without any relevant document
     "Normalised discounted cumulative gain of every query"
-    if gain not in ("linear", "exponential"): raise ValueError(f"gain={gain!r} must be 'linear' or 'exponential'")
+    if gain not in ("linear", "exponential"):
+        raise ValueError(f"gain={gain!r} must be 'linear' or 'exponential'")
     g = (lambda y: y) if gain == "linear" else (lambda y: np.exp2(y) - 1)
     found, rel = _ranked(scores, relevance, k)
-    dcg = (g(found)/np.log2(np.arange(found.shape[1]) + 2)).sum(1)
+    dcg = (g(found) / np.log2(np.arange(found.shape[1]) + 2)).sum(1)
     owner = np.repeat(np.arange(len(found)), np.diff(rel.indptr))
     order = np.lexsort((-rel.grades, owner))
     rank = np.arange(len(owner)) - rel.indptr[owner]
-    part = np.where(rank < k, g(rel.grades[order])/np.log2(rank + 2), 0)
+    part = np.where(rank < k, g(rel.grades[order]) / np.log2(rank + 2), 0)
     ideal = np.bincount(owner, part, minlength=len(found))
     return _none(np.divide(dcg, ideal, out=np.zeros(len(found)), where=ideal > 0), rel)
 
 # %% ../../nbs/core/11_ranking.ipynb #60f12739
 def mrr_at_k(
-    scores,      # (Q,C) scores or a Ranked
-    relevance,   # As in `ndcg_at_k`
-    k:int=10,    # Depth
-)->np.ndarray:   # (Q,) 1/rank of the first relevant document, 0 if none is in the first k, NaN if there is none at all
+    scores,  # (Q,C) scores or a Ranked
+    relevance,  # As in `ndcg_at_k`
+    k: int = 10,  # Depth
+) -> np.ndarray:  # (Q,) 1/rank of the first relevant document, 0 if none is in the first k, NaN if there is none at all
     "Reciprocal rank of every query"
     found, rel = _ranked(scores, relevance, k)
-    return _none(np.where(found.any(1), 1/((found > 0).argmax(1) + 1), 0.), rel)
+    return _none(np.where(found.any(1), 1 / ((found > 0).argmax(1) + 1), 0.0), rel)
+
 
 def hit_rate_at_k(
-    scores,      # (Q,C) scores or a Ranked
-    relevance,   # As in `ndcg_at_k`
-    k:int=10,    # Depth
-)->np.ndarray:   # (Q,) 1 if a relevant document is among the first k, else 0; NaN if there is none at all
+    scores,  # (Q,C) scores or a Ranked
+    relevance,  # As in `ndcg_at_k`
+    k: int = 10,  # Depth
+) -> (
+    np.ndarray
+):  # (Q,) 1 if a relevant document is among the first k, else 0; NaN if there is none at all
     "Is a relevant document among the first k?"
     found, rel = _ranked(scores, relevance, k)
     return _none((found > 0).any(1).astype(float), rel)
 
 # %% ../../nbs/core/11_ranking.ipynb #04a3af15
 def recall_at_k(
-    scores,      # (Q,C) scores or a Ranked
-    relevance,   # As in `ndcg_at_k`
-    k:int=10,    # Depth
-)->np.ndarray:   # (Q,) share of the relevant documents that are among the first k; NaN if there is none at all
+    scores,  # (Q,C) scores or a Ranked
+    relevance,  # As in `ndcg_at_k`
+    k: int = 10,  # Depth
+) -> (
+    np.ndarray
+):  # (Q,) share of the relevant documents that are among the first k; NaN if there is none at all
     "Recall of every query"
     found, rel = _ranked(scores, relevance, k)
-    return _none((found > 0).sum(1)/np.maximum(np.diff(rel.indptr), 1), rel)
+    return _none((found > 0).sum(1) / np.maximum(np.diff(rel.indptr), 1), rel)
 
 # %% ../../nbs/core/11_ranking.ipynb #aeff9d16
 class Mean(NamedTuple):
     "A mean over queries that says what it left out"
-    value:float   # Mean over the queries that have a relevant document
-    queries:int   # How many there are
-    dropped:int   # Queries without any relevant document
+
+    value: float  # Mean over the queries that have a relevant document
+    queries: int  # How many there are
+    dropped: int  # Queries without any relevant document
+
 
 def mean_metric(
-    per_query,   # (Q,) values of a metric, NaN where nothing is relevant
-)->Mean:         # Mean, number of queries, number left out
+    per_query,  # (Q,) values of a metric, NaN where nothing is relevant
+) -> Mean:  # Mean, number of queries, number left out
     "Mean over queries, and how many had nothing to find"
     x = np.asarray(per_query, float)
     used = ~np.isnan(x)
-    if not used.any(): raise ValueError("per_query has no query with a relevant document")
+    if not used.any():
+        raise ValueError("per_query has no query with a relevant document")
     return Mean(float(x[used].mean()), int(used.sum()), int((~used).sum()))

@@ -19,76 +19,101 @@ scale_names = ("smoke", "laptop", "gpu", "paper")
 
 # %% ../../nbs/core/01_scale.ipynb #578a1187
 def pick_device(
-    device:"str|torch.device|None"=None, # Any torch device; None means the first GPU if there is one, else the CPU
-)->"torch.device":                       # The device to put models and batches on
+    device: "str|torch.device|None" = None,  # Any torch device; None means the first GPU if there is one, else the CPU
+) -> "torch.device":  # The device to put models and batches on
     "The device to run on: what was asked for, else a GPU, else the CPU"
     import torch
-    if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try: res = torch.device(device)
-    except RuntimeError as e: raise ValueError(f"device={device!r} is not a torch device; use 'cpu', 'cuda' or 'cuda:1'") from e
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        res = torch.device(device)
+    except RuntimeError as e:
+        raise ValueError(
+            f"device={device!r} is not a torch device; use 'cpu', 'cuda' or 'cuda:1'"
+        ) from e
     if res.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r} asks for a GPU, but torch sees none; pass device='cpu' or None")
+        raise ValueError(
+            f"device={device!r} asks for a GPU, but torch sees none; pass device='cpu' or None"
+        )
     return res
 
 # %% ../../nbs/core/01_scale.ipynb #b3df6fc8
 class Scale:
     "The size dial of a notebook: `name`, `device`, and sizes looked up with `pick`"
-    def __init__(self,
-        name:str="laptop",                   # One of `scale_names`
-        device:"str|torch.device|None"=None, # Passed to `pick_device`
+
+    def __init__(
+        self,
+        name: str = "laptop",  # One of `scale_names`
+        device: "str|torch.device|None" = None,  # Passed to `pick_device`
     ):
-        if name not in scale_names: raise ValueError(f"scale={name!r} is not one of {', '.join(scale_names)}")
+        if name not in scale_names:
+            raise ValueError(f"scale={name!r} is not one of {', '.join(scale_names)}")
         self.name, self.device = name, pick_device(device)
 
-    def __repr__(self): return f"Scale({self.name!r}, device={str(self.device)!r})"
+    def __repr__(self):
+        return f"Scale({self.name!r}, device={str(self.device)!r})"
 
     @property
-    def is_smoke(self)->bool: # True when the run only proves that every line works
+    def is_smoke(self) -> bool:  # True when the run only proves that every line works
         "Is this the smallest size, at which nothing about learning may be asserted?"
         return self.name == "smoke"
 
-    def at_least(self,
-        name:str, # One of `scale_names`
-    )->bool:      # True from that size upwards
+    def at_least(
+        self,
+        name: str,  # One of `scale_names`
+    ) -> bool:  # True from that size upwards
         "Is this scale as large as `name`, or larger?"
-        if name not in scale_names: raise ValueError(f"name={name!r} is not one of {', '.join(scale_names)}")
+        if name not in scale_names:
+            raise ValueError(f"name={name!r} is not one of {', '.join(scale_names)}")
         return scale_names.index(self.name) >= scale_names.index(name)
 
 # %% ../../nbs/core/01_scale.ipynb #229144ae
 @patch
-def pick(self:Scale,
-    sizes:Mapping|None=None, # Sizes by scale name
-    **by_name,               # The same as keywords: `smoke=4, laptop=64`
-)->object:                   # The size of this scale, or of the nearest smaller one given
+def pick(
+    self: Scale,
+    sizes: Mapping | None = None,  # Sizes by scale name
+    **by_name,  # The same as keywords: `smoke=4, laptop=64`
+) -> object:  # The size of this scale, or of the nearest smaller one given
     "The size that belongs to this scale; a missing one falls back to the nearest smaller size given"
     given = dict(sizes or {}) | by_name
     if bad := sorted(set(given) - set(scale_names)):
-        raise ValueError(f"sizes has {', '.join(map(repr, bad))}, which are not among {', '.join(scale_names)}")
-    for name in reversed(scale_names[:scale_names.index(self.name)+1]):
-        if name in given: return given[name]
-    raise ValueError(f"sizes has nothing for scale {self.name!r} or smaller; it has {', '.join(given) or 'no entry'}")
+        raise ValueError(
+            f"sizes has {', '.join(map(repr, bad))}, which are not among {', '.join(scale_names)}"
+        )
+    for name in reversed(scale_names[: scale_names.index(self.name) + 1]):
+        if name in given:
+            return given[name]
+    raise ValueError(
+        f"sizes has nothing for scale {self.name!r} or smaller; it has {', '.join(given) or 'no entry'}"
+    )
 
 # %% ../../nbs/core/01_scale.ipynb #088e3058
 def set_seed(
-    seed:int, # Any non-negative integer below 2**32
-)->None:
+    seed: int,  # Any non-negative integer below 2**32
+) -> None:
     "Seed the global generators of Python, NumPy and torch"
     import numpy as np
     import torch
+
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r} must be an integer in [0, 2**32)")
-    random.seed(int(seed)); np.random.seed(int(seed)); torch.manual_seed(int(seed))
+    random.seed(int(seed))
+    np.random.seed(int(seed))
+    torch.manual_seed(int(seed))
 
 # %% ../../nbs/core/01_scale.ipynb #c9d4d79a
 def rng(
-    seed:int,                        # The run's seed
-    *keys,                           # What the stream is for: strings and integers, e.g. `"data", step`
-    device:"str|torch.device"="cpu", # Device of the generator
-)->"torch.Generator":                # A fresh generator at the start of its stream
+    seed: int,  # The run's seed
+    *keys,  # What the stream is for: strings and integers, e.g. `"data", step`
+    device: "str|torch.device" = "cpu",  # Device of the generator
+) -> "torch.Generator":  # A fresh generator at the start of its stream
     "An independent random stream named by `keys`, the same on every machine"
     import torch
+
     for k in keys:
-        if not isinstance(k, (str, int)): raise TypeError(f"keys must be strings or integers, not {type(k).__name__}")
+        if not isinstance(k, (str, int)):
+            raise TypeError(f"keys must be strings or integers, not {type(k).__name__}")
     text = "|".join([str(int(seed)), *(f"{type(k).__name__[0]}:{k}" for k in keys)])
     digest = hashlib.sha256(text.encode()).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -98,20 +123,26 @@ def rng(
 def deterministic():
     "Use torch's deterministic kernels inside the block"
     import torch
+
     before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True, warn_only=False); torch.backends.cudnn.benchmark = False
-    try: yield
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
     finally:
         torch.use_deterministic_algorithms(before)
         torch.backends.cudnn.benchmark = benchmark
 
 # %% ../../nbs/core/01_scale.ipynb #78bfa176
 def need(
-    module:str,          # Import path, e.g. "ray" or "transformers.utils"
-    extra:str|None=None, # Extra of the wheel that brings it; None for a base requirement
-)->object:               # The imported module
+    module: str,  # Import path, e.g. "ray" or "transformers.utils"
+    extra: str | None = None,  # Extra of the wheel that brings it; None for a base requirement
+) -> object:  # The imported module
     "Import an optional module, or say what to install"
-    try: return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
     except ImportError as e:
-        what = f'llmpapers[{extra}]' if extra else module.split(".")[0]
-        raise ImportError(f'{module} is needed here but cannot be imported ({e}); run: pip install "{what}"') from e
+        what = f"llmpapers[{extra}]" if extra else module.split(".")[0]
+        raise ImportError(
+            f'{module} is needed here but cannot be imported ({e}); run: pip install "{what}"'
+        ) from e

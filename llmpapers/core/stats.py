@@ -17,16 +17,19 @@ from scipy import stats as _sps
 @dataclass(frozen=True)
 class Interval:
     "An estimate with its confidence interval"
-    mid:float   # Estimate
-    low:float   # Lower end
-    high:float  # Upper end
-    n:int       # Number of independent units (seeds, problems) behind it
 
-    def __str__(self): return f"{self.mid:.4g} [{self.low:.4g}, {self.high:.4g}], n={self.n}"
+    mid: float  # Estimate
+    low: float  # Lower end
+    high: float  # Upper end
+    n: int  # Number of independent units (seeds, problems) behind it
 
-    def excludes(self,
-        value:float=0., # The value asked about, usually "no effect"
-    )->bool:            # True when `value` lies outside
+    def __str__(self):
+        return f"{self.mid:.4g} [{self.low:.4g}, {self.high:.4g}], n={self.n}"
+
+    def excludes(
+        self,
+        value: float = 0.0,  # The value asked about, usually "no effect"
+    ) -> bool:  # True when `value` lies outside
         "Does the interval exclude `value`?"
         return not self.low <= value <= self.high
 
@@ -34,120 +37,160 @@ class Interval:
 def _sample(x, name, least=1):
     "A finite one-dimensional float array, or an error that names the argument"
     x = np.asarray(x, float)
-    if x.ndim != 1: raise ValueError(f"{name} has shape {x.shape}; it needs one number per seed, shape (n,)")
-    if len(x) < least: raise ValueError(f"{name} has {len(x)} value(s); this needs at least {least}")
-    if not np.isfinite(x).all(): raise ValueError(f"{name} has NaN or infinite values; drop or repair those runs first")
+    if x.ndim != 1:
+        raise ValueError(f"{name} has shape {x.shape}; it needs one number per seed, shape (n,)")
+    if len(x) < least:
+        raise ValueError(f"{name} has {len(x)} value(s); this needs at least {least}")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} has NaN or infinite values; drop or repair those runs first")
     return x
 
+
 def _level(level):
-    if not 0 < level < 1: raise ValueError(f"level={level} must lie between 0 and 1, e.g. 0.95")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1, e.g. 0.95")
 
 # %% ../../nbs/core/06_stats.ipynb #b7eddf83
 def mean_ci(
-    x,                 # (n,) one number per seed
-    level:float=.95,   # Confidence level
-)->Interval:           # Mean and Student interval; infinite for n = 1
+    x,  # (n,) one number per seed
+    level: float = 0.95,  # Confidence level
+) -> Interval:  # Mean and Student interval; infinite for n = 1
     "Student interval of the mean"
-    x = _sample(x, "x"); _level(level)
-    if len(x) == 1: return Interval(float(x[0]), -np.inf, np.inf, 1)
-    half = _sps.t.ppf(.5 + level/2, len(x)-1)*x.std(ddof=1)/np.sqrt(len(x))
-    return Interval(float(x.mean()), float(x.mean()-half), float(x.mean()+half), len(x))
+    x = _sample(x, "x")
+    _level(level)
+    if len(x) == 1:
+        return Interval(float(x[0]), -np.inf, np.inf, 1)
+    half = _sps.t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half), len(x))
 
 # %% ../../nbs/core/06_stats.ipynb #8db1765c
 def bootstrap_ci(
-    x,                        # (n,) one number per unit
-    stat:Callable=np.mean,    # Statistic: takes an array and the keyword `axis`
-    level:float=.95,          # Confidence level
-    n_boot:int=10_000,        # Resamples
-    seed:int=0,               # Seed of the resampling
-)->Interval:                  # Statistic and BCa interval
+    x,  # (n,) one number per unit
+    stat: Callable = np.mean,  # Statistic: takes an array and the keyword `axis`
+    level: float = 0.95,  # Confidence level
+    n_boot: int = 10_000,  # Resamples
+    seed: int = 0,  # Seed of the resampling
+) -> Interval:  # Statistic and BCa interval
     "Bias-corrected and accelerated bootstrap interval of any statistic"
-    x = _sample(x, "x", 2); _level(level)
-    if n_boot < 100: raise ValueError(f"n_boot={n_boot} is too few for an interval; use 1000 or more")
+    x = _sample(x, "x", 2)
+    _level(level)
+    if n_boot < 100:
+        raise ValueError(f"n_boot={n_boot} is too few for an interval; use 1000 or more")
     mid = float(stat(x, axis=0))
-    if np.ptp(x) == 0: return Interval(mid, mid, mid, len(x))
-    r = _sps.bootstrap((x,), stat, confidence_level=level, n_resamples=n_boot, method="BCa", vectorized=True,
-                       batch=max(1, 2_000_000//len(x)), rng=np.random.default_rng(seed))
-    return Interval(mid, float(r.confidence_interval.low), float(r.confidence_interval.high), len(x))
+    if np.ptp(x) == 0:
+        return Interval(mid, mid, mid, len(x))
+    r = _sps.bootstrap(
+        (x,),
+        stat,
+        confidence_level=level,
+        n_resamples=n_boot,
+        method="BCa",
+        vectorized=True,
+        batch=max(1, 2_000_000 // len(x)),
+        rng=np.random.default_rng(seed),
+    )
+    return Interval(
+        mid, float(r.confidence_interval.low), float(r.confidence_interval.high), len(x)
+    )
 
 # %% ../../nbs/core/06_stats.ipynb #1e087f73
 def _paired(a, b, least=2):
     a, b = _sample(a, "a", least), _sample(b, "b", least)
-    if len(a) != len(b): raise ValueError(f"a has {len(a)} values and b {len(b)}; a paired comparison needs the same seeds in both")
+    if len(a) != len(b):
+        raise ValueError(
+            f"a has {len(a)} values and b {len(b)}; a paired comparison needs the same seeds in both"
+        )
     return a - b
 
+
 def paired_bootstrap(
-    a,                  # (n,) results of the first arm, one per seed
-    b,                  # (n,) results of the second arm on the same seeds, in the same order
-    level:float=.95,    # Confidence level
-    n_boot:int=10_000,  # Resamples
-    seed:int=0,         # Seed of the resampling
-)->Interval:            # Mean of `a - b` and its interval
+    a,  # (n,) results of the first arm, one per seed
+    b,  # (n,) results of the second arm on the same seeds, in the same order
+    level: float = 0.95,  # Confidence level
+    n_boot: int = 10_000,  # Resamples
+    seed: int = 0,  # Seed of the resampling
+) -> Interval:  # Mean of `a - b` and its interval
     "Bootstrap interval of the mean paired difference"
     return bootstrap_ci(_paired(a, b), level=level, n_boot=n_boot, seed=seed)
 
 # %% ../../nbs/core/06_stats.ipynb #b368a828
 def _signs(n, n_perm, seed):
     "All sign patterns when they are few, else random ones; and whether all were taken"
-    if 2**n <= max(n_perm, 8192): return 1 - 2*((np.arange(2**n)[:,None] >> np.arange(n)) & 1), True
+    if 2**n <= max(n_perm, 8192):
+        return 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1), True
     return np.random.default_rng(seed).choice([-1, 1], (n_perm, n)), False
 
+
 def _tail(null, obs, alternative):
-    tol = 1e-12*max(1., abs(obs))
-    if alternative == "two-sided": return np.abs(null) >= abs(obs) - tol
+    tol = 1e-12 * max(1.0, abs(obs))
+    if alternative == "two-sided":
+        return np.abs(null) >= abs(obs) - tol
     return null >= obs - tol if alternative == "greater" else null <= obs + tol
 
 # %% ../../nbs/core/06_stats.ipynb #c9e4eaa0
 def permutation_test(
-    a,                             # (n,) first sample
-    b,                             # (n,) or (m,) second sample
-    paired:bool=True,              # Same seeds in both (sign flips), or independent samples (shuffles)
-    n_perm:int=10_000,             # Random permutations when they cannot all be enumerated
-    seed:int=0,                    # Seed of the permutations
-    alternative:str="two-sided",   # "two-sided", "greater" (a > b) or "less"
-)->float:                          # p-value; exact for at most 13 pairs
+    a,  # (n,) first sample
+    b,  # (n,) or (m,) second sample
+    paired: bool = True,  # Same seeds in both (sign flips), or independent samples (shuffles)
+    n_perm: int = 10_000,  # Random permutations when they cannot all be enumerated
+    seed: int = 0,  # Seed of the permutations
+    alternative: str = "two-sided",  # "two-sided", "greater" (a > b) or "less"
+) -> float:  # p-value; exact for at most 13 pairs
     "Permutation test of equal means"
-    if alternative not in ("two-sided", "greater", "less"): raise ValueError(f"alternative={alternative!r} must be 'two-sided', 'greater' or 'less'")
+    if alternative not in ("two-sided", "greater", "less"):
+        raise ValueError(f"alternative={alternative!r} must be 'two-sided', 'greater' or 'less'")
     if paired:
         d = _paired(a, b)
         signs, exact = _signs(len(d), n_perm, seed)
-        null, obs = signs@d/len(d), d.mean()
+        null, obs = signs @ d / len(d), d.mean()
     else:
         a, b = _sample(a, "a"), _sample(b, "b")
         both, exact = np.concatenate([a, b]), False
         shuffled = np.random.default_rng(seed).permuted(np.tile(both, (n_perm, 1)), axis=1)
-        null, obs = shuffled[:,:len(a)].mean(1) - shuffled[:,len(a):].mean(1), a.mean() - b.mean()
+        null, obs = (
+            shuffled[:, : len(a)].mean(1) - shuffled[:, len(a) :].mean(1),
+            a.mean() - b.mean(),
+        )
     hits = _tail(null, obs, alternative).sum()
-    return float(hits/len(null) if exact else (1 + hits)/(1 + len(null)))
+    return float(hits / len(null) if exact else (1 + hits) / (1 + len(null)))
 
 # %% ../../nbs/core/06_stats.ipynb #6f9add72
 def wilson_interval(
-    k:int,             # Successes
-    n:int,             # Trials
-    level:float=.95,   # Confidence level
-)->Interval:           # Share of successes and Wilson interval
+    k: int,  # Successes
+    n: int,  # Trials
+    level: float = 0.95,  # Confidence level
+) -> Interval:  # Share of successes and Wilson interval
     "Wilson score interval of a proportion"
     _level(level)
-    if n < 1 or not 0 <= k <= n: raise ValueError(f"k={k} successes of n={n} trials: it needs 0 <= k <= n and n >= 1")
-    p, z = k/n, _sps.norm.ppf(.5 + level/2)
-    mid, half = (p + z*z/(2*n))/(1 + z*z/n), z*np.sqrt(p*(1-p)/n + z*z/(4*n*n))/(1 + z*z/n)
-    return Interval(p, float(max(0., min(p, mid-half))), float(min(1., max(p, mid+half))), int(n))
+    if n < 1 or not 0 <= k <= n:
+        raise ValueError(f"k={k} successes of n={n} trials: it needs 0 <= k <= n and n >= 1")
+    p, z = k / n, _sps.norm.ppf(0.5 + level / 2)
+    mid, half = (
+        (p + z * z / (2 * n)) / (1 + z * z / n),
+        z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n),
+    )
+    return Interval(
+        p, float(max(0.0, min(p, mid - half))), float(min(1.0, max(p, mid + half))), int(n)
+    )
 
 # %% ../../nbs/core/06_stats.ipynb #e3e55a26
 @dataclass(frozen=True)
 class NonInferiority:
     "Outcome of a non-inferiority comparison"
-    diff:Interval  # Mean of `a - b`, higher is better
-    margin:float   # Accepted loss, positive
-    passed:bool    # True when the interval lies above `-margin`
+
+    diff: Interval  # Mean of `a - b`, higher is better
+    margin: float  # Accepted loss, positive
+    passed: bool  # True when the interval lies above `-margin`
+
 
 def non_inferiority(
-    a,                 # (n,) the cheaper method, one result per seed, higher is better
-    b,                 # (n,) the reference on the same seeds
-    margin:float,      # Accepted loss, > 0, stated before looking
-    level:float=.95,   # Confidence level of the interval
-)->NonInferiority:     # Difference, margin and outcome
+    a,  # (n,) the cheaper method, one result per seed, higher is better
+    b,  # (n,) the reference on the same seeds
+    margin: float,  # Accepted loss, > 0, stated before looking
+    level: float = 0.95,  # Confidence level of the interval
+) -> NonInferiority:  # Difference, margin and outcome
     "Is `a` at most `margin` worse than `b`?"
-    if not margin > 0: raise ValueError(f"margin={margin} must be positive: the loss that is accepted")
+    if not margin > 0:
+        raise ValueError(f"margin={margin} must be positive: the loss that is accepted")
     diff = mean_ci(_paired(a, b), level)
     return NonInferiority(diff, float(margin), bool(diff.low > -margin))

@@ -21,110 +21,167 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .artifacts import artifact
-from .lm import LM, TinyLMConfig, encode_batch, load_lm, n_params, save_lm, tiny_lm, word_tokenizer
+from llmpapers.core.lm import (
+    LM,
+    TinyLMConfig,
+    encode_batch,
+    load_lm,
+    n_params,
+    save_lm,
+    tiny_lm,
+    word_tokenizer,
+)
 from .scale import pick_device, rng
 from .train import TrainConfig, read_metrics, train
 
 # %% ../../nbs/core/08_tasks.ipynb #acafffd5
-ROLES = ("pad", "prompt", "habit", "filler", "name", "operand", "operator", "result", "answer", "punct", "eos") # Role names; a role is an index into this tuple
-OPENINGS = ("so we now", "next let us", "then it is time to") # How a step begins
-VERBS = {"+": "add", "-": "subtract", "*": "multiply"}        # What follows the opening
-FILLERS = ("well", "okay", "hmm", "right", "fine", "yes")     # Interjections
-ROLE = {r: i for i, r in enumerate(ROLES)}                    # Role name to index
+ROLES = (
+    "pad",
+    "prompt",
+    "habit",
+    "filler",
+    "name",
+    "operand",
+    "operator",
+    "result",
+    "answer",
+    "punct",
+    "eos",
+)  # Role names; a role is an index into this tuple
+OPENINGS = ("so we now", "next let us", "then it is time to")  # How a step begins
+VERBS = {"+": "add", "-": "subtract", "*": "multiply"}  # What follows the opening
+FILLERS = ("well", "okay", "hmm", "right", "fine", "yes")  # Interjections
+ROLE = {r: i for i, r in enumerate(ROLES)}  # Role name to index
 
 # %% ../../nbs/core/08_tasks.ipynb #cf6a31a1
 @dataclass(frozen=True)
 class ChainTask:
     "A family of chain-of-thought problems; frozen, so that it can be part of a recipe"
-    n_start:int = 2             # Variables with a given value, at least 2
-    n_steps:int = 4             # Largest number of steps
-    modulus:int = 10            # Values are 0 to modulus - 1
-    noise:float = 0.0           # Probability that a result label is replaced by a random value in training
-    ops:str = "+-"              # Operators, out of "+-*"
-    min_steps:int = 2           # Smallest number of steps
-    max_filler:int = 2          # Most interjections per step
-    names:str = "abcdefghijkl"  # Variable names, one character each
 
-    def __post_init__(self): self.check()
+    n_start: int = 2  # Variables with a given value, at least 2
+    n_steps: int = 4  # Largest number of steps
+    modulus: int = 10  # Values are 0 to modulus - 1
+    noise: float = 0.0  # Probability that a result label is replaced by a random value in training
+    ops: str = "+-"  # Operators, out of "+-*"
+    min_steps: int = 2  # Smallest number of steps
+    max_filler: int = 2  # Most interjections per step
+    names: str = "abcdefghijkl"  # Variable names, one character each
+
+    def __post_init__(self):
+        self.check()
+
     @cached_property
-    def vocabulary(self)->list: # Words in the order of their ids, from id 4
+    def vocabulary(self) -> list:  # Words in the order of their ids, from id 4
         "The words of the task"
         return _vocabulary(self)
+
     @cached_property
-    def tokenizer(self)->"PreTrainedTokenizerFast": # One token per word
+    def tokenizer(self) -> "PreTrainedTokenizerFast":  # One token per word
         "Word tokenizer of the task"
         return word_tokenizer(self.vocabulary)
+
     @cached_property
-    def ids(self)->dict: # Word to id
+    def ids(self) -> dict:  # Word to id
         "Token id of each word"
         return {w: i for i, w in enumerate(self.vocabulary, 4)}
 
 # %% ../../nbs/core/08_tasks.ipynb #4d008c8d
 @patch
-def check(self:ChainTask):
+def check(self: ChainTask):
     "Check every field; called when the task is made"
+
     def need_(ok, k, what):
-        if not ok: raise ValueError(f"{k}: need {what}, got {getattr(self, k)!r}")
+        if not ok:
+            raise ValueError(f"{k}: need {what}, got {getattr(self, k)!r}")
+
     isint = lambda k: isinstance(getattr(self, k), int) and not isinstance(getattr(self, k), bool)
     need_(isint("n_start") and self.n_start >= 2, "n_start", "an int >= 2")
     need_(isint("min_steps") and self.min_steps >= 1, "min_steps", "an int >= 1")
-    need_(isint("n_steps") and self.n_steps >= self.min_steps, "n_steps", f"an int >= min_steps={self.min_steps}")
+    need_(
+        isint("n_steps") and self.n_steps >= self.min_steps,
+        "n_steps",
+        f"an int >= min_steps={self.min_steps}",
+    )
     need_(isint("modulus") and 2 <= self.modulus <= 100, "modulus", "an int from 2 to 100")
     need_(isint("max_filler") and self.max_filler >= 0, "max_filler", "an int >= 0")
     need_(isinstance(self.noise, (int, float)) and 0 <= self.noise <= 1, "noise", "a probability")
-    need_(bool(self.ops) and set(self.ops) <= set(VERBS) and len(set(self.ops)) == len(self.ops), "ops", f"different ones of {''.join(VERBS)!r}")
-    need_(self.names.isalpha() and len(set(self.names)) == len(self.names), "names", "different letters")
-    need_(len(self.names) >= self.n_start + self.n_steps, "names", f"at least {self.n_start + self.n_steps} letters, one per variable")
+    need_(
+        bool(self.ops) and set(self.ops) <= set(VERBS) and len(set(self.ops)) == len(self.ops),
+        "ops",
+        f"different ones of {''.join(VERBS)!r}",
+    )
+    need_(
+        self.names.isalpha() and len(set(self.names)) == len(self.names),
+        "names",
+        "different letters",
+    )
+    need_(
+        len(self.names) >= self.n_start + self.n_steps,
+        "names",
+        f"at least {self.n_start + self.n_steps} letters, one per variable",
+    )
 
 # %% ../../nbs/core/08_tasks.ipynb #8b6ff910
 def _vocabulary(task):
     "The words of a task in the order of their ids"
     text = [*OPENINGS, *VERBS.values(), *FILLERS, "answer", *VERBS, "= : ; ?"]
-    return list(dict.fromkeys([*map(str, range(task.modulus)), *task.names, *" ".join(text).split()]))
+    return list(
+        dict.fromkeys([*map(str, range(task.modulus)), *task.names, *" ".join(text).split()])
+    )
 
 # %% ../../nbs/core/08_tasks.ipynb #5cb50a1d
 class _Meaning(NamedTuple):
     "What `n` problems say, before it is put in words"
-    k:Tensor      # (n,) number of steps
-    names:Tensor  # (n,v) index of each variable's name
-    values:Tensor # (n,v) value of each variable
-    left:Tensor   # (n,j) variable left of the operator
-    right:Tensor  # (n,j) variable right of it
-    op:Tensor     # (n,j) index of the operator
+
+    k: Tensor  # (n,) number of steps
+    names: Tensor  # (n,v) index of each variable's name
+    values: Tensor  # (n,v) value of each variable
+    left: Tensor  # (n,j) variable left of the operator
+    right: Tensor  # (n,j) variable right of it
+    op: Tensor  # (n,j) index of the operator
+
 
 def _meaning(task, n, g):
     "Draw `n` problems"
     J, s, dev = task.n_steps, task.n_start, g.device
     draw = lambda *shape: torch.rand(n, *shape, generator=g, device=dev)
-    k = task.min_steps + (draw()*(J - task.min_steps + 1)).long()
-    names = draw(len(task.names)).argsort(1)[:, :s+J]
-    start, op, swap = (draw(s)*task.modulus).long(), (draw(J)*len(task.ops)).long(), draw(J) < 0.5
-    prev = torch.arange(s-1, s+J-1, device=dev).expand(n, J)
-    other = (draw(J)*prev).long()
+    k = task.min_steps + (draw() * (J - task.min_steps + 1)).long()
+    names = draw(len(task.names)).argsort(1)[:, : s + J]
+    start, op, swap = (
+        (draw(s) * task.modulus).long(),
+        (draw(J) * len(task.ops)).long(),
+        draw(J) < 0.5,
+    )
+    prev = torch.arange(s - 1, s + J - 1, device=dev).expand(n, J)
+    other = (draw(J) * prev).long()
     left, right = torch.where(swap, other, prev), torch.where(swap, prev, other)
     values = torch.cat([start, start.new_zeros(n, J)], 1)
     for j in range(J):
-        a, b = values.gather(1, left[:, j:j+1]), values.gather(1, right[:, j:j+1])
-        all_ops = torch.cat([dict(zip("+-*", (a + b, a - b, a*b)))[o] for o in task.ops], 1)
-        values[:, s+j] = all_ops.gather(1, op[:, j:j+1])[:, 0] % task.modulus
+        a, b = values.gather(1, left[:, j : j + 1]), values.gather(1, right[:, j : j + 1])
+        all_ops = torch.cat([dict(zip("+-*", (a + b, a - b, a * b)))[o] for o in task.ops], 1)
+        values[:, s + j] = all_ops.gather(1, op[:, j : j + 1])[:, 0] % task.modulus
     return _Meaning(k, names, values, left, right, op)
 
 # %% ../../nbs/core/08_tasks.ipynb #a47dfbe6
 class _Grid:
     "Columns of (token, role, used), collected left to right"
-    def __init__(self, n, device): self.n, self.dev, self.cols = n, device, []
+
+    def __init__(self, n, device):
+        self.n, self.dev, self.cols = n, device, []
+
     def add(self, tokens, roles, used=True):
         "Append slots: `tokens` (n,c), `roles` (c,) or (n,c), `used` broadcast to (n,c)"
         tokens = torch.as_tensor(tokens, device=self.dev).expand(self.n, -1)
         roles = torch.as_tensor(roles, device=self.dev).expand(tokens.shape)
         used = torch.as_tensor(used, device=self.dev).expand(tokens.shape)
         self.cols.append((tokens, roles, used))
+
     def pack(self):
         "(token, role, used), each (n,t), with the used slots on the left"
         tokens, roles, used = (torch.cat(c, 1) for c in zip(*self.cols))
-        order = (~used).long().argsort(dim=1, stable=True)[:, :int(used.sum(1).max())]
+        order = (~used).long().argsort(dim=1, stable=True)[:, : int(used.sum(1).max())]
         used = used.gather(1, order)
-        return tokens.gather(1, order)*used, roles.gather(1, order)*used, used
+        return tokens.gather(1, order) * used, roles.gather(1, order) * used, used
 
 # %% ../../nbs/core/08_tasks.ipynb #2eb961b9
 def _prompt(task, m, grid):
@@ -134,91 +191,150 @@ def _prompt(task, m, grid):
     op = torch.tensor([w[o] for o in task.ops], device=grid.dev)[m.op]
     const = lambda word: torch.full((grid.n,), w[word], device=grid.dev)
     for i in range(s):
-        grid.add(torch.stack([digit[:, i], name[:, i], const(";")], 1), [P]*3)
+        grid.add(torch.stack([digit[:, i], name[:, i], const(";")], 1), [P] * 3)
     for j in range(task.n_steps):
-        a, b = (name.gather(1, side[:, j:j+1])[:, 0] for side in (m.left, m.right))
-        grid.add(torch.stack([name[:, s+j], const("="), a, op[:, j], b, const(";")], 1), [P]*6, (j < m.k)[:, None])
+        a, b = (name.gather(1, side[:, j : j + 1])[:, 0] for side in (m.left, m.right))
+        grid.add(
+            torch.stack([name[:, s + j], const("="), a, op[:, j], b, const(";")], 1),
+            [P] * 6,
+            (j < m.k)[:, None],
+        )
     last = (s + m.k - 1)[:, None]
-    grid.add(torch.cat([name.gather(1, last), const("?")[:, None]], 1), [P]*2)
+    grid.add(torch.cat([name.gather(1, last), const("?")[:, None]], 1), [P] * 2)
 
 # %% ../../nbs/core/08_tasks.ipynb #b0319fd6
-_core = "name punct name operand operator name operand punct result name punct".split() # c = a 3 + b 5 : 8 c ;
+_core = (
+    "name punct name operand operator name operand punct result name punct".split()
+)  # c = a 3 + b 5 : 8 c ;
+
 
 def _phrases(task):
     "(openings, operators, longest) token ids of the stock phrases, 0 where one is shorter"
-    rows = [[[task.ids[x] for x in f"{o} {VERBS[op]}".split()] for op in task.ops] for o in OPENINGS]
+    rows = [
+        [[task.ids[x] for x in f"{o} {VERBS[op]}".split()] for op in task.ops] for o in OPENINGS
+    ]
     longest = max(len(p) for row in rows for p in row)
-    return torch.tensor([[p + [0]*(longest - len(p)) for p in row] for row in rows])
+    return torch.tensor([[p + [0] * (longest - len(p)) for p in row] for row in rows])
+
 
 def _response(task, m, grid, g):
     "Lay out the steps and the answer"
     w, s, n, F, role = task.ids, task.n_start, grid.n, task.max_filler, ROLE
     digit, name = w["0"] + m.values, w[task.names[0]] + m.names
     op = torch.tensor([w[o] for o in task.ops], device=grid.dev)[m.op]
-    draw = lambda high, *shape: (torch.rand(n, *shape, generator=g, device=grid.dev)*high).long()
-    phrase = _phrases(task).to(grid.dev)[draw(len(OPENINGS), task.n_steps), m.op]          # (n,j,p)
-    n_filler, filler = draw(F + 1, task.n_steps), w[FILLERS[0]] + draw(len(FILLERS), task.n_steps, F)
+    draw = lambda high, *shape: (torch.rand(n, *shape, generator=g, device=grid.dev) * high).long()
+    phrase = _phrases(task).to(grid.dev)[draw(len(OPENINGS), task.n_steps), m.op]  # (n,j,p)
+    n_filler, filler = (
+        draw(F + 1, task.n_steps),
+        w[FILLERS[0]] + draw(len(FILLERS), task.n_steps, F),
+    )
     const = lambda word: torch.full((n,), w[word], device=grid.dev)
     for j in range(task.n_steps):
-        on, at = (j < m.k)[:, None], lambda t, side: t.gather(1, side[:, j:j+1])[:, 0]
-        grid.add(phrase[:, j], [role["habit"]]*phrase.shape[-1], on & (phrase[:, j] > 0))
-        grid.add(filler[:, j], [role["filler"]]*F, on & (torch.arange(F, device=grid.dev) < n_filler[:, j:j+1]))
-        core = [name[:, s+j], const("="), at(name, m.left), at(digit, m.left), op[:, j], at(name, m.right), at(digit, m.right),
-                const(":"), digit[:, s+j], name[:, s+j], const(";")]
+        on, at = (j < m.k)[:, None], lambda t, side: t.gather(1, side[:, j : j + 1])[:, 0]
+        grid.add(phrase[:, j], [role["habit"]] * phrase.shape[-1], on & (phrase[:, j] > 0))
+        grid.add(
+            filler[:, j],
+            [role["filler"]] * F,
+            on & (torch.arange(F, device=grid.dev) < n_filler[:, j : j + 1]),
+        )
+        core = [
+            name[:, s + j],
+            const("="),
+            at(name, m.left),
+            at(digit, m.left),
+            op[:, j],
+            at(name, m.right),
+            at(digit, m.right),
+            const(":"),
+            digit[:, s + j],
+            name[:, s + j],
+            const(";"),
+        ]
         grid.add(torch.stack(core, 1), [role[r] for r in _core], on)
     value = digit.gather(1, (s + m.k - 1)[:, None])
-    grid.add(torch.cat([const("answer")[:, None], value, torch.full_like(value, 2)], 1), [role[r] for r in ("habit", "answer", "eos")])
+    grid.add(
+        torch.cat([const("answer")[:, None], value, torch.full_like(value, 2)], 1),
+        [role[r] for r in ("habit", "answer", "eos")],
+    )
 
 # %% ../../nbs/core/08_tasks.ipynb #77611c2e
 @dataclass(frozen=True)
 class ChainBatch:
     "Solved problems, prompt then response, padded on the right"
-    input_ids:Tensor      # (b,t) int64
-    attention_mask:Tensor # (b,t) bool, False on padding
-    response_mask:Tensor  # (b,t) bool, True from the first response token to the end token
-    roles:Tensor          # (b,t) int8, indices into ROLES; 0 on padding
-    texts:list            # b texts without special tokens; `ChainTask.split` cuts one into prompt and response
 
-    def __len__(self): return len(self.input_ids)
+    input_ids: Tensor  # (b,t) int64
+    attention_mask: Tensor  # (b,t) bool, False on padding
+    response_mask: Tensor  # (b,t) bool, True from the first response token to the end token
+    roles: Tensor  # (b,t) int8, indices into ROLES; 0 on padding
+    texts: (
+        list  # b texts without special tokens; `ChainTask.split` cuts one into prompt and response
+    )
+
+    def __len__(self):
+        return len(self.input_ids)
+
 
 @patch
-def sample(self:ChainTask,
-    n:int,                     # How many problems
-    generator:torch.Generator, # Decides them; the tensors are on its device
-)->ChainBatch: # Problems with their solutions
+def sample(
+    self: ChainTask,
+    n: int,  # How many problems
+    generator: torch.Generator,  # Decides them; the tensors are on its device
+) -> ChainBatch:  # Problems with their solutions
     "Draw problems and write their solutions"
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f"n: need a positive int, got {n!r}")
-    if not isinstance(generator, torch.Generator): raise TypeError(f"generator: need a torch.Generator, got {type(generator).__name__}")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"n: need a positive int, got {n!r}")
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: need a torch.Generator, got {type(generator).__name__}")
     m, grid = _meaning(self, n, generator), _Grid(n, generator.device)
-    _prompt(self, m, grid); _response(self, m, grid, generator)
+    _prompt(self, m, grid)
+    _response(self, m, grid, generator)
     ids, roles, used = grid.pack()
     words = ["<pad>", "<bos>", "<eos>", "<unk>", *self.vocabulary]
-    texts = [" ".join([words[i] for i in row[:k-1]]) for row, k in zip(ids.tolist(), used.sum(1).tolist())]
+    texts = [
+        " ".join([words[i] for i in row[: k - 1]])
+        for row, k in zip(ids.tolist(), used.sum(1).tolist())
+    ]
     return ChainBatch(ids, used, used & (roles != ROLE["prompt"]), roles.to(torch.int8), texts)
 
+
 @patch
-def split(self:ChainTask,
-    text:str, # An element of `ChainBatch.texts`
-)->tuple: # Prompt up to the question mark, and response
+def split(
+    self: ChainTask,
+    text: str,  # An element of `ChainBatch.texts`
+) -> tuple:  # Prompt up to the question mark, and response
     "Cut a text into prompt and response"
     prompt, mark, response = text.partition(" ? ")
-    if not mark: raise ValueError(f"text: has no question mark: {text!r}")
+    if not mark:
+        raise ValueError(f"text: has no question mark: {text!r}")
     return f"{prompt} ?", response
 
 # %% ../../nbs/core/08_tasks.ipynb #d63b4449
 @patch
-def batch(self:ChainTask,
-    batch_size:int, # Problems per batch
-)->Callable: # (step, generator) -> dictionary for `core.train`: input_ids, attention_mask, labels
+def batch(
+    self: ChainTask,
+    batch_size: int,  # Problems per batch
+) -> (
+    Callable
+):  # (step, generator) -> dictionary for `core.train`: input_ids, attention_mask, labels
     "Training data: labels are the response, with `noise` in the results, and -100 elsewhere"
+
     def make(step, generator):
         b = self.sample(batch_size, generator)
         labels = b.input_ids.masked_fill(~b.response_mask, -100)
         if self.noise:
-            wrong = (torch.rand(labels.shape, generator=generator, device=labels.device) < self.noise) & (b.roles == ROLE["result"])
-            other = self.ids["0"] + (torch.rand(labels.shape, generator=generator, device=labels.device)*self.modulus).long()
+            wrong = (
+                torch.rand(labels.shape, generator=generator, device=labels.device) < self.noise
+            ) & (b.roles == ROLE["result"])
+            other = (
+                self.ids["0"]
+                + (
+                    torch.rand(labels.shape, generator=generator, device=labels.device)
+                    * self.modulus
+                ).long()
+            )
             labels = torch.where(wrong, other, labels)
         return dict(input_ids=b.input_ids, attention_mask=b.attention_mask, labels=labels)
+
     return make
 
 # %% ../../nbs/core/08_tasks.ipynb #0c239db7
@@ -235,109 +351,171 @@ def _grammar(task):
 def _definitions(task, prompt):
     "Values of all variables and the definition of each computed one, from a prompt"
     m = _grammar(task)[0].fullmatch(prompt.strip())
-    if m is None: raise ValueError(f"prompt: not a problem of this task: {prompt!r}")
+    if m is None:
+        raise ValueError(f"prompt: not a problem of this task: {prompt!r}")
     values = {n: int(v) for v, n in re.findall(r"(\d+) (\w) ;", m[1])}
     steps = re.findall(r"(\w) = (\w) (\S) (\w) ;", m[2])
-    calc = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a*b}
+    calc = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
     for name, a, op, b in steps:
-        if not {a, b} <= set(values) or op not in task.ops: raise ValueError(f"prompt: {name} = {a} {op} {b} cannot be computed: {prompt!r}")
+        if not {a, b} <= set(values) or op not in task.ops:
+            raise ValueError(f"prompt: {name} = {a} {op} {b} cannot be computed: {prompt!r}")
         values[name] = calc[op](values[a], values[b]) % task.modulus
-    if m[3] not in values: raise ValueError(f"prompt: asks for {m[3]}, which has no value: {prompt!r}")
+    if m[3] not in values:
+        raise ValueError(f"prompt: asks for {m[3]}, which has no value: {prompt!r}")
     return values, steps, m[3]
 
 # %% ../../nbs/core/08_tasks.ipynb #e8d0049e
 def _parse(task, response):
     "(steps as tuples of their words, what follows the last one)"
     text, steps, at = response.strip(), [], 0
-    while m := _grammar(task)[1].match(text, at): steps.append(m.groups()); at = m.end()
+    while m := _grammar(task)[1].match(text, at):
+        steps.append(m.groups())
+        at = m.end()
     return steps, text[at:]
 
 # %% ../../nbs/core/08_tasks.ipynb #20d49f46
 @patch
-def check_steps(self:ChainTask,
-    prompt:str,   # A prompt of this task
-    response:str, # A response without special tokens
-)->list: # One bool for each step the prompt defines: present in its place and entirely right
+def check_steps(
+    self: ChainTask,
+    prompt: str,  # A prompt of this task
+    response: str,  # A response without special tokens
+) -> list:  # One bool for each step the prompt defines: present in its place and entirely right
     "Which steps of a response are right"
     values, steps, _ = _definitions(self, prompt)
     got = _parse(self, response)[0]
-    want = [(VERBS[op], n, a, str(values[a]), op, b, str(values[b]), str(values[n]), n) for n, a, op, b in steps]
+    want = [
+        (VERBS[op], n, a, str(values[a]), op, b, str(values[b]), str(values[n]), n)
+        for n, a, op, b in steps
+    ]
     return [i < len(got) and got[i] == w for i, w in enumerate(want)]
 
+
 @patch
-def verify(self:ChainTask,
-    prompt:str,   # A prompt of this task
-    response:str, # A response without special tokens
-)->bool: # True only if every step and the answer are right, and nothing else is there
+def verify(
+    self: ChainTask,
+    prompt: str,  # A prompt of this task
+    response: str,  # A response without special tokens
+) -> bool:  # True only if every step and the answer are right, and nothing else is there
     "Is the response a complete and correct solution?"
     values, steps, asked = _definitions(self, prompt)
     got, rest = _parse(self, response)
-    return len(got) == len(steps) and all(self.check_steps(prompt, response)) and rest == f"answer {values[asked]}"
+    return (
+        len(got) == len(steps)
+        and all(self.check_steps(prompt, response))
+        and rest == f"answer {values[asked]}"
+    )
 
 # %% ../../nbs/core/08_tasks.ipynb #7955b3f7
 @dataclass(frozen=True)
 class ChainLMConfig:
     "Recipe of a model of the task"
-    task:ChainTask = field(default_factory=ChainTask)                     # What it learns
-    lm:TinyLMConfig = field(default_factory=TinyLMConfig)                 # How large it is
-    train:TrainConfig = field(default_factory=TrainConfig)                # How it is trained
 
-_laptop_task = ChainTask(names="abcdefgh", noise=.2)
-chain_scales = dict( # Recipe by scale; at "paper" scale notebooks take a pretrained model by `model=`
-    smoke=ChainLMConfig(ChainTask(names="abcdefgh", noise=.2), TinyLMConfig(layers=2, max_len=256), TrainConfig(steps=30, batch_size=8, log_every=10)),
-    laptop=ChainLMConfig(_laptop_task, TinyLMConfig(max_len=256), TrainConfig(steps=1500, batch_size=16, lr=6e-3, log_every=100, save_every=250)),
-    gpu=ChainLMConfig(ChainTask(n_steps=8, noise=.2), TinyLMConfig(layers=12, heads=8, kv_heads=4, width=320, max_len=512),
-                      TrainConfig(steps=10_000, batch_size=128, lr=1e-3, mixed_precision="bf16", log_every=200, save_every=1000)))
+    task: ChainTask = field(default_factory=ChainTask)  # What it learns
+    lm: TinyLMConfig = field(default_factory=TinyLMConfig)  # How large it is
+    train: TrainConfig = field(default_factory=TrainConfig)  # How it is trained
+
+
+_laptop_task = ChainTask(names="abcdefgh", noise=0.2)
+chain_scales = (
+    dict(  # Recipe by scale; at "paper" scale notebooks take a pretrained model by `model=`
+        smoke=ChainLMConfig(
+            ChainTask(names="abcdefgh", noise=0.2),
+            TinyLMConfig(layers=2, max_len=256),
+            TrainConfig(steps=30, batch_size=8, log_every=10),
+        ),
+        laptop=ChainLMConfig(
+            _laptop_task,
+            TinyLMConfig(max_len=256),
+            TrainConfig(steps=1500, batch_size=16, lr=6e-3, log_every=100, save_every=250),
+        ),
+        gpu=ChainLMConfig(
+            ChainTask(n_steps=8, noise=0.2),
+            TinyLMConfig(layers=12, heads=8, kv_heads=4, width=320, max_len=512),
+            TrainConfig(
+                steps=10_000,
+                batch_size=128,
+                lr=1e-3,
+                mixed_precision="bf16",
+                log_every=200,
+                save_every=1000,
+            ),
+        ),
+    )
+)
 
 # %% ../../nbs/core/08_tasks.ipynb #4fdd9704
 def _digest(tensors):
     "Digest of a dictionary of tensors"
     h = hashlib.sha256()
-    for k in sorted(tensors): h.update(k.encode()); h.update(tensors[k].contiguous().numpy().tobytes())
+    for k in sorted(tensors):
+        h.update(k.encode())
+        h.update(tensors[k].contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
+
 def chain_lm(
-    cfg:ChainLMConfig,   # The recipe
-    seed:int=0,          # Seed of weights and data
-    progress:bool=True,  # Show a bar while training
-    device=None,         # Where to train and to put the model; None takes a GPU if there is one
-)->LM: # The trained model in evaluation mode, its tokenizer and its name
+    cfg: ChainLMConfig,  # The recipe
+    seed: int = 0,  # Seed of weights and data
+    progress: bool = True,  # Show a bar while training
+    device=None,  # Where to train and to put the model; None takes a GPU if there is one
+) -> LM:  # The trained model in evaluation mode, its tokenizer and its name
     "The model of a recipe, trained at most once on this machine"
     folder = chain_lm_folder(cfg, seed, progress, device)
-    lm = load_lm(str(folder/"model"), device=device)
+    lm = load_lm(str(folder / "model"), device=device)
     return LM(lm.model, lm.tokenizer, f"chain-{cfg.lm.arch}-{folder.name[:6]}")
 
+
 def chain_lm_folder(
-    cfg:ChainLMConfig,   # The recipe
-    seed:int=0,          # Seed of weights and data
-    progress:bool=True,  # Show a bar while training
-    device=None,         # Where to train
-)->Path: # Folder with `model` (hub format) and `metrics.jsonl`
+    cfg: ChainLMConfig,  # The recipe
+    seed: int = 0,  # Seed of weights and data
+    progress: bool = True,  # Show a bar while training
+    device=None,  # Where to train
+) -> Path:  # Folder with `model` (hub format) and `metrics.jsonl`
     "Folder of a trained model, built if it is not in the cache"
+
     def build(out):
         lm = LM(tiny_lm(cfg.task.tokenizer, cfg.lm, seed), cfg.task.tokenizer, "chain")
         conf = TrainConfig(**(asdict(cfg.train) | dict(seed=seed)))
-        train(lm.model, cfg.task.batch(conf.batch_size), conf, out=out/"run", progress=progress, device=device)
-        save_lm(lm, out/"model")
-        (out/"run"/"metrics.jsonl").replace(out/"metrics.jsonl"); shutil.rmtree(out/"run")
-    batch, init = cfg.task.batch(8)(0, rng(seed, "recipe")), tiny_lm(cfg.task.tokenizer, cfg.lm, seed).state_dict()
-    return artifact("chain_lm", dict(config=cfg, seed=seed, data=_digest(batch), init=_digest(init)), build)
+        train(
+            lm.model,
+            cfg.task.batch(conf.batch_size),
+            conf,
+            out=out / "run",
+            progress=progress,
+            device=device,
+        )
+        save_lm(lm, out / "model")
+        (out / "run" / "metrics.jsonl").replace(out / "metrics.jsonl")
+        shutil.rmtree(out / "run")
+
+    batch, init = (
+        cfg.task.batch(8)(0, rng(seed, "recipe")),
+        tiny_lm(cfg.task.tokenizer, cfg.lm, seed).state_dict(),
+    )
+    return artifact(
+        "chain_lm", dict(config=cfg, seed=seed, data=_digest(batch), init=_digest(init)), build
+    )
 
 # %% ../../nbs/core/08_tasks.ipynb #05a0ba49
 @torch.no_grad()
 def solve(
-    lm:LM,                 # A model of the task
-    task:ChainTask,        # The task
-    prompts:list,          # Prompt texts
-    max_new_tokens:int=0,  # Longest response; 0 takes what the task can need
-    batch:int=64,          # Prompts at once
-)->list: # Response texts, greedy
+    lm: LM,  # A model of the task
+    task: ChainTask,  # The task
+    prompts: list,  # Prompt texts
+    max_new_tokens: int = 0,  # Longest response; 0 takes what the task can need
+    batch: int = 64,  # Prompts at once
+) -> list:  # Response texts, greedy
     "Answer prompts greedily"
-    room = max_new_tokens or task.n_steps*(11 + 6 + task.max_filler) + 4
+    room = max_new_tokens or task.n_steps * (11 + 6 + task.max_filler) + 4
     out, tok = [], lm.tokenizer
     for i in range(0, len(prompts), batch):
-        enc = encode_batch(tok, prompts[i:i+batch], side="left", device=lm.model.device)
-        new = lm.model.generate(**enc, max_new_tokens=room, do_sample=False, pad_token_id=tok.pad_token_id,
-                                eos_token_id=tok.eos_token_id)
-        out += tok.batch_decode(new[:, enc["input_ids"].shape[1]:], skip_special_tokens=True)
+        enc = encode_batch(tok, prompts[i : i + batch], side="left", device=lm.model.device)
+        new = lm.model.generate(
+            **enc,
+            max_new_tokens=room,
+            do_sample=False,
+            pad_token_id=tok.pad_token_id,
+            eos_token_id=tok.eos_token_id,
+        )
+        out += tok.batch_decode(new[:, enc["input_ids"].shape[1] :], skip_special_tokens=True)
     return out

@@ -25,118 +25,179 @@ from .scale import need, pick_device, rng, set_seed
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that determines a training run except model, data and loss"
-    steps:int = 1000            # Optimiser steps, T
-    batch_size:int = 32         # Sequences per micro-batch; used for map-style data sets
-    lr:float = 3e-3             # Largest learning rate
-    weight_decay:float = 0.01   # Decoupled weight decay of matrices
-    warmup:float = 0.05         # Share of the steps in which the rate rises linearly
-    schedule:str = "cosine"     # "cosine", "linear" or "constant" after the warm-up
-    min_lr:float = 0.1          # Rate at the end as a share of `lr`
-    grad_accum:int = 1          # Micro-batches per step, k
-    max_grad_norm:float = 1.0   # Gradients are scaled down to this norm; inf switches that off
-    mixed_precision:str = "no"  # "no", "bf16" or "fp16" (fp16 needs a GPU)
-    seed:int = 0                # Decides data order and dropout
-    log_every:int = 50          # Steps per line of metrics
-    save_every:int = 0          # Steps per checkpoint; 0 writes one at the end only
-    keep_last:int = 2           # Checkpoints that are kept
-    betas:tuple = (0.9, 0.95)   # AdamW's decay rates of the first and second moment
-    eval_every:int = 0          # Steps per call of `eval_fn`, a multiple of `log_every`; 0 calls it with every line
 
-    def __post_init__(self): self.check()
+    steps: int = 1000  # Optimiser steps, T
+    batch_size: int = 32  # Sequences per micro-batch; used for map-style data sets
+    lr: float = 3e-3  # Largest learning rate
+    weight_decay: float = 0.01  # Decoupled weight decay of matrices
+    warmup: float = 0.05  # Share of the steps in which the rate rises linearly
+    schedule: str = "cosine"  # "cosine", "linear" or "constant" after the warm-up
+    min_lr: float = 0.1  # Rate at the end as a share of `lr`
+    grad_accum: int = 1  # Micro-batches per step, k
+    max_grad_norm: float = 1.0  # Gradients are scaled down to this norm; inf switches that off
+    mixed_precision: str = "no"  # "no", "bf16" or "fp16" (fp16 needs a GPU)
+    seed: int = 0  # Decides data order and dropout
+    log_every: int = 50  # Steps per line of metrics
+    save_every: int = 0  # Steps per checkpoint; 0 writes one at the end only
+    keep_last: int = 2  # Checkpoints that are kept
+    betas: tuple = (0.9, 0.95)  # AdamW's decay rates of the first and second moment
+    eval_every: int = (
+        0  # Steps per call of `eval_fn`, a multiple of `log_every`; 0 calls it with every line
+    )
+
+    def __post_init__(self):
+        self.check()
 
 # %% ../../nbs/core/03_train.ipynb #a00853ac
-schedules = ("cosine", "linear", "constant") # What the learning rate does after the warm-up
+schedules = ("cosine", "linear", "constant")  # What the learning rate does after the warm-up
+
 
 @patch
-def check(self:TrainConfig):
+def check(self: TrainConfig):
     "Check every field; called when the configuration is made"
+
     def need_(ok, k, what):
-        if not ok: raise ValueError(f"{k}: need {what}, got {getattr(self, k)!r}")
-    isint, real = (lambda v, t=t: isinstance(v, t) and not isinstance(v, bool) and not math.isnan(v) for t in (int, (int, float)))
+        if not ok:
+            raise ValueError(f"{k}: need {what}, got {getattr(self, k)!r}")
+
+    isint, real = (
+        lambda v, t=t: isinstance(v, t) and not isinstance(v, bool) and not math.isnan(v)
+        for t in (int, (int, float))
+    )
     for k in ("steps", "batch_size", "grad_accum", "log_every", "keep_last"):
-        v = getattr(self, k); need_(isint(v) and v >= 1, k, "a positive int")
+        v = getattr(self, k)
+        need_(isint(v) and v >= 1, k, "a positive int")
     for k in ("save_every", "eval_every", "seed"):
-        v = getattr(self, k); need_(isint(v) and v >= 0, k, "an int >= 0")
+        v = getattr(self, k)
+        need_(isint(v) and v >= 0, k, "an int >= 0")
     need_(real(self.lr) and 0 < self.lr < math.inf, "lr", "a positive number")
-    need_(real(self.weight_decay) and 0 <= self.weight_decay < math.inf, "weight_decay", "a number >= 0")
+    need_(
+        real(self.weight_decay) and 0 <= self.weight_decay < math.inf,
+        "weight_decay",
+        "a number >= 0",
+    )
     need_(real(self.warmup) and 0 <= self.warmup < 1, "warmup", "a share of the steps in [0, 1)")
     need_(self.schedule in schedules, "schedule", f"one of {schedules}")
     need_(real(self.min_lr) and 0 <= self.min_lr <= 1, "min_lr", "a share of lr in [0, 1]")
-    need_(real(self.max_grad_norm) and self.max_grad_norm > 0, "max_grad_norm", "a positive number (inf: no clipping)")
-    need_(self.mixed_precision in ("no", "bf16", "fp16"), "mixed_precision", '"no", "bf16" or "fp16"')
-    need_(len(self.betas) == 2 and all(real(b) and 0 <= b < 1 for b in self.betas), "betas", "two numbers in [0, 1)")
-    need_(self.eval_every % self.log_every == 0, "eval_every", f"a multiple of log_every={self.log_every}")
+    need_(
+        real(self.max_grad_norm) and self.max_grad_norm > 0,
+        "max_grad_norm",
+        "a positive number (inf: no clipping)",
+    )
+    need_(
+        self.mixed_precision in ("no", "bf16", "fp16"), "mixed_precision", '"no", "bf16" or "fp16"'
+    )
+    need_(
+        len(self.betas) == 2 and all(real(b) and 0 <= b < 1 for b in self.betas),
+        "betas",
+        "two numbers in [0, 1)",
+    )
+    need_(
+        self.eval_every % self.log_every == 0,
+        "eval_every",
+        f"a multiple of log_every={self.log_every}",
+    )
 
 # %% ../../nbs/core/03_train.ipynb #8e7b00ed
 def lr_factor(
-    step:int,        # Index of the step, from 0
-    cfg:TrainConfig, # The run
-)->float: # Learning rate as a share of `cfg.lr`
+    step: int,  # Index of the step, from 0
+    cfg: TrainConfig,  # The run
+) -> float:  # Learning rate as a share of `cfg.lr`
     "Warm-up and decay of the learning rate"
-    w = round(cfg.warmup*cfg.steps)
-    if step < w: return (step + 1)/w
-    u = (step - w)/max(1, cfg.steps - w)
-    if cfg.schedule == "cosine": return cfg.min_lr + (1 - cfg.min_lr)*(1 + math.cos(math.pi*u))/2
-    if cfg.schedule == "linear": return cfg.min_lr + (1 - cfg.min_lr)*(1 - u)
+    w = round(cfg.warmup * cfg.steps)
+    if step < w:
+        return (step + 1) / w
+    u = (step - w) / max(1, cfg.steps - w)
+    if cfg.schedule == "cosine":
+        return cfg.min_lr + (1 - cfg.min_lr) * (1 + math.cos(math.pi * u)) / 2
+    if cfg.schedule == "linear":
+        return cfg.min_lr + (1 - cfg.min_lr) * (1 - u)
     return 1.0
 
 # %% ../../nbs/core/03_train.ipynb #c2cd5386
 def param_groups(
-    model:nn.Module,    # The model; parameters without gradient are left out
-    weight_decay:float, # Decay of the matrices
-)->list[dict]: # Two groups for a torch optimiser: with decay and without
+    model: nn.Module,  # The model; parameters without gradient are left out
+    weight_decay: float,  # Decay of the matrices
+) -> list[dict]:  # Two groups for a torch optimiser: with decay and without
     "Split the trainable parameters into those that decay and those that do not"
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
     for name, p in model.named_parameters():
-        if p.requires_grad: groups[p.ndim < 2 or bool(re.search(r"norm|bias", name.lower()))]["params"].append(p)
-    if not any(g["params"] for g in groups): raise ValueError("model: no parameter requires a gradient")
+        if p.requires_grad:
+            groups[p.ndim < 2 or bool(re.search(r"norm|bias", name.lower()))]["params"].append(p)
+    if not any(g["params"] for g in groups):
+        raise ValueError("model: no parameter requires a gradient")
     return groups
 
 # %% ../../nbs/core/03_train.ipynb #9627083e
 def _labels(batch):
     "Labels of a batch; without them every token that is not padding"
     ids, mask = batch["input_ids"], batch.get("attention_mask")
-    return batch["labels"] if "labels" in batch else ids if mask is None else ids.masked_fill(~mask.bool(), -100)
+    return (
+        batch["labels"]
+        if "labels" in batch
+        else ids
+        if mask is None
+        else ids.masked_fill(~mask.bool(), -100)
+    )
+
 
 def lm_loss(
-    model,      # A causal language model of transformers
-    batch:dict, # `input_ids` (b,t), optional `attention_mask` (b,t), `position_ids` (b,t), `labels` (b,t)
-)->Tensor: # Scalar: mean cross-entropy in nats over the labels that are not -100
+    model,  # A causal language model of transformers
+    batch: dict,  # `input_ids` (b,t), optional `attention_mask` (b,t), `position_ids` (b,t), `labels` (b,t)
+) -> Tensor:  # Scalar: mean cross-entropy in nats over the labels that are not -100
     "Next-token loss; zero when the batch has no target"
     labels = _labels(batch)[:, 1:]
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if batch.get(k) is not None}
+    inputs = {
+        k: batch[k]
+        for k in ("input_ids", "attention_mask", "position_ids")
+        if batch.get(k) is not None
+    }
     logits = model(**inputs).logits[:, :-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")/(labels != -100).sum().clamp(min=1)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / (
+        labels != -100
+    ).sum().clamp(min=1)
+
 
 def n_targets(
-    batch:dict, # A batch of `lm_loss`, or any dictionary of tensors with a common first dimension
-)->int: # Label tokens that count, or rows if the batch is not one of token ids
+    batch: dict,  # A batch of `lm_loss`, or any dictionary of tensors with a common first dimension
+) -> int:  # Label tokens that count, or rows if the batch is not one of token ids
     "How many terms the mean loss of a batch averages"
-    if "input_ids" in batch: return int((_labels(batch)[:, 1:] != -100).sum())
+    if "input_ids" in batch:
+        return int((_labels(batch)[:, 1:] != -100).sum())
     return next(len(v) for v in batch.values() if hasattr(v, "__len__"))
 
 # %% ../../nbs/core/03_train.ipynb #b72205df
 def _dataset_source(data, cfg, collate):
     "Micro-batch number `j` of a map-style data set"
     n, orders = len(data), {}
-    if n == 0: raise ValueError("data: the data set is empty")
+    if n == 0:
+        raise ValueError("data: the data set is empty")
     collate = collate or torch.utils.data.default_collate
+
     def order(epoch):
         if epoch not in orders:
-            if len(orders) > 2: orders.clear()
+            if len(orders) > 2:
+                orders.clear()
             orders[epoch] = torch.randperm(n, generator=rng(cfg.seed, "epoch", epoch)).tolist()
         return orders[epoch]
+
     def get(j):
-        places = (divmod(p, n) for p in range(j*cfg.batch_size, (j + 1)*cfg.batch_size))
+        places = (divmod(p, n) for p in range(j * cfg.batch_size, (j + 1) * cfg.batch_size))
         return collate([data[order(e)[i]] for e, i in places])
+
     return get
+
 
 def _source(data, cfg, collate, per_step):
     "Micro-batch number `j` of the run, from a callable or a data set"
-    if callable(data): return lambda j: data(j//per_step, rng(cfg.seed, "data", j//per_step, j % per_step))
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"): return _dataset_source(data, cfg, collate)
-    raise TypeError(f"data: need a callable (step, generator) -> dict or a map-style data set, got {type(data).__name__}")
+    if callable(data):
+        return lambda j: data(j // per_step, rng(cfg.seed, "data", j // per_step, j % per_step))
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return _dataset_source(data, cfg, collate)
+    raise TypeError(
+        f"data: need a callable (step, generator) -> dict or a map-style data set, got {type(data).__name__}"
+    )
 
 # %% ../../nbs/core/03_train.ipynb #8c16a52d
 @contextmanager
@@ -144,23 +205,35 @@ def _own_randomness():
     "Leave the caller's random state of Python, NumPy and torch as it was"
     py, npy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
-        try: yield
-        finally: random.setstate(py); np.random.set_state(npy)
+        try:
+            yield
+        finally:
+            random.setstate(py)
+            np.random.set_state(npy)
 
 # %% ../../nbs/core/03_train.ipynb #974c4eb1
 def _fsync(path):
     "Flush a file or a folder to the disk"
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
 
 def _sha(path):
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
 
 def _replace_text(path, text):
     "Write a small file whole or not at all"
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text, encoding="utf-8"); _fsync(tmp); os.replace(tmp, path); _fsync(path.parent)
+    tmp.write_text(text, encoding="utf-8")
+    _fsync(tmp)
+    os.replace(tmp, path)
+    _fsync(path.parent)
+
 
 def _steps(out):
     "Checkpoint folders under `out`, newest first, as (step, folder)"
@@ -169,56 +242,75 @@ def _steps(out):
 
 # %% ../../nbs/core/03_train.ipynb #b483fa65
 def write_checkpoint(
-    out:Path,       # Folder of the run
-    step:int,       # Finished steps
-    model:nn.Module,# Weights to save, tied ones once
-    optimizer,      # A torch optimiser
-    state:dict,     # What else the run needs, as JSON values
-    keep_last:int=2,# Checkpoints to keep
-)->Path: # The folder `out/step_<step>`
+    out: Path,  # Folder of the run
+    step: int,  # Finished steps
+    model: nn.Module,  # Weights to save, tied ones once
+    optimizer,  # A torch optimiser
+    state: dict,  # What else the run needs, as JSON values
+    keep_last: int = 2,  # Checkpoints to keep
+) -> Path:  # The folder `out/step_<step>`
     "Write one checkpoint atomically, point `latest` at it, and delete old ones"
     out, name = Path(out), f"step_{step:06d}"
-    new, final = out/f"{name}.tmp", out/name
-    for p in (new, final): shutil.rmtree(p, ignore_errors=True)
+    new, final = out / f"{name}.tmp", out / name
+    for p in (new, final):
+        shutil.rmtree(p, ignore_errors=True)
     new.mkdir(parents=True)
-    need("safetensors.torch").save_model(model, str(new/"model.safetensors"))
-    torch.save(optimizer.state_dict(), new/"optimizer.pt")
-    (new/"state.json").write_text(json.dumps(state | dict(step=step)))
-    (new/"checksums.json").write_text(json.dumps({p.name: _sha(p) for p in sorted(new.iterdir())}))
-    for p in (*new.iterdir(), new): _fsync(p)
-    os.replace(new, final); _fsync(out)
-    _replace_text(out/"latest", name + "\n")
+    need("safetensors.torch").save_model(model, str(new / "model.safetensors"))
+    torch.save(optimizer.state_dict(), new / "optimizer.pt")
+    (new / "state.json").write_text(json.dumps(state | dict(step=step)))
+    (new / "checksums.json").write_text(
+        json.dumps({p.name: _sha(p) for p in sorted(new.iterdir())})
+    )
+    for p in (*new.iterdir(), new):
+        _fsync(p)
+    os.replace(new, final)
+    _fsync(out)
+    _replace_text(out / "latest", name + "\n")
     kept = [p for s, p in _steps(out) if s <= step][:keep_last]
     for _, p in _steps(out):
-        if p not in kept: shutil.rmtree(p, ignore_errors=True)
+        if p not in kept:
+            shutil.rmtree(p, ignore_errors=True)
     return final
 
 # %% ../../nbs/core/03_train.ipynb #7c24040d
 def checkpoint_fault(
-    folder:Path, # A folder `step_...`
-)->str|None: # What is wrong, or None
+    folder: Path,  # A folder `step_...`
+) -> str | None:  # What is wrong, or None
     "Why a checkpoint cannot be used, or None if it is complete and unchanged"
-    try: sums = json.loads((Path(folder)/"checksums.json").read_text())
-    except (OSError, ValueError) as e: return f"checksums.json cannot be read ({type(e).__name__})"
+    try:
+        sums = json.loads((Path(folder) / "checksums.json").read_text())
+    except (OSError, ValueError) as e:
+        return f"checksums.json cannot be read ({type(e).__name__})"
     missing = {"model.safetensors", "optimizer.pt", "state.json"} - set(sums)
-    if missing: return f"{min(missing)} is not listed"
+    if missing:
+        return f"{min(missing)} is not listed"
     for name, digest in sums.items():
-        path = Path(folder)/name
-        if not path.is_file(): return f"{name} is missing"
-        if _sha(path) != digest: return f"{name} is not what was written"
+        path = Path(folder) / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha(path) != digest:
+            return f"{name} is not what was written"
     return None
 
+
 def newest_checkpoint(
-    out:Path, # Folder of the run
-)->Path|None: # Folder of the newest intact checkpoint; None if none was ever finished
+    out: Path,  # Folder of the run
+) -> Path | None:  # Folder of the newest intact checkpoint; None if none was ever finished
     "Find the newest intact checkpoint, warning about each one that is not"
     found = _steps(Path(out))
-    for p in Path(out).glob("step_*.tmp"): warnings.warn(f"{p.name} was not finished and is ignored", stacklevel=2)
+    for p in Path(out).glob("step_*.tmp"):
+        warnings.warn(f"{p.name} was not finished and is ignored", stacklevel=2)
     for _, p in found:
         fault = checkpoint_fault(p)
-        if fault is None: return p
-        warnings.warn(f"checkpoint {p.name} is damaged ({fault}); trying the one before", stacklevel=2)
-    if found: raise RuntimeError(f"out: all {len(found)} checkpoints in {out} are damaged; pass resume=False to start again")
+        if fault is None:
+            return p
+        warnings.warn(
+            f"checkpoint {p.name} is damaged ({fault}); trying the one before", stacklevel=2
+        )
+    if found:
+        raise RuntimeError(
+            f"out: all {len(found)} checkpoints in {out} are damaged; pass resume=False to start again"
+        )
     return None
 
 # %% ../../nbs/core/03_train.ipynb #6f77de10
@@ -226,137 +318,216 @@ def _accelerator(mixed_precision, device):
     "An `Accelerator` for this run, whatever earlier runs of the process used"
     acc, state = need("accelerate"), need("accelerate.state")
     old = state.AcceleratorState._shared_state
-    if old and old.get("_mixed_precision") != mixed_precision: state.AcceleratorState._reset_state()
+    if old and old.get("_mixed_precision") != mixed_precision:
+        state.AcceleratorState._reset_state()
     part = state.PartialState._shared_state
-    if part and part["num_processes"] == 1 and part["device"].type != device.type: state.AcceleratorState._reset_state(True)
+    if part and part["num_processes"] == 1 and part["device"].type != device.type:
+        state.AcceleratorState._reset_state(True)
     if mixed_precision == "fp16" and device.type != "cuda":
-        raise ValueError(f'mixed_precision: "fp16" needs a GPU, the device is {device}; use "bf16" or "no"')
-    return acc.Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu", device_placement=False)
+        raise ValueError(
+            f'mixed_precision: "fp16" needs a GPU, the device is {device}; use "bf16" or "no"'
+        )
+    return acc.Accelerator(
+        mixed_precision=mixed_precision, cpu=device.type == "cpu", device_placement=False
+    )
+
 
 class _Run:
     "One training run: prepared model and optimiser, step, metrics"
-    def __init__(self, model, data, cfg, out, loss_fn, eval_fn, count_fn, collate, progress, device):
-        self.cfg, self.out, self.loss_fn, self.eval_fn, self.count_fn = cfg, out, loss_fn, eval_fn, count_fn
+
+    def __init__(
+        self, model, data, cfg, out, loss_fn, eval_fn, count_fn, collate, progress, device
+    ):
+        self.cfg, self.out, self.loss_fn, self.eval_fn, self.count_fn = (
+            cfg,
+            out,
+            loss_fn,
+            eval_fn,
+            count_fn,
+        )
         self.acc = _accelerator(cfg.mixed_precision, device)
         self.world = self.acc.num_processes
         self.device = self.acc.device if self.world > 1 else device
         self.raw, self.main = model.to(self.device), self.acc.is_main_process
-        opt = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=tuple(cfg.betas),
-                                fused=cfg.mixed_precision != "fp16" and self.device.type in ("cpu", "cuda"))
+        opt = torch.optim.AdamW(
+            param_groups(model, cfg.weight_decay),
+            lr=cfg.lr,
+            betas=tuple(cfg.betas),
+            fused=cfg.mixed_precision != "fp16" and self.device.type in ("cpu", "cuda"),
+        )
         self.model, self.opt = self.acc.prepare(model, opt)
-        self.source = _source(data, cfg, collate, cfg.grad_accum*self.world)
+        self.source = _source(data, cfg, collate, cfg.grad_accum * self.world)
         self.step, self.tokens, self.sum, self.n, self.rows, self.log = 0, 0, 0.0, 0, [], None
-        self.whole, self.saved, self.last_good = True, -1, None  # weights belong to `step`; step of the newest checkpoint
-        self.bar = need("tqdm").tqdm(total=cfg.steps, disable=not (progress and self.main), leave=False)
+        self.whole, self.saved, self.last_good = (
+            True,
+            -1,
+            None,
+        )  # weights belong to `step`; step of the newest checkpoint
+        self.bar = need("tqdm").tqdm(
+            total=cfg.steps, disable=not (progress and self.main), leave=False
+        )
 
 # %% ../../nbs/core/03_train.ipynb #7de09ffc
 @patch
-def gradients(self:_Run):
+def gradients(self: _Run):
     "Forward and backward passes of one step; returns the loss and its number of targets"
-    k, rank, send = self.cfg.grad_accum, self.acc.process_index, need("accelerate.utils").send_to_device
-    ids = [self.step*k*self.world + i*self.world + rank for i in range(k)]
+    k, rank, send = (
+        self.cfg.grad_accum,
+        self.acc.process_index,
+        need("accelerate.utils").send_to_device,
+    )
+    ids = [self.step * k * self.world + i * self.world + rank for i in range(k)]
     batches = [send(self.source(j), self.device) for j in ids]
     counts = [self.count_fn(b) for b in batches]
     total = int(self.acc.reduce(torch.tensor(float(sum(counts)), device=self.device), "sum"))
-    if total == 0: raise ValueError(f"data: step {self.step + 1} has no target; check the labels")
+    if total == 0:
+        raise ValueError(f"data: step {self.step + 1} has no target; check the labels")
     loss = 0.0
     for i, b in enumerate(batches):
-        set_seed(rng(self.cfg.seed, "noise", *divmod(ids[i], k*self.world)).initial_seed() % 2**32)
+        set_seed(
+            rng(self.cfg.seed, "noise", *divmod(ids[i], k * self.world)).initial_seed() % 2**32
+        )
         with self.acc.no_sync(self.model) if i < k - 1 else nullcontext():
-            part = self.loss_fn(self.model, b)*(counts[i]*self.world/total)
+            part = self.loss_fn(self.model, b) * (counts[i] * self.world / total)
             self.acc.backward(part)
         loss = loss + part.detach()
     return self.acc.reduce(loss, "mean").item(), total
 
 # %% ../../nbs/core/03_train.ipynb #0f8d3e81
 @patch
-def one_step(self:_Run):
+def one_step(self: _Run):
     "Do one optimiser step and return its gradient norm"
     loss, total = self.gradients()
     norm = float(self.acc.clip_grad_norm_(self.raw.parameters(), self.cfg.max_grad_norm))
     self.check_finite("loss", loss)
-    if self.cfg.mixed_precision != "fp16": self.check_finite("gradient norm", norm)  # fp16 skips such a step by itself
-    for g in self.opt.param_groups: g["lr"] = self.cfg.lr*lr_factor(self.step, self.cfg)
+    if self.cfg.mixed_precision != "fp16":
+        self.check_finite("gradient norm", norm)  # fp16 skips such a step by itself
+    for g in self.opt.param_groups:
+        g["lr"] = self.cfg.lr * lr_factor(self.step, self.cfg)
     self.whole = False
-    self.opt.step(); self.opt.zero_grad(set_to_none=True)
-    self.step += 1; self.tokens += total; self.sum += loss; self.n += 1
+    self.opt.step()
+    self.opt.zero_grad(set_to_none=True)
+    self.step += 1
+    self.tokens += total
+    self.sum += loss
+    self.n += 1
     self.whole = True
     return norm
 
+
 @patch
-def check_finite(self:_Run, what, value):
+def check_finite(self: _Run, what, value):
     "Stop the run when `value` is not finite"
-    if math.isfinite(value): return
+    if math.isfinite(value):
+        return
     self.opt.zero_grad(set_to_none=True)
-    raise FloatingPointError(f"the {what} is {value} in step {self.step + 1} of {self.cfg.steps}; the weights are those after step "
-        f"{self.step}, the last good checkpoint is {self.last_good or 'none'}. Lower lr, raise warmup, or look at this step's batch")
+    raise FloatingPointError(
+        f"the {what} is {value} in step {self.step + 1} of {self.cfg.steps}; the weights are those after step "
+        f"{self.step}, the last good checkpoint is {self.last_good or 'none'}. Lower lr, raise warmup, or look at this step's batch"
+    )
 
 # %% ../../nbs/core/03_train.ipynb #4d1aaa48
 @patch
-def write_row(self:_Run, norm):
+def write_row(self: _Run, norm):
     "Log one line of metrics, with `eval_fn`'s values when they are due"
-    row = dict(step=self.step, loss=self.sum/self.n, lr=self.opt.param_groups[0]["lr"], grad_norm=norm, tokens=self.tokens)
-    due = self.step % (self.cfg.eval_every or self.cfg.log_every) == 0 or self.step == self.cfg.steps
+    row = dict(
+        step=self.step,
+        loss=self.sum / self.n,
+        lr=self.opt.param_groups[0]["lr"],
+        grad_norm=norm,
+        tokens=self.tokens,
+    )
+    due = (
+        self.step % (self.cfg.eval_every or self.cfg.log_every) == 0 or self.step == self.cfg.steps
+    )
     if self.eval_fn is not None and due:
         set_seed(rng(self.cfg.seed, "eval", self.step).initial_seed() % 2**32)
         self.raw.eval()
-        with torch.no_grad(): extra = {k: float(v) for k, v in self.eval_fn(self.raw).items()}
+        with torch.no_grad():
+            extra = {k: float(v) for k, v in self.eval_fn(self.raw).items()}
         self.raw.train()
-        if set(extra) & set(row): raise ValueError(f"eval_fn: the name {min(set(extra) & set(row))!r} is taken; use another")
+        if set(extra) & set(row):
+            raise ValueError(
+                f"eval_fn: the name {min(set(extra) & set(row))!r} is taken; use another"
+            )
         row |= extra
     self.sum, self.n = 0.0, 0
     self.rows.append(row)
-    if self.log: self.log.write(json.dumps(row) + "\n"); self.log.flush()
+    if self.log:
+        self.log.write(json.dumps(row) + "\n")
+        self.log.flush()
     self.bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
 
 # %% ../../nbs/core/03_train.ipynb #4e94cf7c
-_free = ("log_every", "save_every", "keep_last", "eval_every") # Fields that may change on a resume
+_free = ("log_every", "save_every", "keep_last", "eval_every")  # Fields that may change on a resume
+
 
 @patch
-def save(self:_Run):
+def save(self: _Run):
     "Write a checkpoint of the current step, unless it is there"
-    if self.out is None or self.saved == self.step: return
+    if self.out is None or self.saved == self.step:
+        return
     if self.main:
         os.fsync(self.log.fileno())
         scaler = self.acc.scaler.state_dict() if self.acc.scaler is not None else None
-        state = dict(config=asdict(self.cfg), tokens=self.tokens, sum=self.sum, n=self.n, scaler=scaler)
+        state = dict(
+            config=asdict(self.cfg), tokens=self.tokens, sum=self.sum, n=self.n, scaler=scaler
+        )
         write_checkpoint(self.out, self.step, self.raw, self.opt, state, self.cfg.keep_last)
     self.acc.wait_for_everyone()
-    self.saved, self.last_good = self.step, self.out/f"step_{self.step:06d}"
+    self.saved, self.last_good = self.step, self.out / f"step_{self.step:06d}"
+
 
 @patch
-def load(self:_Run, folder):
+def load(self: _Run, folder):
     "Take over weights, optimiser and counters of a checkpoint"
-    state = json.loads((folder/"state.json").read_text())
+    state = json.loads((folder / "state.json").read_text())
     now = json.loads(json.dumps(asdict(self.cfg)))
     diff = [k for k in now if k not in _free and now[k] != state["config"].get(k)]
-    if diff: raise ValueError(f"{diff[0]}: the run in {self.out} has {state['config'].get(diff[0])!r}, now it is "
-                              f"{now[diff[0]]!r}; use another `out` or pass resume=False")
-    try: need("safetensors.torch").load_model(self.raw, str(folder/"model.safetensors"), device=str(self.device))
-    except RuntimeError as e: raise ValueError(f"model: does not fit the checkpoint {folder}; use another `out` or pass resume=False") from e
-    self.opt.load_state_dict(torch.load(folder/"optimizer.pt", map_location=self.device, weights_only=True))
-    if state["scaler"] is not None: self.acc.scaler.load_state_dict(state["scaler"])
+    if diff:
+        raise ValueError(
+            f"{diff[0]}: the run in {self.out} has {state['config'].get(diff[0])!r}, now it is "
+            f"{now[diff[0]]!r}; use another `out` or pass resume=False"
+        )
+    try:
+        need("safetensors.torch").load_model(
+            self.raw, str(folder / "model.safetensors"), device=str(self.device)
+        )
+    except RuntimeError as e:
+        raise ValueError(
+            f"model: does not fit the checkpoint {folder}; use another `out` or pass resume=False"
+        ) from e
+    self.opt.load_state_dict(
+        torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
+    )
+    if state["scaler"] is not None:
+        self.acc.scaler.load_state_dict(state["scaler"])
     self.step, self.tokens, self.sum, self.n = (state[k] for k in ("step", "tokens", "sum", "n"))
     self.saved, self.last_good = self.step, folder
 
 # %% ../../nbs/core/03_train.ipynb #612237f8
 @patch
-def start(self:_Run, resume):
+def start(self: _Run, resume):
     "Find out where to begin, and open the metrics file there"
-    if self.out is None: return
-    path = self.out/"metrics.jsonl"
+    if self.out is None:
+        return
+    path = self.out / "metrics.jsonl"
     if self.main:
         self.out.mkdir(parents=True, exist_ok=True)
         if not resume:
-            for _, p in _steps(self.out): shutil.rmtree(p)
-            for p in (self.out/"latest", path): p.unlink(missing_ok=True)
+            for _, p in _steps(self.out):
+                shutil.rmtree(p)
+            for p in (self.out / "latest", path):
+                p.unlink(missing_ok=True)
     self.acc.wait_for_everyone()
     folder = newest_checkpoint(self.out)
-    if folder is not None: self.load(folder)
+    if folder is not None:
+        self.load(folder)
     self.rows = [r for r in read_metrics(self.out).rows if r["step"] <= self.step]
     self.acc.wait_for_everyone()
     if self.main:
-        for p in self.out.glob("step_*.tmp"): shutil.rmtree(p)
+        for p in self.out.glob("step_*.tmp"):
+            shutil.rmtree(p)
         _replace_text(path, "".join(json.dumps(r) + "\n" for r in self.rows))
         self.log = open(path, "a", encoding="utf-8")
     self.bar.update(self.step)
@@ -365,105 +536,139 @@ def start(self:_Run, resume):
 @dataclass
 class History:
     "The logged rows of a run"
-    rows:list # One dictionary per line: step, loss, lr, grad_norm, tokens and what `eval_fn` returned
+
+    rows: list  # One dictionary per line: step, loss, lr, grad_norm, tokens and what `eval_fn` returned
 
     @property
-    def steps(self)->list: # Finished steps at each row
+    def steps(self) -> list:  # Finished steps at each row
         "Steps of the rows"
         return self.column("step")
+
     @property
-    def losses(self)->list: # Mean loss since the row before, in nats
+    def losses(self) -> list:  # Mean loss since the row before, in nats
         "Losses of the rows"
         return self.column("loss")
+
     @property
-    def last(self)->dict: # The newest row
+    def last(self) -> dict:  # The newest row
         "The last row"
-        if not self.rows: raise ValueError("rows: nothing was logged yet")
+        if not self.rows:
+            raise ValueError("rows: nothing was logged yet")
         return self.rows[-1]
-    def column(self,
-        name:str, # Key of the rows
-    )->list: # Values of the rows that have it
+
+    def column(
+        self,
+        name: str,  # Key of the rows
+    ) -> list:  # Values of the rows that have it
         "One column; rows without it are left out"
         return [r[name] for r in self.rows if name in r]
-    def __repr__(self): return f"History({len(self.rows)} rows, last {self.rows[-1] if self.rows else None})"
+
+    def __repr__(self):
+        return f"History({len(self.rows)} rows, last {self.rows[-1] if self.rows else None})"
 
 # %% ../../nbs/core/03_train.ipynb #ab614ce5
 def read_metrics(
-    out, # Folder of a run
-)->History: # Its rows; a last line that was cut off by a crash is left out
+    out,  # Folder of a run
+) -> History:  # Its rows; a last line that was cut off by a crash is left out
     "Read `metrics.jsonl` of a run"
-    path, rows = Path(out)/"metrics.jsonl", []
+    path, rows = Path(out) / "metrics.jsonl", []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     for i, line in enumerate(lines):
-        try: rows.append(json.loads(line))
+        try:
+            rows.append(json.loads(line))
         except ValueError as e:
-            if i < len(lines) - 1 or line.endswith("\n"): raise ValueError(f"out: line {i + 1} of {path} is not JSON") from e
+            if i < len(lines) - 1 or line.endswith("\n"):
+                raise ValueError(f"out: line {i + 1} of {path} is not JSON") from e
     return History(rows)
 
 # %% ../../nbs/core/03_train.ipynb #6e59e601
 class _Stop:
     "Within the block the first SIGINT is noted in `asked` instead of raised"
+
     def __enter__(self):
         self.asked, self.old = False, None
-        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
+        if threading.current_thread() is threading.main_thread() and callable(
+            signal.getsignal(signal.SIGINT)
+        ):
             self.old = signal.signal(signal.SIGINT, self.note)
         return self
+
     def note(self, number, frame):
-        if self.asked: raise KeyboardInterrupt
+        if self.asked:
+            raise KeyboardInterrupt
         self.asked = True
+
     def __exit__(self, *args):
-        if self.old is not None: signal.signal(signal.SIGINT, self.old)
+        if self.old is not None:
+            signal.signal(signal.SIGINT, self.old)
 
 # %% ../../nbs/core/03_train.ipynb #0d924546
 @patch
-def loop(self:_Run, stop):
+def loop(self: _Run, stop):
     "Run the remaining steps"
     cfg = self.cfg
     self.raw.train()
     while self.step < cfg.steps:
-        try: norm = self.one_step()
-        except KeyboardInterrupt:      # raised by the data or the loss themselves, or a second Ctrl-C
-            if self.whole: self.save()
+        try:
+            norm = self.one_step()
+        except KeyboardInterrupt:  # raised by the data or the loss themselves, or a second Ctrl-C
+            if self.whole:
+                self.save()
             raise
-        if self.step % cfg.log_every == 0 or self.step == cfg.steps: self.write_row(norm)
-        if cfg.save_every and self.step % cfg.save_every == 0: self.save()
+        if self.step % cfg.log_every == 0 or self.step == cfg.steps:
+            self.write_row(norm)
+        if cfg.save_every and self.step % cfg.save_every == 0:
+            self.save()
         self.bar.update(1)
-        asked = stop.asked if self.world == 1 else bool(self.acc.reduce(torch.tensor(float(stop.asked), device=self.device), "sum"))
+        asked = (
+            stop.asked
+            if self.world == 1
+            else bool(self.acc.reduce(torch.tensor(float(stop.asked), device=self.device), "sum"))
+        )
         if asked and self.step < cfg.steps:
             self.save()
             raise KeyboardInterrupt(f"stopped after step {self.step} of {cfg.steps}")
     self.save()
-    if stop.asked: raise KeyboardInterrupt(f"stopped after the last step, {self.step}")
+    if stop.asked:
+        raise KeyboardInterrupt(f"stopped after the last step, {self.step}")
 
 # %% ../../nbs/core/03_train.ipynb #dab8f143
 @patch
-def close(self:_Run, was_training):
+def close(self: _Run, was_training):
     "Give the model back as it came: without hooks of the accelerator, in its old mode"
     self.bar.close()
-    if self.log: self.log.close()
+    if self.log:
+        self.log.close()
     self.acc.unwrap_model(self.model, keep_fp32_wrapper=False)
     self.raw.__dict__.pop("forward", None)
     self.raw.train(was_training)
 
+
 def train(
-    model:nn.Module,      # Trained in place; stays on `device` afterwards
-    data,                 # Callable (step, generator) -> batch, or a map-style data set
-    cfg:TrainConfig,      # The run
+    model: nn.Module,  # Trained in place; stays on `device` afterwards
+    data,  # Callable (step, generator) -> batch, or a map-style data set
+    cfg: TrainConfig,  # The run
     *,
-    out=None,             # Folder for metrics and checkpoints; None keeps nothing
-    loss_fn:Callable=lm_loss,   # (model, batch) -> scalar mean loss
-    eval_fn:Callable=None,      # model -> dictionary of numbers, added to the metrics
-    resume:bool=True,     # Go on from the newest checkpoint in `out`; False deletes what is there and starts again
-    progress:bool=True,   # Show a progress bar
-    device=None,          # None: the GPU if there is one
-    collate:Callable=None,      # List of items -> batch, for a data set
-    count_fn:Callable=n_targets,# Batch -> number of terms its mean loss averages
-)->History: # The logged rows, those before a resume included
+    out=None,  # Folder for metrics and checkpoints; None keeps nothing
+    loss_fn: Callable = lm_loss,  # (model, batch) -> scalar mean loss
+    eval_fn: Callable = None,  # model -> dictionary of numbers, added to the metrics
+    resume: bool = True,  # Go on from the newest checkpoint in `out`; False deletes what is there and starts again
+    progress: bool = True,  # Show a progress bar
+    device=None,  # None: the GPU if there is one
+    collate: Callable = None,  # List of items -> batch, for a data set
+    count_fn: Callable = n_targets,  # Batch -> number of terms its mean loss averages
+) -> History:  # The logged rows, those before a resume included
     "Train `model`: accumulate, clip, log, checkpoint, resume"
-    if not isinstance(cfg, TrainConfig): raise TypeError(f"cfg: need a TrainConfig, got {type(cfg).__name__}")
+    if not isinstance(cfg, TrainConfig):
+        raise TypeError(f"cfg: need a TrainConfig, got {type(cfg).__name__}")
     was, out = model.training, None if out is None else Path(out)
-    run = _Run(model, data, cfg, out, loss_fn, eval_fn, count_fn, collate, progress, pick_device(device))
+    run = _Run(
+        model, data, cfg, out, loss_fn, eval_fn, count_fn, collate, progress, pick_device(device)
+    )
     with _own_randomness(), _Stop() as stop:
-        try: run.start(resume); run.loop(stop)
-        finally: run.close(was)
+        try:
+            run.start(resume)
+            run.loop(stop)
+        finally:
+            run.close(was)
     return History(run.rows)

@@ -14,89 +14,126 @@ def _group_stats(rewards, group_ids, ddof):
     "Index of each row's group, group sizes, means, deviations, and whether all rewards of the group are equal"
     _, g, n = torch.unique(group_ids, return_inverse=True, return_counts=True)
     r = rewards.double()
-    mean = torch.zeros(len(n), dtype=r.dtype, device=r.device).index_add_(0, g, r)/n
-    var = torch.zeros_like(mean).index_add_(0, g, (r - mean[g]).square())/(n - ddof).clamp(min=1)
-    lo, hi = (torch.zeros_like(mean).scatter_reduce_(0, g, r, how, include_self=False) for how in ("amin", "amax"))
+    mean = torch.zeros(len(n), dtype=r.dtype, device=r.device).index_add_(0, g, r) / n
+    var = torch.zeros_like(mean).index_add_(0, g, (r - mean[g]).square()) / (n - ddof).clamp(min=1)
+    lo, hi = (
+        torch.zeros_like(mean).scatter_reduce_(0, g, r, how, include_self=False)
+        for how in ("amin", "amax")
+    )
     return g, n, mean, var.sqrt(), lo == hi
 
+
 def group_advantages(
-    rewards:Tensor,        # (N,) one reward per response
-    group_ids:Tensor,      # (N,) group of each response
-    baseline:str="mean",   # "mean", "loo" (leave one out) or "none"
-    scale:str="std",       # "std" divides by the group's deviation, "none" does not
-    ddof:int=1,            # Degrees of freedom taken off the deviation
-    eps:float=1e-6,        # Added to the deviation
-)->Tensor:                 # (N,) float32; 0 for single samples and for groups of equal rewards
+    rewards: Tensor,  # (N,) one reward per response
+    group_ids: Tensor,  # (N,) group of each response
+    baseline: str = "mean",  # "mean", "loo" (leave one out) or "none"
+    scale: str = "std",  # "std" divides by the group's deviation, "none" does not
+    ddof: int = 1,  # Degrees of freedom taken off the deviation
+    eps: float = 1e-6,  # Added to the deviation
+) -> Tensor:  # (N,) float32; 0 for single samples and for groups of equal rewards
     "Advantage of each response over its group"
     if rewards.shape != group_ids.shape or rewards.dim() != 1:
-        raise ValueError(f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} must both be (N,)")
-    if not torch.isfinite(rewards).all(): raise ValueError("rewards has NaN or infinite values; a verifier must return numbers")
+        raise ValueError(
+            f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} must both be (N,)"
+        )
+    if not torch.isfinite(rewards).all():
+        raise ValueError("rewards has NaN or infinite values; a verifier must return numbers")
     if baseline not in ("mean", "loo", "none") or scale not in ("std", "none"):
-        raise ValueError(f"baseline={baseline!r} must be mean, loo or none; scale={scale!r} std or none")
+        raise ValueError(
+            f"baseline={baseline!r} must be mean, loo or none; scale={scale!r} std or none"
+        )
     g, n, mean, std, equal = _group_stats(rewards, group_ids, ddof)
     A = rewards.double() - (0 if baseline == "none" else mean[g])
-    if baseline == "loo": A = A*n[g]/(n[g] - 1).clamp(min=1)
-    if scale == "std": A = A/(std[g] + eps)
-    return torch.where((n[g] < 2) | equal[g], 0., A).float() if baseline != "none" else A.float()
+    if baseline == "loo":
+        A = A * n[g] / (n[g] - 1).clamp(min=1)
+    if scale == "std":
+        A = A / (std[g] + eps)
+    return torch.where((n[g] < 2) | equal[g], 0.0, A).float() if baseline != "none" else A.float()
 
 # %% ../../nbs/rl/04_advantages.ipynb #f20f5bdf
 def _pack(mask):
     "(N,L) index that moves the masked positions of each row to its front, in order; None if no row has a hole"
     starts = (mask[..., 1:] > mask[..., :-1]).sum(-1) + mask[..., 0]
-    return torch.sort((~mask).to(torch.int8), dim=-1, stable=True).indices if (starts > 1).any() else None
+    return (
+        torch.sort((~mask).to(torch.int8), dim=-1, stable=True).indices
+        if (starts > 1).any()
+        else None
+    )
+
 
 def _scan(x, a, chunk=32):
     "y_t = x_t + a y_{t+1} along the last dimension: a triangular product inside chunks, then a carry from chunk to chunk"
-    n, L, a = x.shape[:-1].numel(), x.shape[-1], torch.tensor(float(a), dtype=x.dtype, device=x.device)
-    C = max(1, min(chunk, L)); K, i = -(-L//C), torch.arange(C, device=x.device)
-    decay = torch.where(i[:, None] >= i, a.pow((i[:, None] - i).clamp(min=0)), 0.)
-    y = torch.nn.functional.pad(x, (0, K*C - L)).reshape(n, K, C)@decay
-    heads, carry, step = y[..., 0].T.contiguous(), x.new_zeros(K, n), float(a)**C
-    for k in range(K - 2, -1, -1): torch.add(heads[k+1], carry[k+1], alpha=step, out=carry[k])
-    return y.addcmul_(carry.T.unsqueeze(-1), a.pow(C - i)).reshape(n, K*C)[:, :L].reshape(x.shape)
-
+    n, L, a = (
+        x.shape[:-1].numel(),
+        x.shape[-1],
+        torch.tensor(float(a), dtype=x.dtype, device=x.device),
+    )
+    C = max(1, min(chunk, L))
+    K, i = -(-L // C), torch.arange(C, device=x.device)
+    decay = torch.where(i[:, None] >= i, a.pow((i[:, None] - i).clamp(min=0)), 0.0)
+    y = torch.nn.functional.pad(x, (0, K * C - L)).reshape(n, K, C) @ decay
+    heads, carry, step = y[..., 0].T.contiguous(), x.new_zeros(K, n), float(a) ** C
+    for k in range(K - 2, -1, -1):
+        torch.add(heads[k + 1], carry[k + 1], alpha=step, out=carry[k])
+    return y.addcmul_(carry.T.unsqueeze(-1), a.pow(C - i)).reshape(n, K * C)[:, :L].reshape(x.shape)
 
 # %% ../../nbs/rl/04_advantages.ipynb #da001afd
 def discounted_returns(
-    rewards:Tensor,   # (N,L) reward at each token
-    mask:Tensor,      # (N,L) bool, sampled tokens; others are skipped
-    gamma:float=1.,   # Discount per sampled token
-)->Tensor:            # (N,L) return at each sampled token, 0 elsewhere
+    rewards: Tensor,  # (N,L) reward at each token
+    mask: Tensor,  # (N,L) bool, sampled tokens; others are skipped
+    gamma: float = 1.0,  # Discount per sampled token
+) -> Tensor:  # (N,L) return at each sampled token, 0 elsewhere
     "What is still to come, from each sampled token on"
-    if rewards.shape != mask.shape: raise ValueError(f"mask has shape {tuple(mask.shape)}, rewards {tuple(rewards.shape)}; they must agree")
-    if not 0 <= gamma <= 1: raise ValueError(f"gamma={gamma} must be in [0, 1]")
-    m = mask.bool(); order = _pack(m)
-    x = torch.where(m, rewards, 0.).double()
-    y = _scan(x, gamma) if order is None else torch.zeros_like(x).scatter(-1, order, _scan(x.gather(-1, order), gamma))
-    return torch.where(m, y, 0.).to(rewards.dtype)
+    if rewards.shape != mask.shape:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, rewards {tuple(rewards.shape)}; they must agree"
+        )
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma={gamma} must be in [0, 1]")
+    m = mask.bool()
+    order = _pack(m)
+    x = torch.where(m, rewards, 0.0).double()
+    y = (
+        _scan(x, gamma)
+        if order is None
+        else torch.zeros_like(x).scatter(-1, order, _scan(x.gather(-1, order), gamma))
+    )
+    return torch.where(m, y, 0.0).to(rewards.dtype)
 
 # %% ../../nbs/rl/04_advantages.ipynb #b7a1e001
 def _gae(rewards, values, m, gamma, lam):
     "Advantages and returns of some rows"
     order = _pack(m)
-    r, v = (torch.where(m, x, 0.) for x in (rewards, values))
-    if order is not None: r, v = r.gather(-1, order), v.gather(-1, order)
+    r, v = (torch.where(m, x, 0.0) for x in (rewards, values))
+    if order is not None:
+        r, v = r.gather(-1, order), v.gather(-1, order)
     delta, w = r.double(), v.double()
     delta.sub_(w)[..., :-1].add_(w[..., 1:], alpha=gamma)
-    a = _scan(delta, gamma*lam).to(values.dtype)
-    if order is not None: a, v = (torch.zeros_like(x).scatter(-1, order, x) for x in (a, v))
-    A = torch.where(m, a, 0.)
+    a = _scan(delta, gamma * lam).to(values.dtype)
+    if order is not None:
+        a, v = (torch.zeros_like(x).scatter(-1, order, x) for x in (a, v))
+    A = torch.where(m, a, 0.0)
     return A, A + v
 
 # %% ../../nbs/rl/04_advantages.ipynb #67f9d8d9
 def gae(
-    rewards:Tensor,    # (N,L) reward at each token
-    values:Tensor,     # (N,L) critic's prediction at each token
-    mask:Tensor,       # (N,L) bool, sampled tokens; others are skipped, not discounted
-    gamma:float=1.,    # Discount
-    lam:float=.95,     # Trace parameter
-)->tuple[Tensor,Tensor]: # Advantages and returns, (N,L) each, 0 outside the mask
+    rewards: Tensor,  # (N,L) reward at each token
+    values: Tensor,  # (N,L) critic's prediction at each token
+    mask: Tensor,  # (N,L) bool, sampled tokens; others are skipped, not discounted
+    gamma: float = 1.0,  # Discount
+    lam: float = 0.95,  # Trace parameter
+) -> tuple[Tensor, Tensor]:  # Advantages and returns, (N,L) each, 0 outside the mask
     "Generalised advantage estimation (Schulman et al., 2016) over the sampled tokens"
     if not rewards.shape == values.shape == mask.shape or mask.dim() != 2:
-        raise ValueError(f"rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and mask {tuple(mask.shape)} must agree and be (N,L)")
-    if not (0 <= gamma <= 1 and 0 <= lam <= 1): raise ValueError(f"gamma={gamma} and lam={lam} must be in [0, 1]")
-    m = mask.bool(); L = max(1, m.shape[-1])
-    k = max(1, 2**16//L) if m.device.type == "cpu" else max(1, len(m))
-    parts = [_gae(*(x[i:i+k] for x in (rewards, values, m)), gamma, lam) for i in range(0, len(m), k)] or [(values*0., values*0.)]
+        raise ValueError(
+            f"rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and mask {tuple(mask.shape)} must agree and be (N,L)"
+        )
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+        raise ValueError(f"gamma={gamma} and lam={lam} must be in [0, 1]")
+    m = mask.bool()
+    L = max(1, m.shape[-1])
+    k = max(1, 2**16 // L) if m.device.type == "cpu" else max(1, len(m))
+    parts = [
+        _gae(*(x[i : i + k] for x in (rewards, values, m)), gamma, lam) for i in range(0, len(m), k)
+    ] or [(values * 0.0, values * 0.0)]
     return tuple(x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts))
-

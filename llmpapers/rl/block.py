@@ -17,100 +17,137 @@ from torch import Tensor
 @cache
 def _layer_class():
     from transformers.cache_utils import DynamicLayer
+
     class SlotLayer(DynamicLayer):
         "Keys and values of one layer; `block` says where the new token of each row goes"
+
         def __init__(self, block, keys, values):
-            super().__init__(); self.block, self.is_initialized = block, True
+            super().__init__()
+            self.block, self.is_initialized = block, True
             self.keys, self.values = keys.new_zeros(keys.shape), values.new_zeros(values.shape)
 
         def update(self, keys, values, *args, **kw):
-            b = self.block; at, to = b.at[:b.rows], b.n - 1
-            self.keys[at, :, to], self.values[at, :, to] = keys[:,:,0], values[:,:,0]
-            return self.keys[:b.rows,:,:b.width], self.values[:b.rows,:,:b.width]
+            b = self.block
+            at, to = b.at[: b.rows], b.n - 1
+            self.keys[at, :, to], self.values[at, :, to] = keys[:, :, 0], values[:, :, 0]
+            return self.keys[: b.rows, :, : b.width], self.values[: b.rows, :, : b.width]
 
-        def get_seq_length(self): return self.block.width - 1
-        def get_mask_sizes(self, query_length): return self.block.width, 0
+        def get_seq_length(self):
+            return self.block.width - 1
+
+        def get_mask_sizes(self, query_length):
+            return self.block.width, 0
+
     return SlotLayer
 
 # %% ../../nbs/rl/18_block.ipynb #2b945979
 class KVBlock:
     "Places of the rows in work; `kv` is what a model takes as `past_key_values`"
-    def __init__(self,
-        device, # Where keys and values are
-    ): self.n, self.at, self.layers, self.kv = torch.zeros(0, dtype=torch.long, device=device), None, [], None
+
+    def __init__(
+        self,
+        device,  # Where keys and values are
+    ):
+        self.n, self.at, self.layers, self.kv = (
+            torch.zeros(0, dtype=torch.long, device=device),
+            None,
+            [],
+            None,
+        )
 
     @property
-    def rows(self)->int: # R
+    def rows(self) -> int:  # R
         "Number of rows in work"
         return len(self.n)
 
     @property
-    def width(self)->int: # W
+    def width(self) -> int:  # W
         "Length of the longest row"
         return int(self.n.max()) if len(self.n) else 0
 
 # %% ../../nbs/rl/18_block.ipynb #7996442b
 @patch
-def places(self:KVBlock,
-    n:Tensor, # (r,) lengths of new rows
-    like,     # (keys, values) of each layer; sizes of heads and dtypes are taken from them
-)->slice:     # Their rows
+def places(
+    self: KVBlock,
+    n: Tensor,  # (r,) lengths of new rows
+    like,  # (keys, values) of each layer; sizes of heads and dtypes are taken from them
+) -> slice:  # Their rows
     "Make room for new rows below the others"
     rows = slice(self.rows, self.rows + len(n))
     self._room(rows.stop, int(n.max()), like)
     self.n = torch.cat([self.n, n])
     return rows
 
+
 @patch
-def add(self:KVBlock,
-    kv,       # Cache of a pass over new rows, left-padded
-    n:Tensor, # (r,) their lengths
-)->None:
+def add(
+    self: KVBlock,
+    kv,  # Cache of a pass over new rows, left-padded
+    n: Tensor,  # (r,) their lengths
+) -> None:
     "Put rows below the others"
     w, new = kv.layers[0].keys.shape[2], [(l.keys, l.values) for l in kv.layers]
-    to = (torch.arange(w, device=n.device)[None] + (w - n)[:,None]).clamp(max=w-1)[:,None,:,None]
+    to = (torch.arange(w, device=n.device)[None] + (w - n)[:, None]).clamp(max=w - 1)[
+        :, None, :, None
+    ]
     rows = self.places(n, new)
-    for l, (k, v) in zip(self.layers, new): l.keys[rows,:,:w], l.values[rows,:,:w] = (x.take_along_dim(to, 2)[:,:,:w] for x in (k, v))
+    for l, (k, v) in zip(self.layers, new):
+        l.keys[rows, :, :w], l.values[rows, :, :w] = (
+            x.take_along_dim(to, 2)[:, :, :w] for x in (k, v)
+        )
 
 # %% ../../nbs/rl/18_block.ipynb #01b0c3dc
 @patch
-def _room(self:KVBlock, rows, width, like):
+def _room(self: KVBlock, rows, width, like):
     "Memory for so many rows and columns"
     if not self.layers:
         from transformers import DynamicCache
+
         self.layers = [_layer_class()(self, k[:0], v[:0]) for k, v in like]
-        self.kv = DynamicCache(); self.kv.layers, self.kv.layer_class_to_replicate = self.layers, None
+        self.kv = DynamicCache()
+        self.kv.layers, self.kv.layer_class_to_replicate = self.layers, None
     R, _, W, _ = self.layers[0].keys.shape
-    if rows <= R and width <= W: return
-    R, W = (R if rows <= R else 2*rows), (W if width <= W else 2*width)
+    if rows <= R and width <= W:
+        return
+    R, W = (R if rows <= R else 2 * rows), (W if width <= W else 2 * width)
     self.at = torch.arange(R, device=self.n.device)
     for l in self.layers:
         k, v = l.keys, l.values
         l.keys, l.values = (x.new_zeros(R, x.shape[1], W, x.shape[3]) for x in (k, v))
-        l.keys[:len(k),:,:k.shape[2]], l.values[:len(v),:,:v.shape[2]] = k, v
+        l.keys[: len(k), :, : k.shape[2]], l.values[: len(v), :, : v.shape[2]] = k, v
 
 # %% ../../nbs/rl/18_block.ipynb #bac1429c
 @patch
-def grow(self:KVBlock)->None:
+def grow(self: KVBlock) -> None:
     "Make room for one token a row"
     self.n = self.n + 1
     self._room(self.rows, self.width, [])
 
+
 @patch
-def clear(self:KVBlock)->None:
+def clear(self: KVBlock) -> None:
     "Let all rows go; the memory is kept"
     self.n = self.n[:0]
 
+
 @patch
-def remove(self:KVBlock,
-    gone, # Numbers of rows
-)->tuple[list,list]: # Holes that were filled, and the rows that moved there
+def remove(
+    self: KVBlock,
+    gone,  # Numbers of rows
+) -> tuple[list, list]:  # Holes that were filled, and the rows that moved there
     "Free some places"
     left = self.rows - len(gone)
-    holes, movers = [i for i in gone if i < left], [i for i in range(left, self.rows) if i not in gone]
+    holes, movers = (
+        [i for i in gone if i < left],
+        [i for i in range(left, self.rows) if i not in gone],
+    )
     if holes:
         w = int(self.n[movers].max())
-        for l in self.layers: l.keys[holes,:,:w], l.values[holes,:,:w] = l.keys[movers,:,:w], l.values[movers,:,:w]
+        for l in self.layers:
+            l.keys[holes, :, :w], l.values[holes, :, :w] = (
+                l.keys[movers, :, :w],
+                l.values[movers, :, :w],
+            )
         self.n[holes] = self.n[movers]
     self.n = self.n[:left]
     return holes, movers
@@ -123,23 +160,37 @@ def _attention():
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
+
     def grouped(module, query, key, value, attention_mask, scaling=None, **kw):
         (R, H, n, d), G = query.shape, key.shape[1]
         if attention_mask is None or H == G or n > 1 and query.is_cuda:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
-        if n > 1: return sdpa(query, key, value, attention_mask, scale=scaling, enable_gqa=True).transpose(1, 2), None
-        return sdpa(query.reshape(R, G, H//G, d), key, value, attention_mask, scale=scaling).reshape(R, 1, H, d), None
-    AttentionInterface.register("llmpapers_grouped", grouped); AttentionMaskInterface.register("llmpapers_grouped", sdpa_mask)
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling, **kw
+            )
+        if n > 1:
+            return sdpa(
+                query, key, value, attention_mask, scale=scaling, enable_gqa=True
+            ).transpose(1, 2), None
+        return sdpa(
+            query.reshape(R, G, H // G, d), key, value, attention_mask, scale=scaling
+        ).reshape(R, 1, H, d), None
+
+    AttentionInterface.register("llmpapers_grouped", grouped)
+    AttentionMaskInterface.register("llmpapers_grouped", sdpa_mask)
     return "llmpapers_grouped"
 
 # %% ../../nbs/rl/18_block.ipynb #2e113e08
 @contextmanager
 def grouped_attention(
-    model, # A model of transformers
-):         # Yields False if the model is not set to SDPA, whose place it takes
+    model,  # A model of transformers
+):  # Yields False if the model is not set to SDPA, whose place it takes
     "Attention without copies of keys and values, inside the `with`"
     config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa": yield False; return
+    if config._attn_implementation != "sdpa":
+        yield False
+        return
     config._attn_implementation = _attention()
-    try: yield True
-    finally: config._attn_implementation = "sdpa"
+    try:
+        yield True
+    finally:
+        config._attn_implementation = "sdpa"

@@ -19,71 +19,106 @@ from .types import Group, Sample
 @dataclass
 class _Entry:
     "An outstanding group: its members' samples, attempts, failures, and which of them are out"
-    prompt:Any
-    version:int
-    samples:list
-    attempt:list
-    failures:list
-    out:list
+
+    prompt: Any
+    version: int
+    samples: list
+    attempt: list
+    failures: list
+    out: list
 
     @property
-    def ready(self): return all(s is not None for s in self.samples)
+    def ready(self):
+        return all(s is not None for s in self.samples)
 
-def _key(item): return item[1].version, item[0]
+
+def _key(item):
+    return item[1].version, item[0]
 
 # %% ../../nbs/rl/06_buffer.ipynb #fe743487
 class SampleBuffer:
     "Groups between admission and training, with a bound on staleness and no loss"
-    def __init__(self,
-        batch_size:int,         # Groups per batch, B
-        async_ratio:float=0.,   # How many batches generation may run ahead, alpha >= 0; 0 is the synchronous loop
-        group_size:int=1,       # Samples per group
-        on_stale:str="wait",    # "wait" paces and never discards; "abort" starts groups again that are too old
-        max_attempts:int=3,     # Failures of one member before its group is quarantined
+
+    def __init__(
+        self,
+        batch_size: int,  # Groups per batch, B
+        async_ratio: float = 0.0,  # How many batches generation may run ahead, alpha >= 0; 0 is the synchronous loop
+        group_size: int = 1,  # Samples per group
+        on_stale: str = "wait",  # "wait" paces and never discards; "abort" starts groups again that are too old
+        max_attempts: int = 3,  # Failures of one member before its group is quarantined
     ):
-        for n, x in (("batch_size", batch_size), ("group_size", group_size), ("max_attempts", max_attempts)):
-            if not isinstance(x, int) or x < 1: raise ValueError(f"{n}={x!r} must be a positive integer")
-        if not 0 <= async_ratio < math.inf: raise ValueError(f"async_ratio={async_ratio} must be at least 0")
-        if on_stale not in ("wait", "abort"): raise ValueError(f"on_stale={on_stale!r} must be 'wait' or 'abort'")
+        for n, x in (
+            ("batch_size", batch_size),
+            ("group_size", group_size),
+            ("max_attempts", max_attempts),
+        ):
+            if not isinstance(x, int) or x < 1:
+                raise ValueError(f"{n}={x!r} must be a positive integer")
+        if not 0 <= async_ratio < math.inf:
+            raise ValueError(f"async_ratio={async_ratio} must be at least 0")
+        if on_stale not in ("wait", "abort"):
+            raise ValueError(f"on_stale={on_stale!r} must be 'wait' or 'abort'")
         self.batch_size, self.async_ratio, self.group_size = batch_size, async_ratio, group_size
-        self.on_stale, self.max_attempts, self.bound = on_stale, max_attempts, math.ceil(async_ratio)
+        self.on_stale, self.max_attempts, self.bound = (
+            on_stale,
+            max_attempts,
+            math.ceil(async_ratio),
+        )
         self.version, self.next_id, self.consumed, self.training = 0, 0, 0, False
         self.groups, self.count = {}, Counter()
         self.lengths, self.staleness = dict(trained=[0, 0], finished=[0, 0]), [0, 0, 0]
 
 # %% ../../nbs/rl/06_buffer.ipynb #77ac41fe
 @patch
-def capacity(self:SampleBuffer)->int: # Number of prompts, at least 0
+def capacity(self: SampleBuffer) -> int:  # Number of prompts, at least 0
     "How many prompts may be admitted now"
-    free = (self.version + 1)*self.batch_size + math.floor(self.async_ratio*self.batch_size) - self.consumed - len(self.groups)
+    free = (
+        (self.version + 1) * self.batch_size
+        + math.floor(self.async_ratio * self.batch_size)
+        - self.consumed
+        - len(self.groups)
+    )
     return max(0, free)
 
+
 @patch
-def admit(self:SampleBuffer,
-    prompt:Any,  # Whatever the source yields; plain data if the buffer is to be saved
-)->Group:        # The new group, without samples
+def admit(
+    self: SampleBuffer,
+    prompt: Any,  # Whatever the source yields; plain data if the buffer is to be saved
+) -> Group:  # The new group, without samples
     "Admit a prompt under the current version"
-    if not self.capacity(): raise RuntimeError("admit: no capacity; train a batch or wait for one to be ready first")
+    if not self.capacity():
+        raise RuntimeError("admit: no capacity; train a batch or wait for one to be ready first")
     i, n = self.next_id, self.group_size
-    self.groups[i] = _Entry(prompt, self.version, [None]*n, [0]*n, [0]*n, [False]*n)
-    self.next_id += 1; self.count["admitted"] += 1
+    self.groups[i] = _Entry(prompt, self.version, [None] * n, [0] * n, [0] * n, [False] * n)
+    self.next_id += 1
+    self.count["admitted"] += 1
     return Group(i, prompt, self.version)
 
 # %% ../../nbs/rl/06_buffer.ipynb #b3e84495
 @patch
-def pending(self:SampleBuffer)->list: # (Group, index) pairs; the group carries the member's attempt
+def pending(
+    self: SampleBuffer,
+) -> list:  # (Group, index) pairs; the group carries the member's attempt
     "Members to dispatch, oldest first"
-    return [(Group(i, e.prompt, e.version, e.attempt[k]), k) for i, e in sorted(self.groups.items(), key=_key)
-            for k in range(self.group_size) if e.samples[k] is None and not e.out[k]]
+    return [
+        (Group(i, e.prompt, e.version, e.attempt[k]), k)
+        for i, e in sorted(self.groups.items(), key=_key)
+        for k in range(self.group_size)
+        if e.samples[k] is None and not e.out[k]
+    ]
+
 
 @patch
-def dispatch(self:SampleBuffer,
-    group_id:int, # Group
-    index:int,    # Member
-)->int:           # Attempt number to hand back with the result
+def dispatch(
+    self: SampleBuffer,
+    group_id: int,  # Group
+    index: int,  # Member
+) -> int:  # Attempt number to hand back with the result
     "Mark a pending member as being worked on"
     e = self.groups.get(group_id)
-    if e is None or e.samples[index] is not None or e.out[index]: raise ValueError(f"member {index} of group {group_id} is not pending")
+    if e is None or e.samples[index] is not None or e.out[index]:
+        raise ValueError(f"member {index} of group {group_id} is not pending")
     e.out[index] = True
     return e.attempt[index]
 
@@ -91,120 +126,228 @@ def dispatch(self:SampleBuffer,
 def _current(self, group_id, index, attempt):
     "The entry, if this attempt of this member is the current one and not finished"
     e = self.groups.get(group_id)
-    ok = e is not None and 0 <= index < self.group_size and e.samples[index] is None and e.attempt[index] == attempt
-    if not ok: self.count["duplicates"] += 1
+    ok = (
+        e is not None
+        and 0 <= index < self.group_size
+        and e.samples[index] is None
+        and e.attempt[index] == attempt
+    )
+    if not ok:
+        self.count["duplicates"] += 1
     return e if ok else None
 
+
 @patch
-def commit(self:SampleBuffer,
-    group_id:int,   # Group
-    index:int,      # Member
-    attempt:int,    # Attempt number from `dispatch`
-    sample:Sample,  # The scored sample
-)->bool:            # False if it came too late: duplicate, unknown group or old attempt
+def commit(
+    self: SampleBuffer,
+    group_id: int,  # Group
+    index: int,  # Member
+    attempt: int,  # Attempt number from `dispatch`
+    sample: Sample,  # The scored sample
+) -> bool:  # False if it came too late: duplicate, unknown group or old attempt
     "Store a finished sample"
-    if (e := _current(self, group_id, index, attempt)) is None: return False
+    if (e := _current(self, group_id, index, attempt)) is None:
+        return False
     e.samples[index], e.out[index] = sample, False
-    _add(self.lengths["finished"], len(sample.response_ids)); self.count["finished"] += 1
+    _add(self.lengths["finished"], len(sample.response_ids))
+    self.count["finished"] += 1
     return True
 
-def _add(pair, x): pair[0] += x; pair[1] += 1
+
+def _add(pair, x):
+    pair[0] += x
+    pair[1] += 1
 
 # %% ../../nbs/rl/06_buffer.ipynb #00d2ad81
 @patch
-def fail(self:SampleBuffer,
-    group_id:int,  # Group
-    index:int,     # Member
-    attempt:int,   # Attempt number from `dispatch`
-    error:str="",  # What went wrong; counted by its first line
-    blame:bool=True, # Count it against the member; False if its worker died, which is nobody's fault
-)->bool:           # True: the member is pending again; False: its group is quarantined, or the failure came too late
+def fail(
+    self: SampleBuffer,
+    group_id: int,  # Group
+    index: int,  # Member
+    attempt: int,  # Attempt number from `dispatch`
+    error: str = "",  # What went wrong; counted by its first line
+    blame: bool = True,  # Count it against the member; False if its worker died, which is nobody's fault
+) -> bool:  # True: the member is pending again; False: its group is quarantined, or the failure came too late
     "Report that an attempt failed"
-    if (e := _current(self, group_id, index, attempt)) is None: return False
-    e.out[index] = False; e.attempt[index] += 1; e.failures[index] += blame; self.count["failures"] += 1
-    if error: self.count[f"error/{error.splitlines()[0][:80]}"] += 1
-    if e.failures[index] < self.max_attempts: return True
-    del self.groups[group_id]; self.count["quarantined"] += 1
+    if (e := _current(self, group_id, index, attempt)) is None:
+        return False
+    e.out[index] = False
+    e.attempt[index] += 1
+    e.failures[index] += blame
+    self.count["failures"] += 1
+    if error:
+        self.count[f"error/{error.splitlines()[0][:80]}"] += 1
+    if e.failures[index] < self.max_attempts:
+        return True
+    del self.groups[group_id]
+    self.count["quarantined"] += 1
     return False
 
+
 @patch
-def drop(self:SampleBuffer,
-    group_id:int,  # An outstanding group
-    reason:str,    # Counted by this name
-)->None:
+def drop(
+    self: SampleBuffer,
+    group_id: int,  # An outstanding group
+    reason: str,  # Counted by this name
+) -> None:
     "Give up a group on purpose, for example because all of its rewards are equal"
-    if group_id not in self.groups: raise ValueError(f"group {group_id} is not outstanding")
-    del self.groups[group_id]; self.count["dropped"] += 1; self.count[f"dropped/{reason}"] += 1
+    if group_id not in self.groups:
+        raise ValueError(f"group {group_id} is not outstanding")
+    del self.groups[group_id]
+    self.count["dropped"] += 1
+    self.count[f"dropped/{reason}"] += 1
 
 # %% ../../nbs/rl/06_buffer.ipynb #3d0e466a
 @patch
-def _in_time(self:SampleBuffer, left):
+def _in_time(self: SampleBuffer, left):
     "Can the groups left behind all be trained within the bound?"
     starts = sorted(e.version for e in left)
-    return all(n <= max(0, s + self.bound - self.version)*self.batch_size for n, s in enumerate(starts, 1))
+    return all(
+        n <= max(0, s + self.bound - self.version) * self.batch_size
+        for n, s in enumerate(starts, 1)
+    )
+
 
 @patch
-def take(self:SampleBuffer,
-    partial:bool=False,  # Take fewer than a batch; for the end of the data
-)->"list[Group]|None":   # Groups sorted by id, or None: wait for a completion
+def take(
+    self: SampleBuffer,
+    partial: bool = False,  # Take fewer than a batch; for the end of the data
+) -> "list[Group]|None":  # Groups sorted by id, or None: wait for a completion
     "The next batch, if it can be taken without making another group too old"
-    if self.training: raise RuntimeError("take: the last batch has not been published")
-    ready = sorted(((i, e) for i, e in self.groups.items() if e.ready), key=_key)[:self.batch_size]
-    if not ready or (len(ready) < self.batch_size and not partial): return None
+    if self.training:
+        raise RuntimeError("take: the last batch has not been published")
+    ready = sorted(((i, e) for i, e in self.groups.items() if e.ready), key=_key)[: self.batch_size]
+    if not ready or (len(ready) < self.batch_size and not partial):
+        return None
     ids = {i for i, _ in ready}
-    if self.on_stale == "wait" and not partial and not self._in_time(e for i, e in self.groups.items() if i not in ids): return None
+    if (
+        self.on_stale == "wait"
+        and not partial
+        and not self._in_time(e for i, e in self.groups.items() if i not in ids)
+    ):
+        return None
     for i, e in ready:
         late = self.version - e.version
         assert late <= self.bound, f"group {i} is {late} versions old, the bound is {self.bound}"
-        self.staleness = [self.staleness[0] + late, self.staleness[1] + 1, max(self.staleness[2], late)]
-        for s in e.samples: _add(self.lengths["trained"], len(s.response_ids))
+        self.staleness = [
+            self.staleness[0] + late,
+            self.staleness[1] + 1,
+            max(self.staleness[2], late),
+        ]
+        for s in e.samples:
+            _add(self.lengths["trained"], len(s.response_ids))
         del self.groups[i]
-    self.consumed += len(ready); self.training = True
-    return [Group(i, e.prompt, e.version, max(e.attempt), list(e.samples)) for i, e in sorted(ready)]
+    self.consumed += len(ready)
+    self.training = True
+    return [
+        Group(i, e.prompt, e.version, max(e.attempt), list(e.samples)) for i, e in sorted(ready)
+    ]
 
 # %% ../../nbs/rl/06_buffer.ipynb #f80676ea
 @patch
-def publish(self:SampleBuffer)->list[int]: # Ids of groups whose running requests must be aborted; empty under "wait"
+def publish(
+    self: SampleBuffer,
+) -> list[int]:  # Ids of groups whose running requests must be aborted; empty under "wait"
     "The batch is trained: go to the next version"
-    if not self.training: raise RuntimeError("publish: no batch was taken")
-    self.version += 1; self.training = False
-    if self.on_stale == "wait": return []
+    if not self.training:
+        raise RuntimeError("publish: no batch was taken")
+    self.version += 1
+    self.training = False
+    if self.on_stale == "wait":
+        return []
     old = [i for i, e in self.groups.items() if e.version < self.version - self.bound]
     running = [i for i in old if not self.groups[i].ready]
     for i in old:
-        e = self.groups[i]; n = self.group_size
-        self.groups[i] = _Entry(e.prompt, self.version, [None]*n, [a + 1 for a in e.attempt], e.failures, [False]*n)
+        e = self.groups[i]
+        n = self.group_size
+        self.groups[i] = _Entry(
+            e.prompt, self.version, [None] * n, [a + 1 for a in e.attempt], e.failures, [False] * n
+        )
         self.count["aborted"] += 1
     return running
 
 # %% ../../nbs/rl/06_buffer.ipynb #327d9552
 @patch
-def state_dict(self:SampleBuffer)->dict: # JSON values, if the prompts are
+def state_dict(self: SampleBuffer) -> dict:  # JSON values, if the prompts are
     "The state as plain data"
     groups = {str(i): asdict(e) for i, e in self.groups.items()}
-    keep = ("batch_size", "async_ratio", "group_size", "on_stale", "max_attempts", "version", "next_id", "consumed", "training", "lengths", "staleness")
+    keep = (
+        "batch_size",
+        "async_ratio",
+        "group_size",
+        "on_stale",
+        "max_attempts",
+        "version",
+        "next_id",
+        "consumed",
+        "training",
+        "lengths",
+        "staleness",
+    )
     return {k: getattr(self, k) for k in keep} | dict(groups=groups, count=dict(self.count))
 
+
 @patch
-def load_state_dict(self:SampleBuffer,
-    state:dict,  # From `state_dict`
-)->None:
+def load_state_dict(
+    self: SampleBuffer,
+    state: dict,  # From `state_dict`
+) -> None:
     "Take over a saved state; members that were being worked on are pending"
     for k in ("batch_size", "async_ratio", "group_size", "on_stale"):
-        if state[k] != getattr(self, k): raise ValueError(f"{k}: the saved buffer has {state[k]!r}, this one {getattr(self, k)!r}")
-    for k in ("version", "next_id", "consumed", "training"): setattr(self, k, state[k])
-    self.lengths, self.staleness, self.count = {k: list(v) for k, v in state["lengths"].items()}, list(state["staleness"]), Counter(state["count"])
+        if state[k] != getattr(self, k):
+            raise ValueError(
+                f"{k}: the saved buffer has {state[k]!r}, this one {getattr(self, k)!r}"
+            )
+    for k in ("version", "next_id", "consumed", "training"):
+        setattr(self, k, state[k])
+    self.lengths, self.staleness, self.count = (
+        {k: list(v) for k, v in state["lengths"].items()},
+        list(state["staleness"]),
+        Counter(state["count"]),
+    )
     back = lambda s: None if s is None else Sample(**s)
-    self.groups = {int(i): _Entry(e["prompt"], e["version"], [back(s) for s in e["samples"]], list(e["attempt"]), list(e["failures"]), [False]*self.group_size)
-                   for i, e in state["groups"].items()}
+    self.groups = {
+        int(i): _Entry(
+            e["prompt"],
+            e["version"],
+            [back(s) for s in e["samples"]],
+            list(e["attempt"]),
+            list(e["failures"]),
+            [False] * self.group_size,
+        )
+        for i, e in state["groups"].items()
+    }
 
 # %% ../../nbs/rl/06_buffer.ipynb #22d0f10a
 @patch
-def stats(self:SampleBuffer)->dict: # Name -> number
+def stats(self: SampleBuffer) -> dict:  # Name -> number
     "What to watch"
     ready = sum(e.ready for e in self.groups.values())
-    mean = lambda p: p[0]/p[1] if p[1] else 0.
-    bias = mean(self.lengths["trained"])/mean(self.lengths["finished"]) - 1 if self.lengths["trained"][1] else 0.
-    counts = {k: self.count[k] for k in ("admitted", "finished", "failures", "duplicates", "aborted", "dropped", "quarantined")}
-    return dict(version=self.version, ready=ready, running=len(self.groups) - ready, consumed=self.consumed, staleness_mean=mean(self.staleness[:2]),
-                staleness_max=self.staleness[2], length_bias=bias, **counts)
+    mean = lambda p: p[0] / p[1] if p[1] else 0.0
+    bias = (
+        mean(self.lengths["trained"]) / mean(self.lengths["finished"]) - 1
+        if self.lengths["trained"][1]
+        else 0.0
+    )
+    counts = {
+        k: self.count[k]
+        for k in (
+            "admitted",
+            "finished",
+            "failures",
+            "duplicates",
+            "aborted",
+            "dropped",
+            "quarantined",
+        )
+    }
+    return dict(
+        version=self.version,
+        ready=ready,
+        running=len(self.groups) - ready,
+        consumed=self.consumed,
+        staleness_mean=mean(self.staleness[:2]),
+        staleness_max=self.staleness[2],
+        length_bias=bias,
+        **counts,
+    )

@@ -18,23 +18,29 @@ from ..core.scale import need
 from ..core.train import _fsync, _replace_text, _sha, _steps
 
 # %% ../../nbs/rl/12_checkpoint.ipynb #9a9fe80e
-def random_state()->dict: # Tensors and plain values
+def random_state() -> dict:  # Tensors and plain values
     "State of the global generators of Python, NumPy and torch"
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
-    return dict(python=[version, list(words), gauss], numpy=[name, torch.from_numpy(keys.astype(np.int64)), *rest],
-                torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    return dict(
+        python=[version, list(words), gauss],
+        numpy=[name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        torch=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    )
+
 
 def set_random_state(
-    state:dict, # From `random_state`
-)->None:
+    state: dict,  # From `random_state`
+) -> None:
     "Put the global generators back; those of GPUs only if their number is the same"
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 # %% ../../nbs/rl/12_checkpoint.ipynb #0b052e96
 def _buffer_lines(state):
@@ -43,99 +49,147 @@ def _buffer_lines(state):
     head = {k: v for k, v in state.items() if k != "groups"}
     return "".join(json.dumps(x) + "\n" for x in [head, *([i, g] for i, g in groups.items())])
 
+
 def _read_buffer(path):
     head, *groups = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return head | dict(groups=dict(groups))
 
+
 def _plain(name, x):
     "JSON text of a value, or an error that names it"
-    try: return json.dumps(x)
-    except TypeError as e: raise TypeError(f"{name} cannot be saved as JSON ({e}); use numbers, text, lists and dictionaries") from e
+    try:
+        return json.dumps(x)
+    except TypeError as e:
+        raise TypeError(
+            f"{name} cannot be saved as JSON ({e}); use numbers, text, lists and dictionaries"
+        ) from e
+
 
 def _write(new, step, trainer, buffer, cursor, extra):
     "All files of a checkpoint, into a folder nobody looks at yet"
     state = trainer.state_dict()
-    need("safetensors.torch").save_file(state["model"], str(new/"model.safetensors"), metadata={"format": "pt"})
-    torch.save({k: v for k, v in state.items() if k not in ("model", "counters")}, new/"optimizer.pt")
-    torch.save(random_state(), new/"rng.pt")
-    if buffer is not None: (new/"buffer.jsonl").write_text(_buffer_lines(buffer.state_dict()), encoding="utf-8")
-    parts = dict(cursor=_plain("cursor", cursor), extra=_plain("extra", extra), counters=_plain("counters", state["counters"]))
-    (new/"trainer.json").write_text(json.dumps(dict(step=step) | {k: json.loads(v) for k, v in parts.items()}))
-    (new/"checksums.json").write_text(json.dumps({p.name: _sha(p) for p in sorted(new.iterdir())}))
+    need("safetensors.torch").save_file(
+        state["model"], str(new / "model.safetensors"), metadata={"format": "pt"}
+    )
+    torch.save(
+        {k: v for k, v in state.items() if k not in ("model", "counters")}, new / "optimizer.pt"
+    )
+    torch.save(random_state(), new / "rng.pt")
+    if buffer is not None:
+        (new / "buffer.jsonl").write_text(_buffer_lines(buffer.state_dict()), encoding="utf-8")
+    parts = dict(
+        cursor=_plain("cursor", cursor),
+        extra=_plain("extra", extra),
+        counters=_plain("counters", state["counters"]),
+    )
+    (new / "trainer.json").write_text(
+        json.dumps(dict(step=step) | {k: json.loads(v) for k, v in parts.items()})
+    )
+    (new / "checksums.json").write_text(
+        json.dumps({p.name: _sha(p) for p in sorted(new.iterdir())})
+    )
 
 # %% ../../nbs/rl/12_checkpoint.ipynb #2b2457f7
 def checkpoints(
-    folder, # Folder of the run
-)->list[tuple[int,Path]]: # (step, folder), newest first
+    folder,  # Folder of the run
+) -> list[tuple[int, Path]]:  # (step, folder), newest first
     "Finished checkpoints of a run"
     return _steps(Path(folder))
 
+
 def save(
-    folder,           # Folder of the run
-    step:int,         # Finished steps
+    folder,  # Folder of the run
+    step: int,  # Finished steps
     *,
-    trainer,          # Anything with `state_dict()` like that of `PolicyTrainer`
-    buffer=None,      # A `SampleBuffer`, saved with what is ready and what is running
-    cursor=None,      # Place in the data, as JSON
-    extra=None,       # Anything else, as JSON
-    keep_last:int=2,  # Checkpoints kept
-)->Path:              # The folder `step_<step>`
+    trainer,  # Anything with `state_dict()` like that of `PolicyTrainer`
+    buffer=None,  # A `SampleBuffer`, saved with what is ready and what is running
+    cursor=None,  # Place in the data, as JSON
+    extra=None,  # Anything else, as JSON
+    keep_last: int = 2,  # Checkpoints kept
+) -> Path:  # The folder `step_<step>`
     "Write a checkpoint atomically, point `latest` at it, and delete old ones"
-    if not isinstance(step, int) or step < 0: raise ValueError(f"step={step!r} must be an integer of at least 0")
-    if not isinstance(keep_last, int) or keep_last < 1: raise ValueError(f"keep_last={keep_last!r} must be a positive integer")
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"step={step!r} must be an integer of at least 0")
+    if not isinstance(keep_last, int) or keep_last < 1:
+        raise ValueError(f"keep_last={keep_last!r} must be a positive integer")
     folder, name = Path(folder), f"step_{step:06d}"
-    new, final, old = folder/f"{name}.tmp", folder/name, folder/f"{name}.old"
-    for p in (new, old): shutil.rmtree(p, ignore_errors=True)
+    new, final, old = folder / f"{name}.tmp", folder / name, folder / f"{name}.old"
+    for p in (new, old):
+        shutil.rmtree(p, ignore_errors=True)
     new.mkdir(parents=True)
     _write(new, step, trainer, buffer, cursor, extra)
-    for p in (*new.iterdir(), new): _fsync(p)
-    if final.exists(): os.replace(final, old)
-    os.replace(new, final); _fsync(folder)
-    _replace_text(folder/"latest", name + "\n")
+    for p in (*new.iterdir(), new):
+        _fsync(p)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(new, final)
+    _fsync(folder)
+    _replace_text(folder / "latest", name + "\n")
     kept = [p for s, p in checkpoints(folder) if s <= step][:keep_last]
-    for p in (*(p for _, p in checkpoints(folder) if p not in kept), old): shutil.rmtree(p, ignore_errors=True)
+    for p in (*(p for _, p in checkpoints(folder) if p not in kept), old):
+        shutil.rmtree(p, ignore_errors=True)
     return final
 
 # %% ../../nbs/rl/12_checkpoint.ipynb #7827dc9d
 def checkpoint_fault(
-    path:Path, # A folder `step_...`
-)->str|None:   # What is wrong, or None
+    path: Path,  # A folder `step_...`
+) -> str | None:  # What is wrong, or None
     "Why a checkpoint cannot be used, or None if it is what was written"
-    try: sums = json.loads((Path(path)/"checksums.json").read_text())
-    except (OSError, ValueError) as e: return f"checksums.json cannot be read ({type(e).__name__})"
-    if lost := {"model.safetensors", "optimizer.pt", "trainer.json", "rng.pt"} - set(sums): return f"{min(lost)} is not listed"
+    try:
+        sums = json.loads((Path(path) / "checksums.json").read_text())
+    except (OSError, ValueError) as e:
+        return f"checksums.json cannot be read ({type(e).__name__})"
+    if lost := {"model.safetensors", "optimizer.pt", "trainer.json", "rng.pt"} - set(sums):
+        return f"{min(lost)} is not listed"
     for name, digest in sums.items():
-        if not (Path(path)/name).is_file(): return f"{name} is missing"
-        if _sha(Path(path)/name) != digest: return f"{name} is not what was written"
+        if not (Path(path) / name).is_file():
+            return f"{name} is missing"
+        if _sha(Path(path) / name) != digest:
+            return f"{name} is not what was written"
     return None
 
+
 def latest(
-    folder,    # Folder of the run
-)->Path|None:  # Folder of the newest intact checkpoint; None if none was finished
+    folder,  # Folder of the run
+) -> Path | None:  # Folder of the newest intact checkpoint; None if none was finished
     "Find the newest intact checkpoint, warning about each one that is not"
     found = checkpoints(folder)
     for _, p in found:
         fault = checkpoint_fault(p)
-        if fault is None: return p
-        warnings.warn(f"checkpoint {p.name} is damaged ({fault}); trying the one before", stacklevel=2)
-    if found: raise RuntimeError(f"folder: all {len(found)} checkpoints in {folder} are damaged; move them away to start again")
+        if fault is None:
+            return p
+        warnings.warn(
+            f"checkpoint {p.name} is damaged ({fault}); trying the one before", stacklevel=2
+        )
+    if found:
+        raise RuntimeError(
+            f"folder: all {len(found)} checkpoints in {folder} are damaged; move them away to start again"
+        )
     return None
 
 # %% ../../nbs/rl/12_checkpoint.ipynb #8cd0c781
 def load(
-    folder,        # Folder of the run
+    folder,  # Folder of the run
     trainer=None,  # Takes over weights, optimiser, scheduler, critic and counters
-    buffer=None,   # Takes over outstanding groups; running members become pending
-)->dict|None:      # `step`, `cursor`, `extra`, `counters`, `path`; None if there is no checkpoint
+    buffer=None,  # Takes over outstanding groups; running members become pending
+) -> dict | None:  # `step`, `cursor`, `extra`, `counters`, `path`; None if there is no checkpoint
     "Go on from the newest intact checkpoint"
     path = latest(folder)
-    if path is None: return None
-    info = json.loads((path/"trainer.json").read_text())
+    if path is None:
+        return None
+    info = json.loads((path / "trainer.json").read_text())
     if buffer is not None:
-        if not (path/"buffer.jsonl").exists(): raise ValueError(f"buffer: {path.name} was saved without one")
-        buffer.load_state_dict(_read_buffer(path/"buffer.jsonl"))
+        if not (path / "buffer.jsonl").exists():
+            raise ValueError(f"buffer: {path.name} was saved without one")
+        buffer.load_state_dict(_read_buffer(path / "buffer.jsonl"))
     if trainer is not None:
-        state = torch.load(path/"optimizer.pt", map_location="cpu", weights_only=True)
-        trainer.load_state_dict(state | dict(model=need("safetensors.torch").load_file(str(path/"model.safetensors")), counters=info["counters"]))
-        set_random_state(torch.load(path/"rng.pt", weights_only=True))
+        state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        trainer.load_state_dict(
+            state
+            | dict(
+                model=need("safetensors.torch").load_file(str(path / "model.safetensors")),
+                counters=info["counters"],
+            )
+        )
+        set_random_state(torch.load(path / "rng.pt", weights_only=True))
     return info | dict(path=path)

@@ -24,239 +24,395 @@ from .buffer import SampleBuffer
 from .checkpoint import latest, load, save
 from .engines import WeightSyncError, probe_ids
 from .logprobs import token_logprobs
-from .loop import EngineLost, RolloutPoolError, _blocking, _check_source, _prompt, _summary, sync_modes
+from llmpapers.rl.loop import (
+    EngineLost,
+    RolloutPoolError,
+    _blocking,
+    _check_source,
+    _prompt,
+    _summary,
+    sync_modes,
+)
 from .types import Group, collate
 
 # %% ../../nbs/rl/14_controller.ipynb #0a2a1764
 class AsyncController:
     "Generation and training at the same time, with a bound on staleness"
-    def __init__(self,
-        source,                 # Sequence of prompts, or function of the index; plain data if checkpoints are wanted
-        rollout:Callable,       # `(client, group, index) -> Sample`
-        trainer,                # A `PolicyTrainer`, or anything with `step`, `weights` and state
-        pool,                   # `InProcessPool` or `RolloutPool`
-        buffer:SampleBuffer,    # Decides batch size, group size and staleness
-        sync_mode:str="keep",   # One of `sync_modes`
-        group_filter:Callable|None=None,  # Keep a finished group? Others are dropped and their places freed
-        checkpoint:"str|Path|None"=None,  # Folder to save in and to resume from
-        save_every:int=1,       # Batches between two checkpoints
-        metrics:Callable|None=None,       # Called with one dictionary a batch
-        eval_fn:Callable|None=None,       # Called with the trainer between two steps; returns numbers
-        eval_every:int=0,       # Batches between two evaluations; 0 never
-        pad_id:int=0,           # Fills rows
-        probe_tol:float=1e-3,   # Largest difference allowed between log-probabilities of engines and trainer
-        probe_steps:int=3,      # Versions whose weights are checked on arrival, those the run begins with included
+
+    def __init__(
+        self,
+        source,  # Sequence of prompts, or function of the index; plain data if checkpoints are wanted
+        rollout: Callable,  # `(client, group, index) -> Sample`
+        trainer,  # A `PolicyTrainer`, or anything with `step`, `weights` and state
+        pool,  # `InProcessPool` or `RolloutPool`
+        buffer: SampleBuffer,  # Decides batch size, group size and staleness
+        sync_mode: str = "keep",  # One of `sync_modes`
+        group_filter: Callable
+        | None = None,  # Keep a finished group? Others are dropped and their places freed
+        checkpoint: "str|Path|None" = None,  # Folder to save in and to resume from
+        save_every: int = 1,  # Batches between two checkpoints
+        metrics: Callable | None = None,  # Called with one dictionary a batch
+        eval_fn: Callable
+        | None = None,  # Called with the trainer between two steps; returns numbers
+        eval_every: int = 0,  # Batches between two evaluations; 0 never
+        pad_id: int = 0,  # Fills rows
+        probe_tol: float = 1e-3,  # Largest difference allowed between log-probabilities of engines and trainer
+        probe_steps: int = 3,  # Versions whose weights are checked on arrival, those the run begins with included
     ):
         _check_source(source)
-        if sync_mode not in sync_modes: raise ValueError(f"sync_mode={sync_mode!r} must be one of {', '.join(sync_modes)}")
+        if sync_mode not in sync_modes:
+            raise ValueError(f"sync_mode={sync_mode!r} must be one of {', '.join(sync_modes)}")
         if buffer.async_ratio > 0 and pool.shares(getattr(trainer, "model", None)):
-            raise ValueError("pool: the engine runs the trainer's own module while it trains; give it a copy, HFEngine(..., copy_model=True)")
-        self.source, self.rollout, self.trainer, self.pool, self.buffer = source, rollout, trainer, pool, buffer
-        self.sync_mode, self.group_filter, self.checkpoint, self.save_every = sync_mode, group_filter, checkpoint, save_every
-        self.metrics, self.eval_fn, self.eval_every, self.pad_id = metrics, eval_fn, eval_every, pad_id
+            raise ValueError(
+                "pool: the engine runs the trainer's own module while it trains; give it a copy, HFEngine(..., copy_model=True)"
+            )
+        self.source, self.rollout, self.trainer, self.pool, self.buffer = (
+            source,
+            rollout,
+            trainer,
+            pool,
+            buffer,
+        )
+        self.sync_mode, self.group_filter, self.checkpoint, self.save_every = (
+            sync_mode,
+            group_filter,
+            checkpoint,
+            save_every,
+        )
+        self.metrics, self.eval_fn, self.eval_every, self.pad_id = (
+            metrics,
+            eval_fn,
+            eval_every,
+            pad_id,
+        )
         self.probe_tol, self.probe_steps = probe_tol, probe_steps
-        self.cursor, self.rows, self.trained, self.failed, self.timeline = 0, [], [], [], deque(maxlen=100_000)
+        self.cursor, self.rows, self.trained, self.failed, self.timeline = (
+            0,
+            [],
+            [],
+            [],
+            deque(maxlen=100_000),
+        )
 
 # %% ../../nbs/rl/14_controller.ipynb #6b7d4553
 @patch
-def run(self:AsyncController,
-    n_steps:int,    # Batches in all, those before a resume included
-)->list[dict]:      # One row of metrics a batch
+def run(
+    self: AsyncController,
+    n_steps: int,  # Batches in all, those before a resume included
+) -> list[dict]:  # One row of metrics a batch
     "Train until the policy has version `n_steps`, or the prompts are used up"
     return _blocking(self.arun(n_steps), self.stop)
 
+
 @patch
-def stop(self:AsyncController)->None:
+def stop(self: AsyncController) -> None:
     "End soon, with a checkpoint; a second call ends at once"
-    if self.stopping: signal.raise_signal(signal.SIGKILL)
-    self.stopping = True; self.queue.put_nowait(None)
+    if self.stopping:
+        signal.raise_signal(signal.SIGKILL)
+    self.stopping = True
+    self.queue.put_nowait(None)
 
 # %% ../../nbs/rl/14_controller.ipynb #6ff991c9
 @patch
-async def arun(self:AsyncController,
-    n_steps:int,    # Batches in all
-)->list[dict]:      # One row of metrics a batch
+async def arun(
+    self: AsyncController,
+    n_steps: int,  # Batches in all
+) -> list[dict]:  # One row of metrics a batch
     "The event loop of `run`, to be awaited"
-    self.queue, self.running, self.train, self.sync, self.stopping, self.exhausted = asyncio.Queue(), {}, None, None, False, False
+    self.queue, self.running, self.train, self.sync, self.stopping, self.exhausted = (
+        asyncio.Queue(),
+        {},
+        None,
+        None,
+        False,
+        False,
+    )
     self.dropped, self.quarantined, self.warned, self.mark = 0, 0, 0, time.perf_counter()
     await self._open()
-    if thaw := gc.get_freeze_count() == 0: gc.collect(); gc.freeze()
+    if thaw := gc.get_freeze_count() == 0:
+        gc.collect()
+        gc.freeze()
     try:
         while self.buffer.version < n_steps and not self.stopping:
-            self._admit(n_steps); self._dispatch(); self._start_step()
-            if self.train is None and not self.running and not self.todo: break
+            self._admit(n_steps)
+            self._dispatch()
+            self._start_step()
+            if self.train is None and not self.running and not self.todo:
+                break
             self._handle(await self.queue.get())
-            while not self.queue.empty(): self._handle(self.queue.get_nowait())
-            if self.pool.failure: raise self.pool.failure
-            if self.sync and self.sync.done(): await self._arrived()
-            if self.train and self.train.done(): await self._finish_step()
-        if self.stopping and self.train: await asyncio.wait([self.train]); await self._finish_step()
-        if self.checkpoint and self.buffer.version: self._save()
+            while not self.queue.empty():
+                self._handle(self.queue.get_nowait())
+            if self.pool.failure:
+                raise self.pool.failure
+            if self.sync and self.sync.done():
+                await self._arrived()
+            if self.train and self.train.done():
+                await self._finish_step()
+        if self.stopping and self.train:
+            await asyncio.wait([self.train])
+            await self._finish_step()
+        if self.checkpoint and self.buffer.version:
+            self._save()
     finally:
-        if thaw: gc.unfreeze()
+        if thaw:
+            gc.unfreeze()
         await self._close()
-    if self.stopping: raise KeyboardInterrupt
+    if self.stopping:
+        raise KeyboardInterrupt
     return self.rows
 
 # %% ../../nbs/rl/14_controller.ipynb #875c3420
 @patch
-async def _open(self:AsyncController):
+async def _open(self: AsyncController):
     "Resume if there is something to resume from, start the pool, compare the policies"
     if self.checkpoint and latest(self.checkpoint):
         self.cursor = load(self.checkpoint, trainer=self.trainer, buffer=self.buffer)["cursor"]
     self.todo = deque((g.group_id, k) for g, k in self.buffer.pending())
     self.shared = self.pool.shares(getattr(self.trainer, "model", None))
     self.pool.on_change = lambda: self.queue.put_nowait(None)
-    await self.pool.start(self.rollout, None if self.shared else self.trainer.weights(), self.buffer.version)
-    self.checks = 0; await self._check()
+    await self.pool.start(
+        self.rollout, None if self.shared else self.trainer.weights(), self.buffer.version
+    )
+    self.checks = 0
+    await self._check()
+
 
 @patch
-def _probed(self:AsyncController):
+def _probed(self: AsyncController):
     "Will the next weights be checked on arrival?"
-    return self.checks < self.probe_steps and hasattr(getattr(getattr(self.trainer, "model", None), "config", None), "vocab_size")
+    return self.checks < self.probe_steps and hasattr(
+        getattr(getattr(self.trainer, "model", None), "config", None), "vocab_size"
+    )
+
 
 @patch
-async def _check(self:AsyncController):
+async def _check(self: AsyncController):
     "Engines and trainer must give a fixed sequence the same log-probabilities"
-    if not self._probed(): return
+    if not self._probed():
+        return
     model = self.trainer.model
-    self.checks += 1; ids = probe_ids(model.config.vocab_size); x = torch.tensor([ids], device=next(model.parameters()).device)
-    with torch.no_grad(): expected = token_logprobs(model(input_ids=x).logits, x)[0,1:].cpu()
+    self.checks += 1
+    ids = probe_ids(model.config.vocab_size)
+    x = torch.tensor([ids], device=next(model.parameters()).device)
+    with torch.no_grad():
+        expected = token_logprobs(model(input_ids=x).logits, x)[0, 1:].cpu()
     for k, row in enumerate(await self.pool.logprobs(ids)):
         gap = (torch.tensor(row) - expected).abs().max().item()
-        if not gap <= self.probe_tol: raise WeightSyncError(f"engine {k}: log-probabilities off by {gap:.3g} (allowed {self.probe_tol})")
+        if not gap <= self.probe_tol:
+            raise WeightSyncError(
+                f"engine {k}: log-probabilities off by {gap:.3g} (allowed {self.probe_tol})"
+            )
 
 # %% ../../nbs/rl/14_controller.ipynb #454bcebe
 @patch
-def _admit(self:AsyncController, n_steps):
+def _admit(self: AsyncController, n_steps):
     "Admit prompts while there is capacity and use for them"
     b = self.buffer
-    room = min(b.capacity(), n_steps*b.batch_size - b.consumed - len(b.groups))
+    room = min(b.capacity(), n_steps * b.batch_size - b.consumed - len(b.groups))
     while room > 0 and not self.exhausted:
-        if (p := _prompt(self.source, self.cursor)) is None: self.exhausted = True; break
-        g = b.admit(p); self.cursor += 1; room -= 1
+        if (p := _prompt(self.source, self.cursor)) is None:
+            self.exhausted = True
+            break
+        g = b.admit(p)
+        self.cursor += 1
+        room -= 1
         self.todo += [(g.group_id, k) for k in range(b.group_size)]
 
+
 @patch
-def _dispatch(self:AsyncController):
+def _dispatch(self: AsyncController):
     "Give members that wait to free slots, oldest first"
     while self.todo and self.sync is None and self.pool.num_free() > 0:
-        gid, k = self.todo.popleft(); e = self.buffer.groups.get(gid)
-        if e is None or e.samples[k] is not None or e.out[k]: continue
+        gid, k = self.todo.popleft()
+        e = self.buffer.groups.get(gid)
+        if e is None or e.samples[k] is not None or e.out[k]:
+            continue
         attempt = self.buffer.dispatch(gid, k)
         f = self.pool.submit(Group(gid, e.prompt, e.version, attempt), k)
         self.running[gid, k] = (attempt, f, time.perf_counter())
-        f.add_done_callback(lambda f, key=(gid, k), attempt=attempt: self.queue.put_nowait((key, attempt, f)))
+        f.add_done_callback(
+            lambda f, key=(gid, k), attempt=attempt: self.queue.put_nowait((key, attempt, f))
+        )
 
 # %% ../../nbs/rl/14_controller.ipynb #1d0b3595
 @patch
-def _handle(self:AsyncController, item):
+def _handle(self: AsyncController, item):
     "Take in a finished rollout"
-    if item is None: return
-    (gid, k), attempt, f = item; now = self.running.get((gid, k))
-    if now and now[0] == attempt: del self.running[gid, k]
-    if f.cancelled(): return
-    if (e := f.exception()) is None: return self._commit(gid, k, attempt, f.result(), now)
-    if isinstance(e, RolloutPoolError): raise e
+    if item is None:
+        return
+    (gid, k), attempt, f = item
+    now = self.running.get((gid, k))
+    if now and now[0] == attempt:
+        del self.running[gid, k]
+    if f.cancelled():
+        return
+    if (e := f.exception()) is None:
+        return self._commit(gid, k, attempt, f.result(), now)
+    if isinstance(e, RolloutPoolError):
+        raise e
     known, lost = gid in self.buffer.groups, isinstance(e, EngineLost)
-    if self.buffer.fail(gid, k, attempt, f"{type(e).__name__}: {e}", blame=not lost): self.todo.appendleft((gid, k))
-    elif known and gid not in self.buffer.groups: self._quarantine(gid, k, e)
+    if self.buffer.fail(gid, k, attempt, f"{type(e).__name__}: {e}", blame=not lost):
+        self.todo.appendleft((gid, k))
+    elif known and gid not in self.buffer.groups:
+        self._quarantine(gid, k, e)
+
 
 @patch
-def _commit(self:AsyncController, gid, k, attempt, sample, now):
+def _commit(self: AsyncController, gid, k, attempt, sample, now):
     b, g = self.buffer, self.buffer.groups.get(gid)
     if g and (min(sample.versions) < g.version or max(sample.versions) > b.version):
-        raise RuntimeError(f"group {gid} of version {g.version} has tokens of {set(sample.versions)} at version {b.version}: unknown weights are served")
-    if not b.commit(gid, k, attempt, sample): return
-    if now: self.timeline.append(("rollout", now[2], time.perf_counter(), gid, k, g.version))
-    if g.ready and self.group_filter and not self.group_filter(Group(gid, g.prompt, g.version, 0, list(g.samples))): self._drop(gid)
+        raise RuntimeError(
+            f"group {gid} of version {g.version} has tokens of {set(sample.versions)} at version {b.version}: unknown weights are served"
+        )
+    if not b.commit(gid, k, attempt, sample):
+        return
+    if now:
+        self.timeline.append(("rollout", now[2], time.perf_counter(), gid, k, g.version))
+    if (
+        g.ready
+        and self.group_filter
+        and not self.group_filter(Group(gid, g.prompt, g.version, 0, list(g.samples)))
+    ):
+        self._drop(gid)
 
 # %% ../../nbs/rl/14_controller.ipynb #779ef1b5
 @patch
-def _drop(self:AsyncController, gid):
+def _drop(self: AsyncController, gid):
     "A finished group that the filter does not want"
-    self.buffer.drop(gid, "filtered"); self.dropped += 1
-    batches = self.dropped//self.buffer.batch_size
-    if batches >= 100: raise RuntimeError("group_filter: it rejected 100 batches of groups in a row; the task is too easy or too hard for the policy")
-    if batches >= self.warned + 10: self.warned = batches; warnings.warn(f"group_filter: {self.dropped} groups rejected since the last batch")
+    self.buffer.drop(gid, "filtered")
+    self.dropped += 1
+    batches = self.dropped // self.buffer.batch_size
+    if batches >= 100:
+        raise RuntimeError(
+            "group_filter: it rejected 100 batches of groups in a row; the task is too easy or too hard for the policy"
+        )
+    if batches >= self.warned + 10:
+        self.warned = batches
+        warnings.warn(f"group_filter: {self.dropped} groups rejected since the last batch")
+
 
 @patch
-def _quarantine(self:AsyncController, gid, k, error):
+def _quarantine(self: AsyncController, gid, k, error):
     "A group with a member that failed too often: keep the reason"
     text = "".join(traceback.format_exception(error))
-    self.failed.append(dict(group_id=gid, index=k, error=text)); self.quarantined += 1
-    for key in [x for x in self.running if x[0] == gid]: self.running.pop(key)[1].cancel()
+    self.failed.append(dict(group_id=gid, index=k, error=text))
+    self.quarantined += 1
+    for key in [x for x in self.running if x[0] == gid]:
+        self.running.pop(key)[1].cancel()
     if self.checkpoint:
         Path(self.checkpoint).mkdir(parents=True, exist_ok=True)
-        with open(Path(self.checkpoint)/"failed.jsonl", "a") as f: f.write(json.dumps(self.failed[-1]) + "\n")
-    if self.quarantined > max(1, .1*self.buffer.batch_size):
+        with open(Path(self.checkpoint) / "failed.jsonl", "a") as f:
+            f.write(json.dumps(self.failed[-1]) + "\n")
+    if self.quarantined > max(1, 0.1 * self.buffer.batch_size):
         why = f"{type(error).__name__}: {error}"
-        raise RuntimeError(f"{self.quarantined} groups failed {self.buffer.max_attempts} times within one batch; the last: {why}") from error
+        raise RuntimeError(
+            f"{self.quarantined} groups failed {self.buffer.max_attempts} times within one batch; the last: {why}"
+        ) from error
 
 # %% ../../nbs/rl/14_controller.ipynb #7d808859
 @patch
-def _start_step(self:AsyncController):
+def _start_step(self: AsyncController):
     "Train if the buffer gives a batch"
-    if self.train is not None: return
+    if self.train is not None:
+        return
     groups = self.buffer.take(partial=self.exhausted and not self.running and not self.todo)
-    if not groups: return
+    if not groups:
+        return
     start = time.perf_counter()
+
     async def step():
         got = await asyncio.to_thread(self.trainer.step, collate(groups, self.pad_id))
         return groups, got, start, time.perf_counter()
+
     self.train = asyncio.ensure_future(step())
     self.train.add_done_callback(lambda _: self.queue.put_nowait(None))
 
 # %% ../../nbs/rl/14_controller.ipynb #d48fca9a
 @patch
-async def _finish_step(self:AsyncController):
+async def _finish_step(self: AsyncController):
     "Publish: next version, new weights, checkpoint, evaluation, one row"
     (groups, got, start, end), self.train = self.train.result(), None
-    if self.sync: await self._arrived()
-    for gid in self.buffer.publish(): self._restart(gid)
-    v = self.buffer.version; self.trained += [g.group_id for g in groups]; self.dropped = self.quarantined = self.warned = 0
-    if not self.stopping: await self._send(v, end)
+    if self.sync:
+        await self._arrived()
+    for gid in self.buffer.publish():
+        self._restart(gid)
+    v = self.buffer.version
+    self.trained += [g.group_id for g in groups]
+    self.dropped = self.quarantined = self.warned = 0
+    if not self.stopping:
+        await self._send(v, end)
     sync = time.perf_counter() - end
-    if self.checkpoint and (v % self.save_every == 0): self._save()
-    if self.eval_fn and self.eval_every and v % self.eval_every == 0: got |= await asyncio.to_thread(self.eval_fn, self.trainer)
+    if self.checkpoint and (v % self.save_every == 0):
+        self._save()
+    if self.eval_fn and self.eval_every and v % self.eval_every == 0:
+        got |= await asyncio.to_thread(self.eval_fn, self.trainer)
     step, self.mark, wait = time.perf_counter() - self.mark, time.perf_counter(), start - self.mark
     self.timeline += [("train", start, end, v - 1)]
-    self.rows.append(dict(step=v) | _summary(groups) | {f"buffer/{k}": x for k, x in self.buffer.stats().items()} | got |
-                     {"time/step": step, "time/wait_batch": wait, "time/train": end - start, "time/sync": sync, "time/overlap": 1 - wait/step})
-    if self.metrics: self.metrics(self.rows[-1])
+    self.rows.append(
+        dict(step=v)
+        | _summary(groups)
+        | {f"buffer/{k}": x for k, x in self.buffer.stats().items()}
+        | got
+        | {
+            "time/step": step,
+            "time/wait_batch": wait,
+            "time/train": end - start,
+            "time/sync": sync,
+            "time/overlap": 1 - wait / step,
+        }
+    )
+    if self.metrics:
+        self.metrics(self.rows[-1])
+
 
 @patch
-def _restart(self:AsyncController, gid):
+def _restart(self: AsyncController, gid):
     "Under on_stale='abort': stop what is too old; its members wait again"
-    for key in [x for x in self.running if x[0] == gid]: self.running.pop(key)[1].cancel()
+    for key in [x for x in self.running if x[0] == gid]:
+        self.running.pop(key)[1].cancel()
     self.todo += [(gid, k) for k in range(self.buffer.group_size)]
 
 # %% ../../nbs/rl/14_controller.ipynb #b7a1e202
 @patch
-async def _send(self:AsyncController, v, end):
+async def _send(self: AsyncController, v, end):
     "New weights to the engines, with or without waiting for their arrival"
     weights = None if self.shared else self.trainer.weights()
+
     async def load():
         await self.pool.load_weights(weights, v, self.sync_mode)
         self.timeline.append(("sync", end, time.perf_counter(), v))
+
     self.sync = asyncio.ensure_future(load())
-    if self.shared or self._probed(): await self._arrived(); await self._check()
-    else: self.sync.add_done_callback(lambda _: self.queue.put_nowait(None))
+    if self.shared or self._probed():
+        await self._arrived()
+        await self._check()
+    else:
+        self.sync.add_done_callback(lambda _: self.queue.put_nowait(None))
+
 
 @patch
-async def _arrived(self:AsyncController):
+async def _arrived(self: AsyncController):
     "Wait until the engines have the weights that were sent last"
     sync, self.sync = self.sync, None
     await sync
 
 # %% ../../nbs/rl/14_controller.ipynb #63525d71
 @patch
-def _save(self:AsyncController): save(self.checkpoint, self.buffer.version, trainer=self.trainer, buffer=self.buffer, cursor=self.cursor)
+def _save(self: AsyncController):
+    save(
+        self.checkpoint,
+        self.buffer.version,
+        trainer=self.trainer,
+        buffer=self.buffer,
+        cursor=self.cursor,
+    )
+
 
 @patch
-async def _close(self:AsyncController):
+async def _close(self: AsyncController):
     "Stop what runs and let the pool go"
     left = [f for _, f, _ in self.running.values()] + [f for f in (self.train, self.sync) if f]
-    for f in left: f.cancel()
+    for f in left:
+        f.cancel()
     await asyncio.gather(*left, return_exceptions=True)
     await self.pool.close()

@@ -19,180 +19,244 @@ from .block import KVBlock
 
 # %% ../../nbs/rl/19_decoder.ipynb #be984788
 def unit_rms(
-    x:Tensor,   # (...,D) vectors
-    eps:Tensor, # Scalar, added to the mean square
-)->Tensor:      # (...,D) with mean square one
+    x: Tensor,  # (...,D) vectors
+    eps: Tensor,  # Scalar, added to the mean square
+) -> Tensor:  # (...,D) with mean square one
     "Scale vectors to unit mean square: a norm without its weight"
     n = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x*torch.addcmul(eps, n, n, value=1/x.shape[-1]).rsqrt_()
+    return x * torch.addcmul(eps, n, n, value=1 / x.shape[-1]).rsqrt_()
 
 # %% ../../nbs/rl/19_decoder.ipynb #213f9ed9
 def rotate(
-    x:Tensor,   # (...,d) heads
-    cos:Tensor, # (...,d) cosines, the second half like the first
-    sin:Tensor, # (...,d) sines, the first half negated
-)->Tensor:      # (...,d)
+    x: Tensor,  # (...,d) heads
+    cos: Tensor,  # (...,d) cosines, the second half like the first
+    sin: Tensor,  # (...,d) sines, the first half negated
+) -> Tensor:  # (...,d)
     "Rotary position embedding"
-    return torch.addcmul(x*cos, x.roll(x.shape[-1]//2, -1), sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 # %% ../../nbs/rl/19_decoder.ipynb #96a3b3a6
 @dataclass(frozen=True)
 class PackedLayer:
     "Weights of a layer as one token a row needs them; a bias that a model lacks is None"
-    qkv:Tensor      # ((H+2G)d,D) queries, keys and values, the norm before them multiplied in
-    qkv_bias:Tensor # ((H+2G)d,)
-    qk_norm:Tensor  # (H+G,d) weights of the norms of queries and keys; None where there are none
-    out:Tensor      # (Hd,D)
-    out_bias:Tensor # (D,)
-    gate_up:Tensor  # (2F,D) gate above up, the norm before them multiplied in
-    down:Tensor     # (F,D)
+
+    qkv: Tensor  # ((H+2G)d,D) queries, keys and values, the norm before them multiplied in
+    qkv_bias: Tensor  # ((H+2G)d,)
+    qk_norm: Tensor  # (H+G,d) weights of the norms of queries and keys; None where there are none
+    out: Tensor  # (Hd,D)
+    out_bias: Tensor  # (D,)
+    gate_up: Tensor  # (2F,D) gate above up, the norm before them multiplied in
+    down: Tensor  # (F,D)
 
 # %% ../../nbs/rl/19_decoder.ipynb #627d20c0
 def pack_layer(
-    layer:nn.Module, # A decoder layer of Llama, Qwen2 or Qwen3
-)->PackedLayer:      # Copies of its weights; the two output matrices are views
+    layer: nn.Module,  # A decoder layer of Llama, Qwen2 or Qwen3
+) -> PackedLayer:  # Copies of its weights; the two output matrices are views
     "Put the matrices of a layer together"
     a, m, d = layer.self_attn, layer.mlp, layer.self_attn.head_dim
-    three, heads = (a.q_proj, a.k_proj, a.v_proj), lambda p: p.out_features//d
+    three, heads = (a.q_proj, a.k_proj, a.v_proj), lambda p: p.out_features // d
     bias = None if a.q_proj.bias is None else torch.cat([p.bias for p in three])
-    qk = torch.cat([a.q_norm.weight.expand(heads(a.q_proj), d), a.k_norm.weight.expand(heads(a.k_proj), d)]) if hasattr(a, "q_norm") else None
-    return PackedLayer(torch.cat([p.weight for p in three])*layer.input_layernorm.weight, bias, qk, a.o_proj.weight.t(), a.o_proj.bias,
-                       torch.cat([m.gate_proj.weight, m.up_proj.weight])*layer.post_attention_layernorm.weight, m.down_proj.weight.t())
+    qk = (
+        torch.cat(
+            [a.q_norm.weight.expand(heads(a.q_proj), d), a.k_norm.weight.expand(heads(a.k_proj), d)]
+        )
+        if hasattr(a, "q_norm")
+        else None
+    )
+    return PackedLayer(
+        torch.cat([p.weight for p in three]) * layer.input_layernorm.weight,
+        bias,
+        qk,
+        a.o_proj.weight.t(),
+        a.o_proj.bias,
+        torch.cat([m.gate_proj.weight, m.up_proj.weight]) * layer.post_attention_layernorm.weight,
+        m.down_proj.weight.t(),
+    )
 
 # %% ../../nbs/rl/19_decoder.ipynb #bbcd4f76
 @cache
 def _known():
     from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+
     return LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+
 
 def _touched(m):
     "Something was attached to the module, or it is a kind of linear layer of its own"
-    return bool(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)) or isinstance(m, nn.Linear) and type(m) is not nn.Linear
+    return (
+        bool(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m))
+        or isinstance(m, nn.Linear)
+        and type(m) is not nn.Linear
+    )
 
 # %% ../../nbs/rl/19_decoder.ipynb #f9342746
 def why_not(
-    model:nn.Module, # Any model
-)->str|None:         # The reason, or None if there is none
+    model: nn.Module,  # Any model
+) -> str | None:  # The reason, or None if there is none
     "Why the pass of a model cannot be written out by `Decoder`"
-    if type(model) not in _known(): return f"{type(model).__name__} is not one of {', '.join(k.__name__ for k in _known())}"
+    if type(model) not in _known():
+        return f"{type(model).__name__} is not one of {', '.join(k.__name__ for k in _known())}"
     c, b = model.config, model.model
-    if any(p.dtype != torch.float32 for p in model.parameters()): return "its weights are not all float32"
-    if set(getattr(c, "layer_types", None) or ["full_attention"]) != {"full_attention"}: return "it has layers without full attention"
-    if c._attn_implementation != "sdpa": return f"its attention is {c._attn_implementation!r}, not 'sdpa'"
-    if c.hidden_act != "silu" or getattr(c, "mlp_bias", False): return "its perceptrons are not SwiGLU without bias"
-    if b.rotary_emb.rope_type not in ("default", "linear", "llama3", "yarn"): return f"its angles depend on the input: {b.rotary_emb.rope_type!r}"
-    if 2*len(b.rotary_emb.inv_freq) != b.layers[0].self_attn.head_dim: return "it rotates only a part of each head"
-    if bad := [n for n, m in model.named_modules() if _touched(m)]: return f"{bad[0] or 'the model'} has a hook or a forward pass of its own"
+    if any(p.dtype != torch.float32 for p in model.parameters()):
+        return "its weights are not all float32"
+    if set(getattr(c, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return "it has layers without full attention"
+    if c._attn_implementation != "sdpa":
+        return f"its attention is {c._attn_implementation!r}, not 'sdpa'"
+    if c.hidden_act != "silu" or getattr(c, "mlp_bias", False):
+        return "its perceptrons are not SwiGLU without bias"
+    if b.rotary_emb.rope_type not in ("default", "linear", "llama3", "yarn"):
+        return f"its angles depend on the input: {b.rotary_emb.rope_type!r}"
+    if 2 * len(b.rotary_emb.inv_freq) != b.layers[0].self_attn.head_dim:
+        return "it rotates only a part of each head"
+    if bad := [n for n, m in model.named_modules() if _touched(m)]:
+        return f"{bad[0] or 'the model'} has a hook or a forward pass of its own"
     return None
 
 # %% ../../nbs/rl/19_decoder.ipynb #a597bd63
 class Decoder:
     "The forward pass of a Llama or Qwen, written out for a `KVBlock`"
-    def __init__(self,
-        model:nn.Module, # What `why_not` has no objection to; later changes of its weights are not seen
+
+    def __init__(
+        self,
+        model: nn.Module,  # What `why_not` has no objection to; later changes of its weights are not seen
     ):
-        if reason := why_not(model): raise ValueError(f"model: cannot be written out, {reason}; use it through transformers")
+        if reason := why_not(model):
+            raise ValueError(f"model: cannot be written out, {reason}; use it through transformers")
         c, body = model.config, model.model
-        self.H, self.G, self.d = c.num_attention_heads, c.num_key_value_heads, body.layers[0].self_attn.head_dim
-        self.embed, self.rope, self.eps = body.embed_tokens.weight, body.rotary_emb, torch.tensor(c.rms_norm_eps, device=model.device)
+        self.H, self.G, self.d = (
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            body.layers[0].self_attn.head_dim,
+        )
+        self.embed, self.rope, self.eps = (
+            body.embed_tokens.weight,
+            body.rotary_emb,
+            torch.tensor(c.rms_norm_eps, device=model.device),
+        )
         self.layers = [pack_layer(l) for l in body.layers]
-        self.head, self.head_bias = model.lm_head.weight*body.norm.weight, model.lm_head.bias
+        self.head, self.head_bias = model.lm_head.weight * body.norm.weight, model.lm_head.bias
         self.cos = self.sin = self.embed.new_zeros(0, self.d)
 
 # %% ../../nbs/rl/19_decoder.ipynb #f19a57ef
 @patch
-def _angles(self:Decoder, width):
+def _angles(self: Decoder, width):
     "Tables for at least so many positions"
     if width > len(self.cos):
-        c, s = self.rope(self.embed, torch.arange(2*width, device=self.embed.device)[None])
-        self.cos, self.sin = c[0], torch.cat([-s[0,:,:self.d//2], s[0,:,self.d//2:]], -1)
+        c, s = self.rope(self.embed, torch.arange(2 * width, device=self.embed.device)[None])
+        self.cos, self.sin = c[0], torch.cat([-s[0, :, : self.d // 2], s[0, :, self.d // 2 :]], -1)
     return self.cos, self.sin
 
 # %% ../../nbs/rl/19_decoder.ipynb #fe0a77b8
 @patch
-def _qkv(self:Decoder, x, l, cos, sin):
+def _qkv(self: Decoder, x, l, cos, sin):
     "Residual stream (...,D) -> queries (...,H,d), keys and values (...,G,d)"
     z = linear(unit_rms(x, self.eps), l.qkv, l.qkv_bias).unflatten(-1, (-1, self.d))
-    qk, v = z[..., :self.H + self.G, :], z[..., self.H + self.G:, :]
-    if l.qk_norm is not None: qk = unit_rms(qk, self.eps)*l.qk_norm
+    qk, v = z[..., : self.H + self.G, :], z[..., self.H + self.G :, :]
+    if l.qk_norm is not None:
+        qk = unit_rms(qk, self.eps) * l.qk_norm
     qk = rotate(qk, cos, sin)
-    return qk[..., :self.H, :], qk[..., self.H:, :], v
+    return qk[..., : self.H, :], qk[..., self.H :, :], v
 
 # %% ../../nbs/rl/19_decoder.ipynb #6be30790
 @patch
-def _after(self:Decoder, x, a, l):
+def _after(self: Decoder, x, a, l):
     "Residual stream (n,D) and what attention gave (n,Hd) -> residual stream behind the layer"
     x = torch.addmm(x, a, l.out)
-    if l.out_bias is not None: x = x + l.out_bias
+    if l.out_bias is not None:
+        x = x + l.out_bias
     gate, up = linear(unit_rms(x, self.eps), l.gate_up).chunk(2, -1)
-    return torch.addmm(x, silu(gate)*up, l.down)
+    return torch.addmm(x, silu(gate) * up, l.down)
+
 
 @patch
-def _logits(self:Decoder, x): return linear(unit_rms(x, self.eps), self.head, self.head_bias)
+def _logits(self: Decoder, x):
+    return linear(unit_rms(x, self.eps), self.head, self.head_bias)
 
 # %% ../../nbs/rl/19_decoder.ipynb #b63b33e2
 @patch
-def _pass(self:Decoder, block, ids, n):
+def _pass(self: Decoder, block, ids, n):
     "One pass over right-padded rows (r,w)"
     r, w = ids.shape
-    rows = block.places(n, [(self.embed.new_zeros(0, self.G, 0, self.d),)*2]*len(self.layers))
+    rows = block.places(n, [(self.embed.new_zeros(0, self.G, 0, self.d),) * 2] * len(self.layers))
     cos, sin = (t[:w, None] for t in self._angles(w))
     x = self.embed[ids.view(-1)]
     for l, s in zip(self.layers, block.layers):
         q, k, v = (t.transpose(1, 2) for t in self._qkv(x.view(r, w, -1), l, cos, sin))
-        s.keys[rows,:,:w], s.values[rows,:,:w] = k, v
-        x = self._after(x, sdpa(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).reshape(r*w, -1), l)
+        s.keys[rows, :, :w], s.values[rows, :, :w] = k, v
+        x = self._after(
+            x, sdpa(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).reshape(r * w, -1), l
+        )
     return self._logits(x.view(r, w, -1)[torch.arange(r, device=n.device), n - 1])
 
 # %% ../../nbs/rl/19_decoder.ipynb #277df75d
 @patch
 @torch.no_grad()
-def read_in(self:Decoder,
-    block:KVBlock,         # Gets new rows, below those it has
-    seqs:list[list[int]],  # Their tokens, at least one each; best of similar lengths
-    tokens:int=1024,       # Size of one pass, padding included
-)->Tensor:                 # (r,V) logits of the next tokens
+def read_in(
+    self: Decoder,
+    block: KVBlock,  # Gets new rows, below those it has
+    seqs: list[list[int]],  # Their tokens, at least one each; best of similar lengths
+    tokens: int = 1024,  # Size of one pass, padding included
+) -> Tensor:  # (r,V) logits of the next tokens
     "Give rows their places and read them"
-    if not seqs or not all(seqs): raise ValueError("seqs: need at least one row, and each with at least one token")
-    n = torch.tensor([len(s) for s in seqs], device=self.embed.device); w = int(n.max())
-    ids = torch.tensor([s + [0]*(w - len(s)) for s in seqs], device=n.device)
-    return torch.cat([self._pass(block, i, m) for i, m in zip(ids.split(max(1, tokens//w)), n.split(max(1, tokens//w)))])
+    if not seqs or not all(seqs):
+        raise ValueError("seqs: need at least one row, and each with at least one token")
+    n = torch.tensor([len(s) for s in seqs], device=self.embed.device)
+    w = int(n.max())
+    ids = torch.tensor([s + [0] * (w - len(s)) for s in seqs], device=n.device)
+    return torch.cat(
+        [
+            self._pass(block, i, m)
+            for i, m in zip(ids.split(max(1, tokens // w)), n.split(max(1, tokens // w)))
+        ]
+    )
 
 # %% ../../nbs/rl/19_decoder.ipynb #4d4d8a22
 def cut_rows(
-    n:list[int], # Lengths of the rows, in the order of the block
-)->list[tuple[int,int,int]]: # (first row, row behind the last, width) of each part, one or two
+    n: list[int],  # Lengths of the rows, in the order of the block
+) -> list[tuple[int, int, int]]:  # (first row, row behind the last, width) of each part, one or two
     "Where to cut rows in two parts, each as wide as its own longest row; a quarter of the work has to fall away"
     R, tail = len(n), list(accumulate(reversed(n), max))[::-1]
-    c = min(range(1, R + 1), key=lambda c: c*tail[0] + (R - c)*(tail[c] if c < R else 0))
-    if c == R or c*tail[0] + (R - c)*tail[c] > .75*R*tail[0]: return [(0, R, tail[0])]
+    c = min(range(1, R + 1), key=lambda c: c * tail[0] + (R - c) * (tail[c] if c < R else 0))
+    if c == R or c * tail[0] + (R - c) * tail[c] > 0.75 * R * tail[0]:
+        return [(0, R, tail[0])]
     return [(0, c, tail[0]), (c, R, tail[c])]
 
 # %% ../../nbs/rl/19_decoder.ipynb #31e3d224
 @patch
-def _attend(self:Decoder, q, layer, parts, mask):
+def _attend(self: Decoder, q, layer, parts, mask):
     "Attention of one query a row (R,H,d) over the block -> (R,Hd)"
-    R = len(q); q = q.reshape(R, self.G, -1, self.d)
-    out = [sdpa(q[a:b], layer.keys[a:b,:,:w], layer.values[a:b,:,:w], mask[a:b,:,:,:w]) for a, b, w in parts]
+    R = len(q)
+    q = q.reshape(R, self.G, -1, self.d)
+    out = [
+        sdpa(q[a:b], layer.keys[a:b, :, :w], layer.values[a:b, :, :w], mask[a:b, :, :, :w])
+        for a, b, w in parts
+    ]
     return (out[0] if len(out) == 1 else torch.cat(out)).reshape(R, -1)
 
 # %% ../../nbs/rl/19_decoder.ipynb #a4a44f51
 @patch
 @torch.no_grad()
-def next(self:Decoder,
-    block:KVBlock,  # Its rows grow by one token
-    ids:Tensor,     # (R,) the new tokens
-)->Tensor:          # (R,V) logits of the tokens after them
+def next(
+    self: Decoder,
+    block: KVBlock,  # Its rows grow by one token
+    ids: Tensor,  # (R,) the new tokens
+) -> Tensor:  # (R,V) logits of the tokens after them
     "One token further in every row"
-    if ids.shape != (block.rows,): raise ValueError(f"ids has shape {tuple(ids.shape)}, the block {block.rows} rows; give one token for each")
+    if ids.shape != (block.rows,):
+        raise ValueError(
+            f"ids has shape {tuple(ids.shape)}, the block {block.rows} rows; give one token for each"
+        )
     block.grow()
     R, to, lengths = block.rows, block.n - 1, block.n.tolist()
     at, W = block.at[:R], max(lengths)
     cos, sin = (t[to][:, None] for t in self._angles(W))
-    mask = torch.where(torch.arange(W, device=to.device)[None] <= to[:, None], 0., -torch.inf)[:, None, None]
+    mask = torch.where(torch.arange(W, device=to.device)[None] <= to[:, None], 0.0, -torch.inf)[
+        :, None, None
+    ]
     x, parts = self.embed[ids], cut_rows(lengths)
     for l, s in zip(self.layers, block.layers):
         q, k, v = self._qkv(x, l, cos, sin)
-        s.keys[at,:,to], s.values[at,:,to] = k, v
+        s.keys[at, :, to], s.values[at, :, to] = k, v
         x = self._after(x, self._attend(q, s, parts, mask), l)
     return self._logits(x)

@@ -28,86 +28,125 @@ from .types import Completion, Request, SamplingConfig
 # %% ../../nbs/rl/07_engines.ipynb #e99e7b68
 class RolloutEngine(Protocol):
     "What a rollout engine does; commands are legal between steps only"
-    version:int # Version of the weights in use
-    def add(self,
-        request:Request, # Its id must be unique among the active ones
-    )->None: "Accept a request"
-    def step(self)->list[Completion]: # The finished ones
+
+    version: int  # Version of the weights in use
+
+    def add(
+        self,
+        request: Request,  # Its id must be unique among the active ones
+    ) -> None:
+        "Accept a request"
+
+    def step(self) -> list[Completion]:  # The finished ones
         "Advance all requests by at least one token"
-    def abort(self,
-        ids:Iterable[str]|None=None, # Which; None is all
-    )->list[Completion]: # What they have so far
+
+    def abort(
+        self,
+        ids: Iterable[str] | None = None,  # Which; None is all
+    ) -> list[Completion]:  # What they have so far
         "Stop requests"
-    def load_weights(self,
-        weights:"Mapping[str,Tensor]|Path|None", # New weights; None: they are shared and already there
-        version:int, # Their version
-    )->None: "Replace the weights"
-    def logprobs(self,
-        ids:Sequence[int], # At least two tokens
-    )->list[float]: # One for each token but the first
+
+    def load_weights(
+        self,
+        weights: "Mapping[str,Tensor]|Path|None",  # New weights; None: they are shared and already there
+        version: int,  # Their version
+    ) -> None:
+        "Replace the weights"
+
+    def logprobs(
+        self,
+        ids: Sequence[int],  # At least two tokens
+    ) -> list[float]:  # One for each token but the first
         "Score a sequence with the weights in use"
+
     @property
-    def num_active(self)->int: # Requests not yet handed back
+    def num_active(self) -> int:  # Requests not yet handed back
         "How much is in work"
-    def close(self)->None: "Free what is held"
+
+    def close(self) -> None:
+        "Free what is held"
 
 # %% ../../nbs/rl/07_engines.ipynb #a95871de
 def generate(
-    engine:RolloutEngine,        # Any engine
-    requests:Sequence[Request],  # At least one, with distinct ids
-)->list[Completion]:             # In the order of the requests
+    engine: RolloutEngine,  # Any engine
+    requests: Sequence[Request],  # At least one, with distinct ids
+) -> list[Completion]:  # In the order of the requests
     "Add all requests and step until they are done"
-    if engine.num_active: raise ValueError(f"engine has {engine.num_active} active requests; step it until they are done, or abort them, first")
-    for r in requests: engine.add(r)
+    if engine.num_active:
+        raise ValueError(
+            f"engine has {engine.num_active} active requests; step it until they are done, or abort them, first"
+        )
+    for r in requests:
+        engine.add(r)
     done = {}
-    while len(done) < len(requests): done |= {c.request_id: c for c in engine.step()}
+    while len(done) < len(requests):
+        done |= {c.request_id: c for c in engine.step()}
     return [done[r.request_id] for r in requests]
 
 # %% ../../nbs/rl/07_engines.ipynb #d8d98e37
 def _spans(versions):
     "Version of each token -> (version, start, end) spans"
-    cut = [i for i, v in enumerate(versions) if i == 0 or versions[i-1] != v] + [len(versions)]
+    cut = [i for i, v in enumerate(versions) if i == 0 or versions[i - 1] != v] + [len(versions)]
     return [(versions[a], a, b) for a, b in zip(cut, cut[1:])]
 
 # %% ../../nbs/rl/07_engines.ipynb #c0ffee75
 @dataclass
 class _Row:
     "A request in work: its response so far, with the log-probability and the version of each token"
-    request:Request
-    ids:list=field(default_factory=list)
-    logps:list=field(default_factory=list)
-    vers:list=field(default_factory=list)
-    u:list=field(default_factory=list)
+
+    request: Request
+    ids: list = field(default_factory=list)
+    logps: list = field(default_factory=list)
+    vers: list = field(default_factory=list)
+    u: list = field(default_factory=list)
 
     def __post_init__(self):
         if (p := self.request.prefix) is not None:
-            self.ids, self.logps, self.vers = list(p.token_ids), list(p.logprobs), p.token_versions()
+            self.ids, self.logps, self.vers = (
+                list(p.token_ids),
+                list(p.logprobs),
+                p.token_versions(),
+            )
 
-    def push(self, token, logp, version): self.ids.append(token); self.logps.append(logp); self.vers.append(version)
-    def done(self, why): return Completion(self.request.request_id, self.ids, self.logps, why, _spans(self.vers))
+    def push(self, token, logp, version):
+        self.ids.append(token)
+        self.logps.append(logp)
+        self.vers.append(version)
+
+    def done(self, why):
+        return Completion(self.request.request_id, self.ids, self.logps, why, _spans(self.vers))
 
     @property
     def finished(self):
         "Why the response is complete, or None"
         sc = self.request.sampling
-        if self.ids and self.ids[-1] in sc.stop_token_ids: return "stop"
+        if self.ids and self.ids[-1] in sc.stop_token_ids:
+            return "stop"
         return "length" if len(self.ids) >= sc.max_new_tokens else None
 
 # %% ../../nbs/rl/07_engines.ipynb #e9445f81
 class _Rows:
     "Active and waiting requests of an engine"
+
     def __init__(self, max_active, version):
-        if not isinstance(max_active, int) or max_active < 1: raise ValueError(f"max_active={max_active!r} must be a positive integer")
+        if not isinstance(max_active, int) or max_active < 1:
+            raise ValueError(f"max_active={max_active!r} must be a positive integer")
         self.max_active, self.version, self.rows, self.waiting = max_active, version, [], []
 
     @property
-    def num_active(self)->int: return len(self.rows) + len(self.waiting)
+    def num_active(self) -> int:
+        return len(self.rows) + len(self.waiting)
 
     def add(self, request):
         if any(r.request.request_id == request.request_id for r in self.rows + self.waiting):
-            raise ValueError(f"request_id={request.request_id!r} is already active; ids must be unique among active requests")
+            raise ValueError(
+                f"request_id={request.request_id!r} is already active; ids must be unique among active requests"
+            )
         row = _Row(request)
-        if row.finished: raise ValueError(f"prefix of {request.request_id!r} is already complete; there is nothing to generate")
+        if row.finished:
+            raise ValueError(
+                f"prefix of {request.request_id!r} is already complete; there is nothing to generate"
+            )
         self.waiting.append(row)
 
     def _fill(self):
@@ -119,68 +158,83 @@ class _Rows:
         ids = None if ids is None else set(ids)
         out = [r for r in self.rows + self.waiting if ids is None or r.request.request_id in ids]
         gone = {id(r) for r in out}
-        self._drop(gone); self.waiting = [r for r in self.waiting if id(r) not in gone]
+        self._drop(gone)
+        self.waiting = [r for r in self.waiting if id(r) not in gone]
         return [r.done("abort") for r in out]
 
-    def _drop(self, gone): self.rows = [r for r in self.rows if id(r) not in gone]
-    def close(self): self.rows, self.waiting = [], []
+    def _drop(self, gone):
+        self.rows = [r for r in self.rows if id(r) not in gone]
+
+    def close(self):
+        self.rows, self.waiting = [], []
 
 # %% ../../nbs/rl/07_engines.ipynb #401d9576
 class ScriptedEngine(_Rows):
     "An engine that plays a script: for tests of schedulers and faults"
-    def __init__(self,
-        lengths:Callable[[Request],int],                        # Steps, and tokens, of a request
-        tokens:Callable[[Request],Sequence[int]]|None=None,     # Its tokens; None counts up from 1
-        max_active:int=64,                                      # Requests advanced at once
-        step_time:float=0.,                                     # Seconds a step lasts
+
+    def __init__(
+        self,
+        lengths: Callable[[Request], int],  # Steps, and tokens, of a request
+        tokens: Callable[[Request], Sequence[int]]
+        | None = None,  # Its tokens; None counts up from 1
+        max_active: int = 64,  # Requests advanced at once
+        step_time: float = 0.0,  # Seconds a step lasts
     ):
         super().__init__(max_active, 0)
         self.lengths, self.tokens, self.step_time = lengths, tokens, step_time
 
-    def step(self)->list[Completion]: # The finished ones
+    def step(self) -> list[Completion]:  # The finished ones
         "Give every active request its next token"
-        if self.step_time: time.sleep(self.step_time)
-        self.rows += self._fill(); out = []
+        if self.step_time:
+            time.sleep(self.step_time)
+        self.rows += self._fill()
+        out = []
         for r in self.rows:
             n, t = self.lengths(r.request), len(r.ids)
-            r.push(int(self.tokens(r.request)[t]) if self.tokens else t + 1, 0., self.version)
-            if t + 1 >= n: out.append(r)
+            r.push(int(self.tokens(r.request)[t]) if self.tokens else t + 1, 0.0, self.version)
+            if t + 1 >= n:
+                out.append(r)
         self._drop({id(r) for r in out})
         return [r.done("stop") for r in out]
 
-    def load_weights(self,
-        weights,     # Ignored
-        version:int, # The new version
-    )->None:
+    def load_weights(
+        self,
+        weights,  # Ignored
+        version: int,  # The new version
+    ) -> None:
         "There are no weights; only the version changes"
         self.version = int(version)
 
 # %% ../../nbs/rl/07_engines.ipynb #557db237
 def sample_tokens(
-    logits:Tensor,          # (n,V) logits of the next token
-    u:Tensor,               # (n,) uniform numbers in [0,1)
-    temperature:Tensor,     # (n,) temperatures; 0 is greedy
-)->tuple[Tensor,Tensor]:    # (n,) token ids and (n,) their log-probabilities, float32
+    logits: Tensor,  # (n,V) logits of the next token
+    u: Tensor,  # (n,) uniform numbers in [0,1)
+    temperature: Tensor,  # (n,) temperatures; 0 is greedy
+) -> tuple[Tensor, Tensor]:  # (n,) token ids and (n,) their log-probabilities, float32
     "Tokens by inversion of the distribution function"
     greedy = temperature == 0
-    logp = (logits.float()/torch.where(greedy, 1., temperature)[:,None]).log_softmax(-1)
+    logp = (logits.float() / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)
     cdf = logp.double().exp().cumsum(-1)
-    ids = (cdf <= u.double()[:,None]*cdf[:,-1:]).sum(-1)
+    ids = (cdf <= u.double()[:, None] * cdf[:, -1:]).sum(-1)
     ids = torch.where(greedy, logp.argmax(-1), ids)
-    return ids, logp.gather(-1, ids[:,None])[:,0]
+    return ids, logp.gather(-1, ids[:, None])[:, 0]
 
 # %% ../../nbs/rl/07_engines.ipynb #fee1ea3a
 class HFEngine(_Rows):
     "A Hugging Face model as a rollout engine, in this process"
-    def __init__(self,
-        model:torch.nn.Module,     # Causal language model
-        pad_id:int=0,              # Token that fills rows; masked, so any valid id does
-        max_active:int=64,         # Requests advanced at once
-        use_cache:bool|None=None,  # Keep keys and values; None: yes above five million parameters
-        copy_model:bool=False,     # Own a copy of the weights; needed if a trainer works at the same time
-        version:int=0,             # Version of the weights at the beginning
-        join_every:int=4,          # Steps between two passes that read new requests in, with a cache
-        use_decoder:bool|None=None,# Write the passes out, see `Decoder`; None: on a CPU up to 50 million parameters, where it can be done
+
+    def __init__(
+        self,
+        model: torch.nn.Module,  # Causal language model
+        pad_id: int = 0,  # Token that fills rows; masked, so any valid id does
+        max_active: int = 64,  # Requests advanced at once
+        use_cache: bool
+        | None = None,  # Keep keys and values; None: yes above five million parameters
+        copy_model: bool = False,  # Own a copy of the weights; needed if a trainer works at the same time
+        version: int = 0,  # Version of the weights at the beginning
+        join_every: int = 4,  # Steps between two passes that read new requests in, with a cache
+        use_decoder: bool
+        | None = None,  # Write the passes out, see `Decoder`; None: on a CPU up to 50 million parameters, where it can be done
     ):
         super().__init__(max_active, version)
         self.join_every, self.since = join_every, 0
@@ -189,199 +243,281 @@ class HFEngine(_Rows):
         size = sum(p.numel() for p in model.parameters())
         self.use_cache = use_cache if use_cache is not None else size > 5_000_000
         kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-        if self.use_cache and kinds != {"full_attention"}: raise ValueError(f"use_cache: layers {sorted(kinds)} are not supported; pass use_cache=False")
-        self.pad_id, self.device, self.stale, self.decoder = pad_id, next(self.model.parameters()).device, False, None
+        if self.use_cache and kinds != {"full_attention"}:
+            raise ValueError(
+                f"use_cache: layers {sorted(kinds)} are not supported; pass use_cache=False"
+            )
+        self.pad_id, self.device, self.stale, self.decoder = (
+            pad_id,
+            next(self.model.parameters()).device,
+            False,
+            None,
+        )
         self.block = KVBlock(self.device) if self.use_cache else None
-        if use_decoder and (reason := why_not(model)): raise ValueError(f"use_decoder: {reason}; pass None or False")
-        self.use_decoder = (self.device.type == "cpu" and size <= 50_000_000) if use_decoder is None else use_decoder
+        if use_decoder and (reason := why_not(model)):
+            raise ValueError(f"use_decoder: {reason}; pass None or False")
+        self.use_decoder = (
+            (self.device.type == "cpu" and size <= 50_000_000)
+            if use_decoder is None
+            else use_decoder
+        )
         self.longest = getattr(model.config, "max_position_embeddings", None)
 
 # %% ../../nbs/rl/07_engines.ipynb #8c8e6a18
 @patch
-def add(self:HFEngine,
-    request:Request, # Prompt plus longest response must fit the model
-)->None:
+def add(
+    self: HFEngine,
+    request: Request,  # Prompt plus longest response must fit the model
+) -> None:
     "Accept a request; it joins at the next step"
-    sc = request.sampling; n = len(request.prompt_ids) + sc.max_new_tokens
+    sc = request.sampling
+    n = len(request.prompt_ids) + sc.max_new_tokens
     if self.longest and n > self.longest:
-        raise ValueError(f"request {request.request_id!r}: prompt and max_new_tokens make {n} tokens, the model takes {self.longest}")
+        raise ValueError(
+            f"request {request.request_id!r}: prompt and max_new_tokens make {n} tokens, the model takes {self.longest}"
+        )
     _Rows.add(self, request)
     if sc.temperature > 0:
         base = secrets.randbits(31) if sc.seed is None else sc.seed
-        self.waiting[-1].u = torch.rand(sc.max_new_tokens, generator=rng(base, "request", request.request_id)).tolist()
+        self.waiting[-1].u = torch.rand(
+            sc.max_new_tokens, generator=rng(base, "request", request.request_id)
+        ).tolist()
 
 # %% ../../nbs/rl/07_engines.ipynb #d94e199b
 def _left(seqs, pad, device):
     "Left-padded ids, mask and positions"
     width = max(map(len, seqs))
-    ids = torch.tensor([[pad]*(width - len(x)) + x for x in seqs], device=device)
-    mask = torch.tensor([[0]*(width - len(x)) + [1]*len(x) for x in seqs], device=device)
+    ids = torch.tensor([[pad] * (width - len(x)) + x for x in seqs], device=device)
+    mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in seqs], device=device)
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
+
 @patch
-def _full(self:HFEngine, rows):
+def _full(self: HFEngine, rows):
     "Next logits by a pass over everything"
     seqs = [r.request.prompt_ids + r.ids for r in rows]
     width, n = max(map(len, seqs)), torch.tensor([len(x) for x in seqs], device=self.device)
-    ids = torch.tensor([x + [self.pad_id]*(width - len(x)) for x in seqs], device=self.device)
-    mask = torch.arange(width, device=self.device)[None] < n[:,None]
-    return self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[torch.arange(len(n), device=self.device), n - 1]
+    ids = torch.tensor([x + [self.pad_id] * (width - len(x)) for x in seqs], device=self.device)
+    mask = torch.arange(width, device=self.device)[None] < n[:, None]
+    return self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[
+        torch.arange(len(n), device=self.device), n - 1
+    ]
 
 # %% ../../nbs/rl/07_engines.ipynb #b7a1d002
 @patch
-def _read_in(self:HFEngine, rows):
+def _read_in(self: HFEngine, rows):
     "Give new rows their place; their next logits"
     seqs = [r.request.prompt_ids + r.ids for r in rows]
-    if self.decoder: return self.decoder.read_in(self.block, seqs)
+    if self.decoder:
+        return self.decoder.read_in(self.block, seqs)
     from transformers import DynamicCache
+
     ids, mask, pos = _left(seqs, self.pad_id, self.device)
     kv = DynamicCache()
     with grouped_attention(self.model):
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=pos, past_key_values=kv, use_cache=True, logits_to_keep=1)
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=pos,
+            past_key_values=kv,
+            use_cache=True,
+            logits_to_keep=1,
+        )
     self.block.add(kv, mask.sum(-1))
-    return out.logits[:,-1]
+    return out.logits[:, -1]
 
 # %% ../../nbs/rl/07_engines.ipynb #b7a1e106
 @patch
-def _next(self:HFEngine):
+def _next(self: HFEngine):
     "Next logits of the rows in the block, one token further"
     b, new = self.block, torch.tensor([r.ids[-1] for r in self.rows], device=self.device)
-    if self.decoder: return self.decoder.next(b, new)
+    if self.decoder:
+        return self.decoder.next(b, new)
     b.grow()
-    mask = torch.arange(b.width, device=self.device)[None] < b.n[:,None]
+    mask = torch.arange(b.width, device=self.device)[None] < b.n[:, None]
     with grouped_attention(self.model) as grouped:
-        mask = torch.where(mask, 0., -torch.inf).to(self.model.dtype)[:,None,None] if grouped else mask.long()
-        out = self.model(input_ids=new[:,None], attention_mask=mask, position_ids=b.n[:,None] - 1, past_key_values=b.kv, use_cache=True)
-    return out.logits[:,-1]
+        mask = (
+            torch.where(mask, 0.0, -torch.inf).to(self.model.dtype)[:, None, None]
+            if grouped
+            else mask.long()
+        )
+        out = self.model(
+            input_ids=new[:, None],
+            attention_mask=mask,
+            position_ids=b.n[:, None] - 1,
+            past_key_values=b.kv,
+            use_cache=True,
+        )
+    return out.logits[:, -1]
 
 # %% ../../nbs/rl/07_engines.ipynb #b7a1d004
 @patch
-def _drop(self:HFEngine, gone):
+def _drop(self: HFEngine, gone):
     "Let rows go"
     at = {i for i, r in enumerate(self.rows) if id(r) in gone}
-    if not at: return
-    if not self.use_cache: self.rows = [r for i, r in enumerate(self.rows) if i not in at]; return
-    for hole, mover in zip(*self.block.remove(at)): self.rows[hole] = self.rows[mover]
-    self.rows = self.rows[:self.block.rows]
-    if not self.rows and self.device.type != "cpu": self.block = KVBlock(self.device)
+    if not at:
+        return
+    if not self.use_cache:
+        self.rows = [r for i, r in enumerate(self.rows) if i not in at]
+        return
+    for hole, mover in zip(*self.block.remove(at)):
+        self.rows[hole] = self.rows[mover]
+    self.rows = self.rows[: self.block.rows]
+    if not self.rows and self.device.type != "cpu":
+        self.block = KVBlock(self.device)
 
 # %% ../../nbs/rl/07_engines.ipynb #8acefab3
 def _alike(rows):
     "Cut rows, the longest first, where one is shorter than half of the first of its part"
-    res = []; size = lambda r: len(r.request.prompt_ids) + len(r.ids)
+    res = []
+    size = lambda r: len(r.request.prompt_ids) + len(r.ids)
     for r in sorted(rows, key=size, reverse=True):
-        if res and 2*size(r) >= size(res[-1][0]): res[-1].append(r)
-        else: res.append([r])
+        if res and 2 * size(r) >= size(res[-1][0]):
+            res[-1].append(r)
+        else:
+            res.append([r])
     return res
 
 # %% ../../nbs/rl/07_engines.ipynb #c0ffee72
 @patch
-def _fresh(self:HFEngine):
+def _fresh(self: HFEngine):
     "Begin with an empty block and the weights of now"
-    self.block.clear(); self.stale = False
+    self.block.clear()
+    self.stale = False
     self.decoder = Decoder(self.model) if self.use_decoder and why_not(self.model) is None else None
 
+
 @patch
-def _logits(self:HFEngine):
+def _logits(self: HFEngine):
     "Next logits of all active rows, in order; takes waiting ones in"
     self.since += 1
-    new = self._fill() if not (self.use_cache and self.rows and self.since < self.join_every) else []
-    if new: self.since = 0
-    if not self.use_cache: self.rows += new; return self._full(self.rows)
-    if self.stale or not self.rows: new, self.rows = self.rows + new, []; self._fresh()
+    new = (
+        self._fill() if not (self.use_cache and self.rows and self.since < self.join_every) else []
+    )
+    if new:
+        self.since = 0
+    if not self.use_cache:
+        self.rows += new
+        return self._full(self.rows)
+    if self.stale or not self.rows:
+        new, self.rows = self.rows + new, []
+        self._fresh()
     parts = [self._next()] if self.rows else []
-    for rows in _alike(new): parts.append(self._read_in(rows)); self.rows += rows
+    for rows in _alike(new):
+        parts.append(self._read_in(rows))
+        self.rows += rows
     return torch.cat(parts)
 
 # %% ../../nbs/rl/07_engines.ipynb #3627ac23
 @patch
 @torch.no_grad()
-def step(self:HFEngine)->list[Completion]: # The finished ones
+def step(self: HFEngine) -> list[Completion]:  # The finished ones
     "Sample one token for every active request"
-    if not self.num_active: return []
+    if not self.num_active:
+        return []
     z = self._logits()
-    u = torch.tensor([r.u[len(r.ids)] if r.u else 0. for r in self.rows], device=z.device)
+    u = torch.tensor([r.u[len(r.ids)] if r.u else 0.0 for r in self.rows], device=z.device)
     temp = torch.tensor([r.request.sampling.temperature for r in self.rows], device=z.device)
-    for r, i, l in zip(self.rows, *(x.tolist() for x in sample_tokens(z, u, temp))): r.push(i, l, self.version)
+    for r, i, l in zip(self.rows, *(x.tolist() for x in sample_tokens(z, u, temp))):
+        r.push(i, l, self.version)
     out = [(r, why) for r in self.rows if (why := r.finished)]
-    if out: self._drop({id(r) for r, _ in out})
+    if out:
+        self._drop({id(r) for r, _ in out})
     return [r.done(why) for r, why in out]
 
 # %% ../../nbs/rl/07_engines.ipynb #c2cb21f5
 def read_weights(
-    weights:"Mapping[str,Tensor]|str|Path", # Tensors or arrays by name, or a folder with *.safetensors
-)->dict[str,Tensor]:                        # Tensors by name
+    weights: "Mapping[str,Tensor]|str|Path",  # Tensors or arrays by name, or a folder with *.safetensors
+) -> dict[str, Tensor]:  # Tensors by name
     "Weights as tensors, from wherever they are"
     if isinstance(weights, (str, Path)):
         from safetensors.torch import load_file
+
         files = sorted(Path(weights).glob("*.safetensors"))
-        if not files: raise ValueError(f"weights: {weights} holds no *.safetensors file")
+        if not files:
+            raise ValueError(f"weights: {weights} holds no *.safetensors file")
         return {k: v for f in files for k, v in load_file(f).items()}
-    if not isinstance(weights, Mapping): raise TypeError(f"weights: need a mapping or a folder, got {type(weights).__name__}")
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights: need a mapping or a folder, got {type(weights).__name__}")
     return {k: v if isinstance(v, Tensor) else torch.tensor(v) for k, v in weights.items()}
 
 # %% ../../nbs/rl/07_engines.ipynb #c0ffee77
 def copy_weights(
-    model:torch.nn.Module,                  # Module that is overwritten
-    weights:"Mapping[str,Tensor]|str|Path", # See `read_weights`
-)->None:
+    model: torch.nn.Module,  # Module that is overwritten
+    weights: "Mapping[str,Tensor]|str|Path",  # See `read_weights`
+) -> None:
     "Load weights by their checkpoint names; nothing may be missing or left over"
     w, own = read_weights(weights), model.state_dict()
-    if extra := sorted(set(w) - set(own)): raise ValueError(f"weights: the model has no {extra[0]!r} ({len(extra)} unknown names)")
+    if extra := sorted(set(w) - set(own)):
+        raise ValueError(f"weights: the model has no {extra[0]!r} ({len(extra)} unknown names)")
     have = {own[k].data_ptr() for k in w}
     lost = [k for k in own if k not in w and own[k].data_ptr() not in have]
-    if lost: raise ValueError(f"weights: {lost[0]!r} is missing ({len(lost)} missing names)")
+    if lost:
+        raise ValueError(f"weights: {lost[0]!r} is missing ({len(lost)} missing names)")
     bad = [k for k in w if w[k].shape != own[k].shape]
-    if bad: raise ValueError(f"weights: {bad[0]!r} has shape {tuple(w[bad[0]].shape)}, the model {tuple(own[bad[0]].shape)}")
+    if bad:
+        raise ValueError(
+            f"weights: {bad[0]!r} has shape {tuple(w[bad[0]].shape)}, the model {tuple(own[bad[0]].shape)}"
+        )
     with torch.no_grad():
-        for k, v in w.items(): own[k].copy_(v)
+        for k, v in w.items():
+            own[k].copy_(v)
 
 # %% ../../nbs/rl/07_engines.ipynb #7b48c5ca
 @patch
-def load_weights(self:HFEngine,
-    weights:"Mapping[str,Tensor]|str|Path|None", # See `copy_weights`; None: the shared module already holds them
-    version:int,                                 # Their version
-)->None:
+def load_weights(
+    self: HFEngine,
+    weights: "Mapping[str,Tensor]|str|Path|None",  # See `copy_weights`; None: the shared module already holds them
+    version: int,  # Their version
+) -> None:
     "Use new weights from the next step on; requests in work go on"
-    if weights is not None: copy_weights(self.model, weights)
+    if weights is not None:
+        copy_weights(self.model, weights)
     self.stale = True
     self.version = int(version)
 
 # %% ../../nbs/rl/07_engines.ipynb #c801e1f6
 @patch
 @torch.no_grad()
-def logprobs(self:HFEngine,
-    ids:Sequence[int], # At least two tokens
-)->list[float]:        # Log-probability of each but the first, at temperature 1
+def logprobs(
+    self: HFEngine,
+    ids: Sequence[int],  # At least two tokens
+) -> list[float]:  # Log-probability of each but the first, at temperature 1
     "Score a sequence with the weights in use"
     x = torch.tensor([list(ids)], device=self.device)
-    return token_logprobs(self.model(input_ids=x).logits, x)[0,1:].tolist()
+    return token_logprobs(self.model(input_ids=x).logits, x)[0, 1:].tolist()
 
 # %% ../../nbs/rl/07_engines.ipynb #82f6bc9f
 class WeightSyncError(RuntimeError):
     "Engine and trainer do not hold the same policy"
 
+
 def probe_ids(
-    vocab_size:int, # Size of the vocabulary
-    n:int=16,       # Length
-)->list[int]:       # Fixed token ids
+    vocab_size: int,  # Size of the vocabulary
+    n: int = 16,  # Length
+) -> list[int]:  # Fixed token ids
     "The sequence that engine and trainer score"
     return torch.randint(vocab_size, (n,), generator=rng(0, "probe")).tolist()
 
+
 def check_sync(
-    engine:RolloutEngine,      # Engine with `logprobs`
-    expected:Sequence[float],  # Log-probabilities by the trainer
-    ids:Sequence[int],         # The sequence, see `probe_ids`
-    tol:float=1e-3,            # Largest difference allowed: 1e-3 in float32, 0.1 in bfloat16
-)->float:                      # Largest difference found
+    engine: RolloutEngine,  # Engine with `logprobs`
+    expected: Sequence[float],  # Log-probabilities by the trainer
+    ids: Sequence[int],  # The sequence, see `probe_ids`
+    tol: float = 1e-3,  # Largest difference allowed: 1e-3 in float32, 0.1 in bfloat16
+) -> float:  # Largest difference found
     "Compare the policy of an engine with the trainer's"
     gap = (torch.tensor(engine.logprobs(ids)) - torch.tensor(expected)).abs().max().item()
-    if not gap <= tol: raise WeightSyncError(f"log-probabilities differ by {gap:.3g} (allowed {tol}): the weights of version {engine.version} did not arrive")
+    if not gap <= tol:
+        raise WeightSyncError(
+            f"log-probabilities differ by {gap:.3g} (allowed {tol}): the weights of version {engine.version} did not arrive"
+        )
     return gap
 
 # %% ../../nbs/rl/07_engines.ipynb #4af25d9c
 def __getattr__(name):
     if name == "VLLMEngine":
         from llmpapers.rl.vllm import VLLMEngine
+
         return VLLMEngine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,130 +19,195 @@ from .types import Completion, Group, Request, Sample, SamplingConfig
 # %% ../../nbs/rl/08_env.ipynb #84ab00dc
 class Client(Protocol):
     "What an episode may ask of an engine"
-    async def generate(self,
-        prompt_ids:Sequence[int], # Everything so far
-        sampling:SamplingConfig,  # How to sample
-    )->Completion:                # The new tokens
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],  # Everything so far
+        sampling: SamplingConfig,  # How to sample
+    ) -> Completion:  # The new tokens
         "Sample a response"
+
 
 class EngineClient:
     "A client over anything that completes requests: `complete` is awaited with a `Request`"
-    def __init__(self,
-        complete:Callable[[Request],Awaitable[Completion]], # For example `EngineProxy.generate`
-        group_id:int,                                       # Group, part of the request ids
-        index:int,                                          # Member, part of the request ids
+
+    def __init__(
+        self,
+        complete: Callable[[Request], Awaitable[Completion]],  # For example `EngineProxy.generate`
+        group_id: int,  # Group, part of the request ids
+        index: int,  # Member, part of the request ids
     ):
         self.complete, self.name, self.turn = complete, f"{group_id}.{index}", 0
 
-    async def generate(self,
-        prompt_ids:Sequence[int], # Everything so far
-        sampling:SamplingConfig,  # How to sample
-    )->Completion:                # The new tokens
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],  # Everything so far
+        sampling: SamplingConfig,  # How to sample
+    ) -> Completion:  # The new tokens
         "Sample the response of the next turn"
-        request = Request(f"{self.name}.{self.turn}", list(prompt_ids), sampling); self.turn += 1
+        request = Request(f"{self.name}.{self.turn}", list(prompt_ids), sampling)
+        self.turn += 1
         return await self.complete(request)
 
 # %% ../../nbs/rl/08_env.ipynb #d85d1b97
-async def _value(x): return await x if inspect.isawaitable(x) else x
+async def _value(x):
+    return await x if inspect.isawaitable(x) else x
+
 
 def _text(prompt):
-    if isinstance(prompt, str): return prompt, {}
-    if isinstance(prompt, dict) and isinstance(prompt.get("prompt"), str): return prompt["prompt"], prompt
+    if isinstance(prompt, str):
+        return prompt, {}
+    if isinstance(prompt, dict) and isinstance(prompt.get("prompt"), str):
+        return prompt["prompt"], prompt
     raise TypeError(f'prompt: need a str or a dict with a "prompt", got {type(prompt).__name__}')
 
+
 def _to_sample(prompt_ids, c, reward, info=None):
-    return Sample(list(prompt_ids), c.token_ids, [True]*len(c.token_ids), c.logprobs, c.token_versions(), float(reward), c.finish_reason, info or {})
+    return Sample(
+        list(prompt_ids),
+        c.token_ids,
+        [True] * len(c.token_ids),
+        c.logprobs,
+        c.token_versions(),
+        float(reward),
+        c.finish_reason,
+        info or {},
+    )
 
 # %% ../../nbs/rl/08_env.ipynb #60bd4362
 class SingleTurn:
     "A rollout of one turn: prompt, response, reward"
-    def __init__(self,
-        tokenizer,                # Of the policy
-        reward:Callable,          # `(prompt, response, info) -> float`, or a coroutine
-        sampling:SamplingConfig,  # How to sample; its stop tokens are not shown to the reward
-        in_thread:bool=False,     # Score in a thread, for rewards that take long
-        keep_text:bool=False,     # Keep prompt and response as text in `Sample.info`
+
+    def __init__(
+        self,
+        tokenizer,  # Of the policy
+        reward: Callable,  # `(prompt, response, info) -> float`, or a coroutine
+        sampling: SamplingConfig,  # How to sample; its stop tokens are not shown to the reward
+        in_thread: bool = False,  # Score in a thread, for rewards that take long
+        keep_text: bool = False,  # Keep prompt and response as text in `Sample.info`
     ):
-        self.tokenizer, self.reward, self.sampling, self.in_thread, self.keep_text = tokenizer, reward, sampling, in_thread, keep_text
+        self.tokenizer, self.reward, self.sampling, self.in_thread, self.keep_text = (
+            tokenizer,
+            reward,
+            sampling,
+            in_thread,
+            keep_text,
+        )
         self.last = None, None
 
     def _encode(self, prompt):
         "Tokens of a prompt; the members of a group ask one after the other"
-        if prompt != self.last[0]: self.last = prompt, self.tokenizer(prompt, add_special_tokens=False).input_ids
+        if prompt != self.last[0]:
+            self.last = prompt, self.tokenizer(prompt, add_special_tokens=False).input_ids
         return self.last[1]
 
-    async def __call__(self,
-        client:Client,  # Bound to the member
-        group:Group,    # Its prompt is a text, or a dictionary with a "prompt"
-        index:int,      # Member
-    )->Sample:          # The scored response
+    async def __call__(
+        self,
+        client: Client,  # Bound to the member
+        group: Group,  # Its prompt is a text, or a dictionary with a "prompt"
+        index: int,  # Member
+    ) -> Sample:  # The scored response
         "Sample one response and score it"
         prompt, info = _text(group.prompt)
         ids = self._encode(prompt)
         c = await client.generate(ids, self.sampling)
-        text = self.tokenizer.decode([t for t in c.token_ids if t not in self.sampling.stop_token_ids])
-        reward = await (asyncio.to_thread(self.reward, prompt, text, info) if self.in_thread else _value(self.reward(prompt, text, info)))
-        return _to_sample(ids, c, reward, dict(prompt=prompt, response=text) if self.keep_text else None)
+        text = self.tokenizer.decode(
+            [t for t in c.token_ids if t not in self.sampling.stop_token_ids]
+        )
+        reward = await (
+            asyncio.to_thread(self.reward, prompt, text, info)
+            if self.in_thread
+            else _value(self.reward(prompt, text, info))
+        )
+        return _to_sample(
+            ids, c, reward, dict(prompt=prompt, response=text) if self.keep_text else None
+        )
 
 # %% ../../nbs/rl/08_env.ipynb #f361d374
 @dataclass(frozen=True)
 class StepResult:
     "What an environment answers to an action"
-    observation:str                        # Shown to the policy
-    reward:float=0.                        # Added to the reward of the episode
-    done:bool=False                        # The episode is over
-    info:dict=field(default_factory=dict)  # Merged into the info of the sample
+
+    observation: str  # Shown to the policy
+    reward: float = 0.0  # Added to the reward of the episode
+    done: bool = False  # The episode is over
+    info: dict = field(default_factory=dict)  # Merged into the info of the sample
+
 
 class Env(Protocol):
     "An environment; both methods may be coroutines"
-    def reset(self,
-        prompt:Any, # The problem
-        seed:int,   # Decides what is random in it
-    )->str:         # First text shown to the policy
+
+    def reset(
+        self,
+        prompt: Any,  # The problem
+        seed: int,  # Decides what is random in it
+    ) -> str:  # First text shown to the policy
         "Begin an episode"
-    def step(self,
-        action:str, # What the policy wrote, without stop tokens
-    )->StepResult:  # The answer
+
+    def step(
+        self,
+        action: str,  # What the policy wrote, without stop tokens
+    ) -> StepResult:  # The answer
         "Take an action"
 
 # %% ../../nbs/rl/08_env.ipynb #caf36d5d
 @dataclass
 class _Trace:
     "An episode under way: response tokens of policy and environment, and the reward so far"
-    ids:list=field(default_factory=list)
-    mask:list=field(default_factory=list)
-    logps:list=field(default_factory=list)
-    vers:list=field(default_factory=list)
-    reward:float=0.
-    info:dict=field(default_factory=dict)
 
-    def act(self, c): self._put(c.token_ids, True, c.logprobs, c.token_versions())
-    def observe(self, ids): self._put(ids, False, [0.]*len(ids), [self.vers[-1]]*len(ids))
-    def _put(self, ids, mine, logps, vers): self.ids += ids; self.mask += [mine]*len(ids); self.logps += logps; self.vers += vers
+    ids: list = field(default_factory=list)
+    mask: list = field(default_factory=list)
+    logps: list = field(default_factory=list)
+    vers: list = field(default_factory=list)
+    reward: float = 0.0
+    info: dict = field(default_factory=dict)
+
+    def act(self, c):
+        self._put(c.token_ids, True, c.logprobs, c.token_versions())
+
+    def observe(self, ids):
+        self._put(ids, False, [0.0] * len(ids), [self.vers[-1]] * len(ids))
+
+    def _put(self, ids, mine, logps, vers):
+        self.ids += ids
+        self.mask += [mine] * len(ids)
+        self.logps += logps
+        self.vers += vers
 
 # %% ../../nbs/rl/08_env.ipynb #79b0e667
 async def rollout_episode(
-    client:Client,            # Bound to the member
-    env:Env,                  # A fresh environment
-    prompt:Any,               # Given to `env.reset`
-    sampling:SamplingConfig,  # Of one turn
-    tokenizer,                # Of the policy
-    max_turns:int=8,          # Longest episode
-    seed:int=0,               # Given to `env.reset`
-    max_tokens:int|None=None, # Longest response with observations; the last observation that does not fit ends the episode
-)->Sample:                    # Tokens of the policy have mask True, those of the environment False
+    client: Client,  # Bound to the member
+    env: Env,  # A fresh environment
+    prompt: Any,  # Given to `env.reset`
+    sampling: SamplingConfig,  # Of one turn
+    tokenizer,  # Of the policy
+    max_turns: int = 8,  # Longest episode
+    seed: int = 0,  # Given to `env.reset`
+    max_tokens: int
+    | None = None,  # Longest response with observations; the last observation that does not fit ends the episode
+) -> Sample:  # Tokens of the policy have mask True, those of the environment False
     "Play one episode"
-    if max_turns < 1: raise ValueError(f"max_turns={max_turns} must be at least 1")
+    if max_turns < 1:
+        raise ValueError(f"max_turns={max_turns} must be at least 1")
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
     first, t, why = encode(await _value(env.reset(prompt, seed))), _Trace(), "length"
     for k in range(max_turns):
-        c = await client.generate(first + t.ids, sampling); t.act(c)
-        if c.finish_reason != "stop" and sampling.stop_token_ids: break
+        c = await client.generate(first + t.ids, sampling)
+        t.act(c)
+        if c.finish_reason != "stop" and sampling.stop_token_ids:
+            break
         action = tokenizer.decode([i for i in c.token_ids if i not in sampling.stop_token_ids])
-        r = await _value(env.step(action)); t.reward += r.reward; t.info |= r.info
-        if r.done: why = "stop"; break
+        r = await _value(env.step(action))
+        t.reward += r.reward
+        t.info |= r.info
+        if r.done:
+            why = "stop"
+            break
         o = encode(r.observation)
-        if k + 1 == max_turns or (max_tokens and len(t.ids) + len(o) + sampling.max_new_tokens > max_tokens): break
+        if k + 1 == max_turns or (
+            max_tokens and len(t.ids) + len(o) + sampling.max_new_tokens > max_tokens
+        ):
+            break
         t.observe(o)
     return Sample(first, t.ids, t.mask, t.logps, t.vers, t.reward, why, t.info | dict(turns=k + 1))
 
@@ -150,20 +215,26 @@ async def rollout_episode(
 @dataclass(frozen=True)
 class EnvBatch:
     "What came of a round of episodes"
-    groups:list[Group]    # Complete groups, `group_size` samples each, in order of completion
-    requeue:list          # Prompts of groups that were started and not completed
-    cancelled:int         # Episodes that were stopped
-    errors:list[str]      # Last line of each failure
+
+    groups: list[Group]  # Complete groups, `group_size` samples each, in order of completion
+    requeue: list  # Prompts of groups that were started and not completed
+    cancelled: int  # Episodes that were stopped
+    errors: list[str]  # Last line of each failure
+
 
 class EnvPool:
     "Groups of episodes, more than needed, of which the first complete ones count"
-    def __init__(self,
-        n_groups:int,                         # Groups needed, E
-        group_size:int,                       # Members needed in each, n
-        redundancy:tuple[int,int]=(0, 0),     # Extra groups, extra members in each group
+
+    def __init__(
+        self,
+        n_groups: int,  # Groups needed, E
+        group_size: int,  # Members needed in each, n
+        redundancy: tuple[int, int] = (0, 0),  # Extra groups, extra members in each group
     ):
-        if n_groups < 1 or group_size < 1: raise ValueError(f"n_groups={n_groups} and group_size={group_size} must be at least 1")
-        if min(redundancy) < 0: raise ValueError(f"redundancy={redundancy} must not be negative")
+        if n_groups < 1 or group_size < 1:
+            raise ValueError(f"n_groups={n_groups} and group_size={group_size} must be at least 1")
+        if min(redundancy) < 0:
+            raise ValueError(f"redundancy={redundancy} must not be negative")
         self.n_groups, self.group_size = n_groups, group_size
         self.started = (n_groups + redundancy[0], group_size + redundancy[1])
 
@@ -174,27 +245,47 @@ async def _collect(tasks, done, need, errors):
     while len(full) < need[0] and pending:
         finished, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         for t in sorted(finished, key=tasks.get):
-            if t.exception(): errors.append(f"{type(t.exception()).__name__}: {t.exception()}"); continue
-            g = tasks[t][0]; done[g].append((tasks[t][1], t.result()))
-            if len(done[g]) == need[1]: full.append(g)
-    for t in pending: t.cancel()
+            if t.exception():
+                errors.append(f"{type(t.exception()).__name__}: {t.exception()}")
+                continue
+            g = tasks[t][0]
+            done[g].append((tasks[t][1], t.result()))
+            if len(done[g]) == need[1]:
+                full.append(g)
+    for t in pending:
+        t.cancel()
     await asyncio.gather(*pending, return_exceptions=True)
-    return full[:need[0]], len(pending)
+    return full[: need[0]], len(pending)
 
 # %% ../../nbs/rl/08_env.ipynb #4101c1f9
 @patch
-async def run(self:EnvPool,
-    prompts:Sequence,                                              # At least as many as groups are started; those beyond are left
-    episode:Callable[[Any,int,int],Awaitable[Sample]],             # `(prompt, group, member)` -> sample
-    version:int=0,                                                 # Version stamped on the groups
-)->EnvBatch:                                                       # Complete groups and what is left
+async def run(
+    self: EnvPool,
+    prompts: Sequence,  # At least as many as groups are started; those beyond are left
+    episode: Callable[[Any, int, int], Awaitable[Sample]],  # `(prompt, group, member)` -> sample
+    version: int = 0,  # Version stamped on the groups
+) -> EnvBatch:  # Complete groups and what is left
     "Start all, return when enough are complete"
     E, n = self.started
-    if len(prompts) < E: raise ValueError(f"prompts: {len(prompts)} given, {E} groups are started")
-    tasks = {asyncio.ensure_future(episode(prompts[g], g, i)): (g, i) for g in range(E) for i in range(n)}
+    if len(prompts) < E:
+        raise ValueError(f"prompts: {len(prompts)} given, {E} groups are started")
+    tasks = {
+        asyncio.ensure_future(episode(prompts[g], g, i)): (g, i) for g in range(E) for i in range(n)
+    }
     done, errors = {g: [] for g in range(E)}, []
     full, cancelled = await _collect(tasks, done, (self.n_groups, self.group_size), errors)
     if len(full) < self.n_groups:
-        raise RuntimeError(f"only {len(full)} of {self.n_groups} groups could be completed, {len(errors)} episodes failed; the last: {errors[-1]}")
-    groups = [Group(g, prompts[g], version, 0, [s for _, s in sorted(done[g][:self.group_size], key=lambda x: x[0])]) for g in full]
+        raise RuntimeError(
+            f"only {len(full)} of {self.n_groups} groups could be completed, {len(errors)} episodes failed; the last: {errors[-1]}"
+        )
+    groups = [
+        Group(
+            g,
+            prompts[g],
+            version,
+            0,
+            [s for _, s in sorted(done[g][: self.group_size], key=lambda x: x[0])],
+        )
+        for g in full
+    ]
     return EnvBatch(groups, [prompts[g] for g in range(E) if g not in full], cancelled, errors)

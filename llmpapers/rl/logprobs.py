@@ -12,77 +12,100 @@ from torch import Tensor
 # %% ../../nbs/rl/02_logprobs.ipynb #6a928bfa
 def _check(logits, input_ids, temperature):
     if logits.shape[:2] != input_ids.shape:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}, input_ids {tuple(input_ids.shape)}; the first two sizes must agree")
-    if not temperature > 0: raise ValueError(f"temperature={temperature} must be positive")
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)}, input_ids {tuple(input_ids.shape)}; the first two sizes must agree"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")
+
 
 def _gather(logits, ids, temperature):
-    z = logits.float()/temperature
+    z = logits.float() / temperature
     return z.gather(-1, ids[..., None]).squeeze(-1) - z.logsumexp(-1)
 
+
 def token_logprobs(
-    logits:Tensor,          # (N,L,V) logits; row t predicts token t+1
-    input_ids:Tensor,       # (N,L) token ids
-    temperature:float=1.,   # Divides the logits, as it did when sampling
-    chunk:int=None,         # Positions at once; None takes all
-)->Tensor:                  # (N,L) float32; position t is about token t, position 0 is 0
+    logits: Tensor,  # (N,L,V) logits; row t predicts token t+1
+    input_ids: Tensor,  # (N,L) token ids
+    temperature: float = 1.0,  # Divides the logits, as it did when sampling
+    chunk: int = None,  # Positions at once; None takes all
+) -> Tensor:  # (N,L) float32; position t is about token t, position 0 is 0
     "Log-probability of every token given those before it"
     _check(logits, input_ids, temperature)
-    if chunk is not None and chunk < 1: raise ValueError(f"chunk={chunk} must be at least 1")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1")
     last = input_ids.shape[1] - 1
     step = chunk or max(1, last)
-    parts = [_gather(logits[:,i:min(i+step, last)], input_ids[:,i+1:min(i+step, last)+1], temperature) for i in range(0, max(1, last), step)]
+    parts = [
+        _gather(
+            logits[:, i : min(i + step, last)],
+            input_ids[:, i + 1 : min(i + step, last) + 1],
+            temperature,
+        )
+        for i in range(0, max(1, last), step)
+    ]
     return torch.nn.functional.pad(torch.cat(parts, 1), (1, 0))
 
 # %% ../../nbs/rl/02_logprobs.ipynb #4256a664
 def entropy(
-    logits:Tensor,          # (N,L,V) logits; row t predicts token t+1
-    mask:Tensor,            # (N,L) bool, positions wanted
-    temperature:float=1.,   # Divides the logits
-    chunk:int=None,         # Positions at once; None takes all
-)->Tensor:                  # (N,L) float32 nats; 0 outside the mask and at position 0
+    logits: Tensor,  # (N,L,V) logits; row t predicts token t+1
+    mask: Tensor,  # (N,L) bool, positions wanted
+    temperature: float = 1.0,  # Divides the logits
+    chunk: int = None,  # Positions at once; None takes all
+) -> Tensor:  # (N,L) float32 nats; 0 outside the mask and at position 0
     "Entropy of the distribution each token was drawn from"
     _check(logits, mask, temperature)
     res, L = torch.zeros(mask.shape, device=logits.device), mask.shape[1]
-    for i in range(0, max(0, L-1), chunk or max(1, L)):
-        z = (logits[:,i:min(i+(chunk or L), L-1)].float()/temperature).log_softmax(-1)
-        res[:,i+1:i+1+z.shape[1]] = -(z.exp()*z).sum(-1)
-    return torch.where(mask.bool(), res, 0.)
+    for i in range(0, max(0, L - 1), chunk or max(1, L)):
+        z = (logits[:, i : min(i + (chunk or L), L - 1)].float() / temperature).log_softmax(-1)
+        res[:, i + 1 : i + 1 + z.shape[1]] = -(z.exp() * z).sum(-1)
+    return torch.where(mask.bool(), res, 0.0)
 
 # %% ../../nbs/rl/02_logprobs.ipynb #1ea3cd62
 def masked_mean(
-    x:Tensor,       # Any shape
-    mask:Tensor,    # Same shape, bool
-    dim:int=None,   # Dimension to average over; None takes all
-)->Tensor:          # The mean; NaN-safe outside the mask
+    x: Tensor,  # Any shape
+    mask: Tensor,  # Same shape, bool
+    dim: int = None,  # Dimension to average over; None takes all
+) -> Tensor:  # The mean; NaN-safe outside the mask
     "Mean of the entries under a mask"
-    if x.shape != mask.shape: raise ValueError(f"mask has shape {tuple(mask.shape)}, x has {tuple(x.shape)}; they must agree")
+    if x.shape != mask.shape:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, x has {tuple(x.shape)}; they must agree"
+        )
     m, n = mask.bool(), mask.sum() if dim is None else mask.sum(dim)
-    if (n == 0).any(): raise ValueError("mask selects nothing; a mean needs at least one entry")
-    s = torch.where(m, x, 0.)
-    return (s.sum() if dim is None else s.sum(dim))/n
+    if (n == 0).any():
+        raise ValueError("mask selects nothing; a mean needs at least one entry")
+    s = torch.where(m, x, 0.0)
+    return (s.sum() if dim is None else s.sum(dim)) / n
 
 # %% ../../nbs/rl/02_logprobs.ipynb #7452b643
 def masked_whiten(
-    x:Tensor,           # (N,L) values
-    mask:Tensor,        # (N,L) bool
-    eps:float=1e-8,     # Added to the variance
-)->Tensor:              # (N,L) mean 0 and standard deviation 1 under the mask, 0 outside
+    x: Tensor,  # (N,L) values
+    mask: Tensor,  # (N,L) bool
+    eps: float = 1e-8,  # Added to the variance
+) -> Tensor:  # (N,L) mean 0 and standard deviation 1 under the mask, 0 outside
     "Shift and scale to mean zero and unit deviation under a mask"
     mean = masked_mean(x, mask)
     var = masked_mean((torch.where(mask.bool(), x, mean) - mean).square(), mask)
-    return torch.where(mask.bool(), (x - mean)*(var + eps).rsqrt(), 0.)
+    return torch.where(mask.bool(), (x - mean) * (var + eps).rsqrt(), 0.0)
 
 # %% ../../nbs/rl/02_logprobs.ipynb #fd0616d4
 def kl_estimate(
-    logprobs:Tensor,      # (N,L) under the policy that sampled
-    ref_logprobs:Tensor,  # (N,L) under the reference
-    kind:str="k3",        # "k1", "k2" or "k3"
-)->Tensor:                # (N,L) estimate per token
+    logprobs: Tensor,  # (N,L) under the policy that sampled
+    ref_logprobs: Tensor,  # (N,L) under the reference
+    kind: str = "k3",  # "k1", "k2" or "k3"
+) -> Tensor:  # (N,L) estimate per token
     "Per-token estimate of the divergence of the policy from a reference (Schulman, 2020)"
-    if logprobs.shape != ref_logprobs.shape: raise ValueError(f"ref_logprobs has shape {tuple(ref_logprobs.shape)}, logprobs {tuple(logprobs.shape)}")
+    if logprobs.shape != ref_logprobs.shape:
+        raise ValueError(
+            f"ref_logprobs has shape {tuple(ref_logprobs.shape)}, logprobs {tuple(logprobs.shape)}"
+        )
     log_r = (ref_logprobs.float() - logprobs.float()).clamp(-20, 20)
     match kind:
-        case "k1": return -log_r
-        case "k2": return log_r.square()/2
-        case "k3": return log_r.exp() - 1 - log_r
+        case "k1":
+            return -log_r
+        case "k2":
+            return log_r.square() / 2
+        case "k3":
+            return log_r.exp() - 1 - log_r
     raise ValueError(f"kind={kind!r} must be 'k1', 'k2' or 'k3'")

@@ -25,53 +25,75 @@ from .types import Completion, Group, Request, collate
 class EngineLost(RuntimeError):
     "The engine behind a request is gone; its requests must be made again elsewhere"
 
+
 class RolloutPoolError(RuntimeError):
     "Rollout workers fail faster than they can be replaced"
 
+
 class EngineProxy:
     "An engine that many coroutines share"
-    def __init__(self,
-        engine,             # A `RolloutEngine`
-        threaded:bool=True, # Step in a thread, beside the event loop; False: in it, and nothing else happens during a step
+
+    def __init__(
+        self,
+        engine,  # A `RolloutEngine`
+        threaded: bool = True,  # Step in a thread, beside the event loop; False: in it, and nothing else happens during a step
     ):
-        self.engine, self.threaded, self.dead, self.held, self.pump = engine, threaded, None, False, None
+        self.engine, self.threaded, self.dead, self.held, self.pump = (
+            engine,
+            threaded,
+            None,
+            False,
+            None,
+        )
         self.inbox, self.commands, self.waiting, self.dropped = [], deque(), {}, set()
 
     def _wake(self):
-        if self.dead: raise EngineLost(str(self.dead))
-        if self.pump is None or self.pump.done(): self.pump = asyncio.ensure_future(self._run())
+        if self.dead:
+            raise EngineLost(str(self.dead))
+        if self.pump is None or self.pump.done():
+            self.pump = asyncio.ensure_future(self._run())
 
     async def _do(self, fn, *args):
-        if self.threaded: return await asyncio.to_thread(fn, *args)
-        try: return fn(*args)
+        if self.threaded:
+            return await asyncio.to_thread(fn, *args)
+        try:
+            return fn(*args)
         finally:
-            for _ in range(4): await asyncio.sleep(0)
+            for _ in range(4):
+                await asyncio.sleep(0)
 
 # %% ../../nbs/rl/10_loop.ipynb #c98de5d6
 @patch
-async def generate(self:EngineProxy,
-    request:Request, # What to sample
-)->Completion:       # The finished response
+async def generate(
+    self: EngineProxy,
+    request: Request,  # What to sample
+) -> Completion:  # The finished response
     "Sample a response; cancelling the wait aborts the request"
     future = asyncio.get_running_loop().create_future()
-    self.inbox.append((request, future)); self._wake()
-    try: return await future
+    self.inbox.append((request, future))
+    self._wake()
+    try:
+        return await future
     except asyncio.CancelledError:
-        if self.waiting.pop(request.request_id, None): self.dropped.add(request.request_id)
+        if self.waiting.pop(request.request_id, None):
+            self.dropped.add(request.request_id)
         raise
 
+
 @patch
-async def call(self:EngineProxy,
-    fn:Callable, # Called with the engine
-)->object:       # What it returns
+async def call(
+    self: EngineProxy,
+    fn: Callable,  # Called with the engine
+) -> object:  # What it returns
     "Run a command between two steps"
     future = asyncio.get_running_loop().create_future()
-    self.commands.append((fn, future)); self._wake()
+    self.commands.append((fn, future))
+    self._wake()
     return await future
 
 # %% ../../nbs/rl/10_loop.ipynb #02085efb
 @patch
-async def _run(self:EngineProxy):
+async def _run(self: EngineProxy):
     "Step while there is work"
     try:
         await asyncio.sleep(0)
@@ -79,92 +101,130 @@ async def _run(self:EngineProxy):
             await self._between()
             if self.engine.num_active:
                 for c in await self._do(self.engine.step):
-                    if c.request_id in self.waiting: self.waiting.pop(c.request_id)[1].set_result(c)
-            elif not self.commands and (self.held or not self.inbox): return
+                    if c.request_id in self.waiting:
+                        self.waiting.pop(c.request_id)[1].set_result(c)
+            elif not self.commands and (self.held or not self.inbox):
+                return
             await asyncio.sleep(0)
     except Exception as e:
         self.dead = e
         for f in [f for _, f in [*self.waiting.values(), *self.inbox, *self.commands]]:
-            if not f.done(): f.set_exception(EngineLost(f"{type(e).__name__}: {e}"))
+            if not f.done():
+                f.set_exception(EngineLost(f"{type(e).__name__}: {e}"))
 
 # %% ../../nbs/rl/10_loop.ipynb #20e6ad12
 @patch
-async def _between(self:EngineProxy):
+async def _between(self: EngineProxy):
     "What happens between two steps: abort, run commands, take new requests"
-    if self.dropped: self.engine.abort(self.dropped); self.dropped = set()
+    if self.dropped:
+        self.engine.abort(self.dropped)
+        self.dropped = set()
     while self.commands and not (self.held and self.engine.num_active):
         fn, future = self.commands.popleft()
-        try: res = await self._do(fn, self.engine)
-        except Exception as e: future.set_exception(e)
-        else: future.done() or future.set_result(res)
-    if self.held: return
+        try:
+            res = await self._do(fn, self.engine)
+        except Exception as e:
+            future.set_exception(e)
+        else:
+            future.done() or future.set_result(res)
+    if self.held:
+        return
     new, self.inbox = self.inbox, []
     for request, future in new:
-        if future.done(): continue
-        try: self.engine.add(request)
-        except Exception as e: future.set_exception(e)
-        else: self.waiting[request.request_id] = (request, future)
+        if future.done():
+            continue
+        try:
+            self.engine.add(request)
+        except Exception as e:
+            future.set_exception(e)
+        else:
+            self.waiting[request.request_id] = (request, future)
 
 # %% ../../nbs/rl/10_loop.ipynb #2697405c
-sync_modes = ("keep", "abort", "wait") # What happens to responses in work when weights change
+sync_modes = ("keep", "abort", "wait")  # What happens to responses in work when weights change
+
 
 @patch
-async def load_weights(self:EngineProxy,
-    weights,         # See `HFEngine.load_weights`
-    version:int,     # Their version
-    mode:str="keep", # One of `sync_modes`
-)->None:
+async def load_weights(
+    self: EngineProxy,
+    weights,  # See `HFEngine.load_weights`
+    version: int,  # Their version
+    mode: str = "keep",  # One of `sync_modes`
+) -> None:
     "Use new weights"
+
     def swap(e):
         parts = e.abort() if mode == "abort" else []
         e.load_weights(weights, version)
-        for p in parts: e.add(replace(self.waiting[p.request_id][0], prefix=p if p.token_ids else None))
+        for p in parts:
+            e.add(replace(self.waiting[p.request_id][0], prefix=p if p.token_ids else None))
+
     self.held = mode == "wait"
-    try: await self.call(swap)
-    finally: self.held = False
-    if self.inbox: self._wake()
+    try:
+        await self.call(swap)
+    finally:
+        self.held = False
+    if self.inbox:
+        self._wake()
 
 # %% ../../nbs/rl/10_loop.ipynb #ec28cca5
 class InProcessPool:
     "One engine in this process as a rollout pool"
-    def __init__(self,
-        engine,                     # A `RolloutEngine`; with `async_ratio` > 0 it needs its own copy of the weights
-        max_inflight:int=64,        # Slots
-        timeout_s:float|None=None,  # Deadline of one rollout, seconds
+
+    def __init__(
+        self,
+        engine,  # A `RolloutEngine`; with `async_ratio` > 0 it needs its own copy of the weights
+        max_inflight: int = 64,  # Slots
+        timeout_s: float | None = None,  # Deadline of one rollout, seconds
     ):
-        self.engine, self.slots, self.timeout_s, self.busy, self.failure = engine, max_inflight, timeout_s, 0, None
+        self.engine, self.slots, self.timeout_s, self.busy, self.failure = (
+            engine,
+            max_inflight,
+            timeout_s,
+            0,
+            None,
+        )
         self.on_change = lambda: None
 
-    async def start(self,
-        rollout:Callable, # `(client, group, index) -> Sample`
-        weights,          # First weights
-        version:int,      # Their version
-    )->None:
+    async def start(
+        self,
+        rollout: Callable,  # `(client, group, index) -> Sample`
+        weights,  # First weights
+        version: int,  # Their version
+    ) -> None:
         "Begin to serve"
         self.rollout, self.proxy = rollout, EngineProxy(self.engine)
         await self.proxy.load_weights(weights, version)
 
-    def shares(self,
-        model, # A module
-    )->bool:   # Does the engine run this very module?
+    def shares(
+        self,
+        model,  # A module
+    ) -> bool:  # Does the engine run this very module?
         "Whether training this module would change the engine"
         return model is not None and getattr(self.engine, "model", None) is model
 
 # %% ../../nbs/rl/10_loop.ipynb #8d6b7000
 @patch
-def num_free(self:InProcessPool)->int: # Number of rollouts that can begin now
+def num_free(self: InProcessPool) -> int:  # Number of rollouts that can begin now
     "Free slots"
     return self.slots - self.busy
 
+
 @patch
-def submit(self:InProcessPool,
-    group:Group,     # Its prompt and id
-    index:int,       # Member
-)->asyncio.Future:   # The sample
+def submit(
+    self: InProcessPool,
+    group: Group,  # Its prompt and id
+    index: int,  # Member
+) -> asyncio.Future:  # The sample
     "Begin a rollout"
+
     async def play():
-        if self.proxy.dead: raise RolloutPoolError(f"the engine failed: {self.proxy.dead!r}") from self.proxy.dead
-        return await self.rollout(EngineClient(self.proxy.generate, group.group_id, index), group, index)
+        if self.proxy.dead:
+            raise RolloutPoolError(f"the engine failed: {self.proxy.dead!r}") from self.proxy.dead
+        return await self.rollout(
+            EngineClient(self.proxy.generate, group.group_id, index), group, index
+        )
+
     self.busy += 1
     task = asyncio.ensure_future(asyncio.wait_for(play(), self.timeout_s))
     task.add_done_callback(lambda _: setattr(self, "busy", self.busy - 1))
@@ -172,65 +232,101 @@ def submit(self:InProcessPool,
 
 # %% ../../nbs/rl/10_loop.ipynb #2b2ebc09
 @patch
-async def load_weights(self:InProcessPool,
-    weights,         # New weights
-    version:int,     # Their version
-    mode:str="keep", # One of `sync_modes`
-)->None:
+async def load_weights(
+    self: InProcessPool,
+    weights,  # New weights
+    version: int,  # Their version
+    mode: str = "keep",  # One of `sync_modes`
+) -> None:
     "New weights for the engine"
     await self.proxy.load_weights(weights, version, mode)
 
+
 @patch
-async def logprobs(self:InProcessPool,
-    ids:Sequence[int],      # A sequence
-)->list[list[float]]:       # One row an engine
+async def logprobs(
+    self: InProcessPool,
+    ids: Sequence[int],  # A sequence
+) -> list[list[float]]:  # One row an engine
     "Score a sequence with every engine"
     return [await self.proxy.call(lambda e: e.logprobs(ids))]
 
+
 @patch
-async def close(self:InProcessPool)->None:
+async def close(self: InProcessPool) -> None:
     "Stop serving"
-    if self.proxy.pump: self.proxy.pump.cancel(); await asyncio.gather(self.proxy.pump, return_exceptions=True)
+    if self.proxy.pump:
+        self.proxy.pump.cancel()
+        await asyncio.gather(self.proxy.pump, return_exceptions=True)
     self.engine.close()
 
 # %% ../../nbs/rl/10_loop.ipynb #d4a0285d
 def _prompt(source, i):
     "Prompt number `i`, or None at the end"
     if callable(source):
-        try: return source(i)
-        except (IndexError, StopIteration): return None
+        try:
+            return source(i)
+        except (IndexError, StopIteration):
+            return None
     return source[i] if i < len(source) else None
+
 
 def _check_source(source):
     if not callable(source) and not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
-        raise TypeError(f"source: need a sequence of prompts or a function of the index, got {type(source).__name__}; use list(...)")
+        raise TypeError(
+            f"source: need a sequence of prompts or a function of the index, got {type(source).__name__}; use list(...)"
+        )
+
 
 def _summary(groups):
     "Reward, length and truncation of the samples of a batch"
-    samples = [x for g in groups for x in g.samples]; n = len(samples)
-    return {"rollout/reward": sum(x.reward for x in samples)/n, "rollout/length": sum(len(x.response_ids) for x in samples)/n,
-            "rollout/truncated": sum(x.finish_reason == "length" for x in samples)/n}
+    samples = [x for g in groups for x in g.samples]
+    n = len(samples)
+    return {
+        "rollout/reward": sum(x.reward for x in samples) / n,
+        "rollout/length": sum(len(x.response_ids) for x in samples) / n,
+        "rollout/truncated": sum(x.finish_reason == "length" for x in samples) / n,
+    }
 
 # %% ../../nbs/rl/10_loop.ipynb #437784d0
 def _blocking(main, stop=None):
     "Run a coroutine to its end from ordinary code, also inside JupyterLab; Ctrl-C calls `stop`, or cancels"
     box = {}
+
     async def guarded(signals):
         box.update(loop=asyncio.get_running_loop(), task=asyncio.current_task())
         box["stop"] = stop or box["task"].cancel
-        for s in signals: box["loop"].add_signal_handler(s, box["stop"])
-        try: return await main
-        except asyncio.CancelledError: raise KeyboardInterrupt from None
+        for s in signals:
+            box["loop"].add_signal_handler(s, box["stop"])
+        try:
+            return await main
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+
     def work():
-        try: box["result"] = asyncio.run(guarded(()))
-        except BaseException as e: box["error"] = e
-    try: asyncio.get_running_loop()
-    except RuntimeError: return asyncio.run(guarded((signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()))
-    t = threading.Thread(target=work, daemon=True); t.start()
+        try:
+            box["result"] = asyncio.run(guarded(()))
+        except BaseException as e:
+            box["error"] = e
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(
+            guarded(
+                (signal.SIGINT, signal.SIGTERM)
+                if threading.current_thread() is threading.main_thread()
+                else ()
+            )
+        )
+    t = threading.Thread(target=work, daemon=True)
+    t.start()
     while t.is_alive():
-        try: t.join(.1)
-        except KeyboardInterrupt: box["loop"].call_soon_threadsafe(box["stop"])
-    if "error" in box: raise box["error"]
+        try:
+            t.join(0.1)
+        except KeyboardInterrupt:
+            box["loop"].call_soon_threadsafe(box["stop"])
+    if "error" in box:
+        raise box["error"]
     return box["result"]
 
 # %% ../../nbs/rl/10_loop.ipynb #f2ab0ec7
@@ -238,45 +334,74 @@ async def _sync_step(proxy, source, rollout, version, cursor, batch_size, group_
     "Groups of one batch and the next cursor; fewer at the end of the source"
     groups = []
     while len(groups) < batch_size:
-        new = [Group(i, p, version) for i in range(cursor, cursor + batch_size - len(groups)) if (p := _prompt(source, i)) is not None]
-        if not new: break
+        new = [
+            Group(i, p, version)
+            for i in range(cursor, cursor + batch_size - len(groups))
+            if (p := _prompt(source, i)) is not None
+        ]
+        if not new:
+            break
         cursor += len(new)
-        samples = await asyncio.gather(*(rollout(EngineClient(proxy.generate, g.group_id, k), g, k) for g in new for k in range(group_size)))
-        new = [replace(g, samples=list(samples[j*group_size:(j+1)*group_size])) for j, g in enumerate(new)]
+        samples = await asyncio.gather(
+            *(
+                rollout(EngineClient(proxy.generate, g.group_id, k), g, k)
+                for g in new
+                for k in range(group_size)
+            )
+        )
+        new = [
+            replace(g, samples=list(samples[j * group_size : (j + 1) * group_size]))
+            for j, g in enumerate(new)
+        ]
         groups += [g for g in new if keep is None or keep(g)]
     return groups, cursor
 
 # %% ../../nbs/rl/10_loop.ipynb #d8d70201
 def train_sync(
-    engine,                     # A `RolloutEngine`; it may share the trainer's module
-    source,                     # Sequence of prompts, or function of the index
-    rollout:Callable,           # `(client, group, index) -> Sample`, e.g. a `SingleTurn`
-    trainer,                    # A `PolicyTrainer`, or anything with `step`, `weights` and state
-    n_steps:int,                # Batches in all, those before a resume included
+    engine,  # A `RolloutEngine`; it may share the trainer's module
+    source,  # Sequence of prompts, or function of the index
+    rollout: Callable,  # `(client, group, index) -> Sample`, e.g. a `SingleTurn`
+    trainer,  # A `PolicyTrainer`, or anything with `step`, `weights` and state
+    n_steps: int,  # Batches in all, those before a resume included
     *,
-    batch_size:int,             # Groups per batch, B
-    group_size:int=1,           # Samples per group, n
-    group_filter:Callable|None=None, # Keep a group? Others are replaced by new prompts
-    checkpoint:"str|Path|None"=None, # Folder to save in and to resume from
-    save_every:int=1,           # Batches between two checkpoints
-    metrics:Callable|None=None, # Called with one dictionary a batch
-    pad_id:int=0,               # Fills rows
-)->list[dict]:                  # The rows of this run
+    batch_size: int,  # Groups per batch, B
+    group_size: int = 1,  # Samples per group, n
+    group_filter: Callable | None = None,  # Keep a group? Others are replaced by new prompts
+    checkpoint: "str|Path|None" = None,  # Folder to save in and to resume from
+    save_every: int = 1,  # Batches between two checkpoints
+    metrics: Callable | None = None,  # Called with one dictionary a batch
+    pad_id: int = 0,  # Fills rows
+) -> list[dict]:  # The rows of this run
     "Generate, train, generate, train: the reference loop"
     _check_source(source)
     state = load(checkpoint, trainer=trainer) if checkpoint and latest(checkpoint) else {}
     version, cursor, rows = state.get("step", 0), state.get("cursor", 0) or 0, []
     shared = getattr(engine, "model", 0) is getattr(trainer, "model", 1)
+
     async def main(version=version, cursor=cursor):
         proxy = EngineProxy(engine, threaded=False)
         while version < n_steps:
-            await proxy.load_weights(None if shared else trainer.weights(), version); start = time.perf_counter()
-            groups, cursor = await _sync_step(proxy, source, rollout, version, cursor, batch_size, group_size, group_filter)
-            if not groups: break
-            made = time.perf_counter(); got = trainer.step(collate(groups, pad_id)); version += 1
-            rows.append(dict(step=version) | _summary(groups) | got | {"time/wait_batch": made - start, "time/train": time.perf_counter() - made})
-            if metrics: metrics(rows[-1])
-            if checkpoint and (version % save_every == 0 or version == n_steps): save(checkpoint, version, trainer=trainer, cursor=cursor)
+            await proxy.load_weights(None if shared else trainer.weights(), version)
+            start = time.perf_counter()
+            groups, cursor = await _sync_step(
+                proxy, source, rollout, version, cursor, batch_size, group_size, group_filter
+            )
+            if not groups:
+                break
+            made = time.perf_counter()
+            got = trainer.step(collate(groups, pad_id))
+            version += 1
+            rows.append(
+                dict(step=version)
+                | _summary(groups)
+                | got
+                | {"time/wait_batch": made - start, "time/train": time.perf_counter() - made}
+            )
+            if metrics:
+                metrics(rows[-1])
+            if checkpoint and (version % save_every == 0 or version == n_steps):
+                save(checkpoint, version, trainer=trainer, cursor=cursor)
+
     _blocking(main())
     return rows
 
@@ -284,8 +409,10 @@ def train_sync(
 def __getattr__(name):
     if name == "AsyncController":
         from llmpapers.rl.controller import AsyncController
+
         return AsyncController
     if name == "RolloutPool":
         from llmpapers.rl.pool import RolloutPool
+
         return RolloutPool
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,223 +17,315 @@ from .logprobs import kl_estimate
 from .types import Batch
 
 # %% ../../nbs/rl/03_losses.ipynb #36655197
-def _ratio(a, b): return (a - b).clamp(-20, 20).exp()
+def _ratio(a, b):
+    return (a - b).clamp(-20, 20).exp()
+
 
 def _inputs(logprobs, advantages, *others):
     for x in (logprobs, *others):
-        if x.dtype in (torch.float16, torch.bfloat16): raise TypeError(f"log-probabilities are {x.dtype}; compute them in float32")
-        if x.shape != logprobs.shape: raise ValueError(f"log-probabilities of shapes {tuple(logprobs.shape)} and {tuple(x.shape)}; they must agree")
-    if advantages.shape == logprobs.shape: return advantages
-    if advantages.shape == logprobs.shape[:1]: return advantages[:, None]
-    raise ValueError(f"advantages has shape {tuple(advantages.shape)}; it needs {tuple(logprobs.shape)} or {tuple(logprobs.shape[:1])}")
+        if x.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(f"log-probabilities are {x.dtype}; compute them in float32")
+        if x.shape != logprobs.shape:
+            raise ValueError(
+                f"log-probabilities of shapes {tuple(logprobs.shape)} and {tuple(x.shape)}; they must agree"
+            )
+    if advantages.shape == logprobs.shape:
+        return advantages
+    if advantages.shape == logprobs.shape[:1]:
+        return advantages[:, None]
+    raise ValueError(
+        f"advantages has shape {tuple(advantages.shape)}; it needs {tuple(logprobs.shape)} or {tuple(logprobs.shape[:1])}"
+    )
 
 # %% ../../nbs/rl/03_losses.ipynb #401f6643
 def reinforce_loss(
-    logprobs:Tensor,    # (N,L) under the policy being optimised
-    advantages:Tensor,  # (N,) or (N,L)
-)->Tensor:              # (N,L) loss per token
+    logprobs: Tensor,  # (N,L) under the policy being optimised
+    advantages: Tensor,  # (N,) or (N,L)
+) -> Tensor:  # (N,L) loss per token
     "Policy gradient without any correction"
-    return -_inputs(logprobs, advantages)*logprobs
+    return -_inputs(logprobs, advantages) * logprobs
 
 # %% ../../nbs/rl/03_losses.ipynb #8ba9dca5
 def _clipped(r, A, low, high, dual):
-    if not (0 <= low < 1 and high >= 0): raise ValueError(f"clip_low={low} must be in [0, 1) and clip_high={high} at least 0")
-    if dual is not None and dual <= 1: raise ValueError(f"dual_clip={dual} must be above 1, or None")
-    obj = torch.minimum(r*A, r.clamp(1-low, 1+high)*A)
-    return obj if dual is None else torch.where(A < 0, torch.maximum(obj, dual*A), obj)
+    if not (0 <= low < 1 and high >= 0):
+        raise ValueError(f"clip_low={low} must be in [0, 1) and clip_high={high} at least 0")
+    if dual is not None and dual <= 1:
+        raise ValueError(f"dual_clip={dual} must be above 1, or None")
+    obj = torch.minimum(r * A, r.clamp(1 - low, 1 + high) * A)
+    return obj if dual is None else torch.where(A < 0, torch.maximum(obj, dual * A), obj)
+
 
 def ppo_loss(
-    logprobs:Tensor,           # (N,L) under the policy being optimised
-    behavior_logprobs:Tensor,  # (N,L) under the policy that sampled
-    advantages:Tensor,         # (N,) or (N,L)
-    clip_low:float=.2,         # Lower clip range
-    clip_high:float=.2,        # Upper clip range
-    dual_clip:float=None,      # Bound for negative advantages, above 1; None leaves it out
-)->Tensor:                     # (N,L) loss per token
+    logprobs: Tensor,  # (N,L) under the policy being optimised
+    behavior_logprobs: Tensor,  # (N,L) under the policy that sampled
+    advantages: Tensor,  # (N,) or (N,L)
+    clip_low: float = 0.2,  # Lower clip range
+    clip_high: float = 0.2,  # Upper clip range
+    dual_clip: float = None,  # Bound for negative advantages, above 1; None leaves it out
+) -> Tensor:  # (N,L) loss per token
     "Clipped surrogate of PPO and GRPO"
     A = _inputs(logprobs, advantages, behavior_logprobs)
     return -_clipped(_ratio(logprobs, behavior_logprobs), A, clip_low, clip_high, dual_clip)
 
 # %% ../../nbs/rl/03_losses.ipynb #64863d58
 def decoupled_ppo_loss(
-    logprobs:Tensor,           # (N,L) under the policy being optimised
-    proximal_logprobs:Tensor,  # (N,L) under the policy at the beginning of the step
-    behavior_logprobs:Tensor,  # (N,L) under the policy that sampled
-    advantages:Tensor,         # (N,) or (N,L)
-    clip_low:float=.2,         # Lower clip range of the proximal ratio
-    clip_high:float=.2,        # Upper clip range
-    weight_cap:float=5.,       # Largest importance weight
-)->Tensor:                     # (N,L) loss per token
+    logprobs: Tensor,  # (N,L) under the policy being optimised
+    proximal_logprobs: Tensor,  # (N,L) under the policy at the beginning of the step
+    behavior_logprobs: Tensor,  # (N,L) under the policy that sampled
+    advantages: Tensor,  # (N,) or (N,L)
+    clip_low: float = 0.2,  # Lower clip range of the proximal ratio
+    clip_high: float = 0.2,  # Upper clip range
+    weight_cap: float = 5.0,  # Largest importance weight
+) -> Tensor:  # (N,L) loss per token
     "PPO whose trust region is around the proximal policy, weighted to the behaviour policy"
     A = _inputs(logprobs, advantages, proximal_logprobs, behavior_logprobs)
     w = _ratio(proximal_logprobs, behavior_logprobs).clamp(max=weight_cap).detach()
-    return -w*_clipped(_ratio(logprobs, proximal_logprobs), A, clip_low, clip_high, None)
+    return -w * _clipped(_ratio(logprobs, proximal_logprobs), A, clip_low, clip_high, None)
 
 # %% ../../nbs/rl/03_losses.ipynb #73571b57
 def tis_loss(
-    logprobs:Tensor,           # (N,L) under the policy being optimised
-    behavior_logprobs:Tensor,  # (N,L) under the policy that sampled
-    advantages:Tensor,         # (N,) or (N,L)
-    cap:float=1.,              # Largest weight
-)->Tensor:                     # (N,L) loss per token
+    logprobs: Tensor,  # (N,L) under the policy being optimised
+    behavior_logprobs: Tensor,  # (N,L) under the policy that sampled
+    advantages: Tensor,  # (N,) or (N,L)
+    cap: float = 1.0,  # Largest weight
+) -> Tensor:  # (N,L) loss per token
     "Policy gradient with truncated importance weights"
     A = _inputs(logprobs, advantages, behavior_logprobs)
-    return -_ratio(logprobs, behavior_logprobs).clamp(max=cap).detach()*A*logprobs
+    return -_ratio(logprobs, behavior_logprobs).clamp(max=cap).detach() * A * logprobs
+
 
 def cispo_loss(
-    logprobs:Tensor,           # (N,L) under the policy being optimised
-    behavior_logprobs:Tensor,  # (N,L) under the policy that sampled
-    advantages:Tensor,         # (N,) or (N,L)
-    clip_low:float=.1,         # Smallest weight is 1 - clip_low
-    clip_high:float=.1,        # Largest weight is 1 + clip_high
-)->Tensor:                     # (N,L) loss per token
+    logprobs: Tensor,  # (N,L) under the policy being optimised
+    behavior_logprobs: Tensor,  # (N,L) under the policy that sampled
+    advantages: Tensor,  # (N,) or (N,L)
+    clip_low: float = 0.1,  # Smallest weight is 1 - clip_low
+    clip_high: float = 0.1,  # Largest weight is 1 + clip_high
+) -> Tensor:  # (N,L) loss per token
     "Policy gradient with importance weights clipped from both sides"
     A = _inputs(logprobs, advantages, behavior_logprobs)
-    return -_ratio(logprobs, behavior_logprobs).clamp(1-clip_low, 1+clip_high).detach()*A*logprobs
+    return (
+        -_ratio(logprobs, behavior_logprobs).clamp(1 - clip_low, 1 + clip_high).detach()
+        * A
+        * logprobs
+    )
 
 # %% ../../nbs/rl/03_losses.ipynb #9f738262
 def topr_loss(
-    logprobs:Tensor,           # (N,L) under the policy being optimised
-    behavior_logprobs:Tensor,  # (N,L) under the policy that sampled
-    advantages:Tensor,         # (N,) or (N,L)
-    rewards:Tensor,            # (N,) reward of each sample; above 0 is good
-    mask:Tensor,               # (N,L) bool, for the sequence ratio
-    positive_weight:float=1.,  # Weight of good samples
-    negative_weight:float=1.,  # Weight of bad samples
-    level:str="token",         # "token" or "sequence": which ratio
-)->Tensor:                     # (N,L) loss per token
+    logprobs: Tensor,  # (N,L) under the policy being optimised
+    behavior_logprobs: Tensor,  # (N,L) under the policy that sampled
+    advantages: Tensor,  # (N,) or (N,L)
+    rewards: Tensor,  # (N,) reward of each sample; above 0 is good
+    mask: Tensor,  # (N,L) bool, for the sequence ratio
+    positive_weight: float = 1.0,  # Weight of good samples
+    negative_weight: float = 1.0,  # Weight of bad samples
+    level: str = "token",  # "token" or "sequence": which ratio
+) -> Tensor:  # (N,L) loss per token
     "Tapered off-policy REINFORCE"
     A = _inputs(logprobs, advantages, behavior_logprobs)
-    log_r = torch.where(mask.bool(), logprobs - behavior_logprobs, 0.)
-    if level == "sequence": log_r = log_r.sum(-1, keepdim=True).expand_as(logprobs)
-    elif level != "token": raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
-    w = torch.where(rewards[:, None] > 0, positive_weight, negative_weight*log_r.clamp(-20, 20).exp().clamp(max=1)).detach()
-    return -w*A*logprobs
+    log_r = torch.where(mask.bool(), logprobs - behavior_logprobs, 0.0)
+    if level == "sequence":
+        log_r = log_r.sum(-1, keepdim=True).expand_as(logprobs)
+    elif level != "token":
+        raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
+    w = torch.where(
+        rewards[:, None] > 0,
+        positive_weight,
+        negative_weight * log_r.clamp(-20, 20).exp().clamp(max=1),
+    ).detach()
+    return -w * A * logprobs
 
 # %% ../../nbs/rl/03_losses.ipynb #c85bdc95
 def gspo_loss(
-    logprobs:Tensor,           # (N,L) under the policy being optimised
-    behavior_logprobs:Tensor,  # (N,L) under the policy that sampled
-    advantages:Tensor,         # (N,) or (N,L)
-    mask:Tensor,               # (N,L) bool, tokens of the ratio
-    clip_low:float=.2,         # Lower clip range
-    clip_high:float=.2,        # Upper clip range
-)->Tensor:                     # (N,L) loss per token, the same for all tokens of a row
+    logprobs: Tensor,  # (N,L) under the policy being optimised
+    behavior_logprobs: Tensor,  # (N,L) under the policy that sampled
+    advantages: Tensor,  # (N,) or (N,L)
+    mask: Tensor,  # (N,L) bool, tokens of the ratio
+    clip_low: float = 0.2,  # Lower clip range
+    clip_high: float = 0.2,  # Upper clip range
+) -> Tensor:  # (N,L) loss per token, the same for all tokens of a row
     "Clipped surrogate with one geometric-mean ratio per sequence"
     A = _inputs(logprobs, advantages, behavior_logprobs)
-    log_s = torch.where(mask.bool(), logprobs - behavior_logprobs, 0.).sum(-1)/mask.sum(-1).clamp(min=1)
-    return -_clipped(log_s.clamp(-20, 20).exp()[:, None].expand_as(logprobs), A.expand_as(logprobs), clip_low, clip_high, None)
+    log_s = torch.where(mask.bool(), logprobs - behavior_logprobs, 0.0).sum(-1) / mask.sum(
+        -1
+    ).clamp(min=1)
+    return -_clipped(
+        log_s.clamp(-20, 20).exp()[:, None].expand_as(logprobs),
+        A.expand_as(logprobs),
+        clip_low,
+        clip_high,
+        None,
+    )
 
 # %% ../../nbs/rl/03_losses.ipynb #e1ab42f1
 modes = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
+
 def aggregate(
-    x:Tensor,                 # (N,L) values per token
-    mask:Tensor,              # (N,L) bool
-    mode:str="token-mean",    # One of `modes`
-    denom:float=None,         # Global count: tokens for "token-mean", rows for the others; None counts this batch
-    norm_len:float=None,      # Fixed length of "seq-mean-token-sum-norm"; None takes L
-)->Tensor:                    # Scalar
+    x: Tensor,  # (N,L) values per token
+    mask: Tensor,  # (N,L) bool
+    mode: str = "token-mean",  # One of `modes`
+    denom: float = None,  # Global count: tokens for "token-mean", rows for the others; None counts this batch
+    norm_len: float = None,  # Fixed length of "seq-mean-token-sum-norm"; None takes L
+) -> Tensor:  # Scalar
     "One number from per-token values; micro-batches with the global `denom` add up"
-    if x.shape != mask.shape: raise ValueError(f"mask has shape {tuple(mask.shape)}, x has {tuple(x.shape)}; they must agree")
-    if mode not in modes: raise ValueError(f"mode={mode!r} must be one of {', '.join(modes)}")
-    m = mask.bool(); v = torch.where(m, x, 0.)
+    if x.shape != mask.shape:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, x has {tuple(x.shape)}; they must agree"
+        )
+    if mode not in modes:
+        raise ValueError(f"mode={mode!r} must be one of {', '.join(modes)}")
+    m = mask.bool()
+    v = torch.where(m, x, 0.0)
     n = m.sum() if mode == "token-mean" else m.any(-1).sum()
-    if denom is None and n == 0: raise ValueError("mask selects nothing; a loss needs at least one token")
+    if denom is None and n == 0:
+        raise ValueError("mask selects nothing; a loss needs at least one token")
     d = n if denom is None else denom
-    if mode == "token-mean": return v.sum()/d
+    if mode == "token-mean":
+        return v.sum() / d
     row = v.sum(-1)
-    if mode == "seq-mean-token-mean": row = row/m.sum(-1).clamp(min=1)
-    if mode == "seq-mean-token-sum-norm": row = row/(norm_len or x.shape[1])
-    return row.sum()/d
+    if mode == "seq-mean-token-mean":
+        row = row / m.sum(-1).clamp(min=1)
+    if mode == "seq-mean-token-sum-norm":
+        row = row / (norm_len or x.shape[1])
+    return row.sum() / d
 
 # %% ../../nbs/rl/03_losses.ipynb #bb871433
-losses:dict[str,Callable] = {}
+losses: dict[str, Callable] = {}
+
 
 def register_loss(
-    name:str, # Name in `PolicyLossConfig.name`
-)->Callable:  # Decorator
+    name: str,  # Name in `PolicyLossConfig.name`
+) -> Callable:  # Decorator
     "Register a function `(cfg, batch, logprobs, proximal_logprobs) -> (N,L)` as a loss"
-    def deco(f): losses[name] = f; return f
+
+    def deco(f):
+        losses[name] = f
+        return f
+
     return deco
+
 
 @dataclass(frozen=True)
 class PolicyLossConfig:
     "Which loss, and how it becomes a number"
-    name:str="ppo"                    # A registered loss
-    mode:str="token-mean"             # One of `modes`
-    kl_coef:float=0.                  # Weight of the KL to the reference
-    kl_kind:str="k3"                  # Estimator of that KL
-    entropy_coef:float=0.             # Weight of the entropy bonus
-    norm_len:float=None               # Fixed length of "seq-mean-token-sum-norm"
-    args:dict=field(default_factory=dict) # Arguments of the loss: clip_low, cap, ...
+
+    name: str = "ppo"  # A registered loss
+    mode: str = "token-mean"  # One of `modes`
+    kl_coef: float = 0.0  # Weight of the KL to the reference
+    kl_kind: str = "k3"  # Estimator of that KL
+    entropy_coef: float = 0.0  # Weight of the entropy bonus
+    norm_len: float = None  # Fixed length of "seq-mean-token-sum-norm"
+    args: dict = field(default_factory=dict)  # Arguments of the loss: clip_low, cap, ...
 
     def __post_init__(self):
-        if self.name not in losses: raise ValueError(f"name={self.name!r} is not a registered loss: {', '.join(losses)}")
-        if self.mode not in modes: raise ValueError(f"mode={self.mode!r} must be one of {', '.join(modes)}")
+        if self.name not in losses:
+            raise ValueError(f"name={self.name!r} is not a registered loss: {', '.join(losses)}")
+        if self.mode not in modes:
+            raise ValueError(f"mode={self.mode!r} must be one of {', '.join(modes)}")
 
 # %% ../../nbs/rl/03_losses.ipynb #10d86473
 @register_loss("reinforce")
-def _reinforce(cfg, b, lp, prox): return reinforce_loss(lp, b.advantages)
+def _reinforce(cfg, b, lp, prox):
+    return reinforce_loss(lp, b.advantages)
+
+
 @register_loss("ppo")
-def _ppo(cfg, b, lp, prox): return ppo_loss(lp, b.behavior_logprobs, b.advantages, **cfg.args)
+def _ppo(cfg, b, lp, prox):
+    return ppo_loss(lp, b.behavior_logprobs, b.advantages, **cfg.args)
+
+
 @register_loss("decoupled_ppo")
 def _decoupled(cfg, b, lp, prox):
-    if prox is None: raise ValueError("decoupled_ppo needs proximal_logprobs")
+    if prox is None:
+        raise ValueError("decoupled_ppo needs proximal_logprobs")
     return decoupled_ppo_loss(lp, prox, b.behavior_logprobs, b.advantages, **cfg.args)
+
+
 @register_loss("tis")
-def _tis(cfg, b, lp, prox): return tis_loss(lp, b.behavior_logprobs, b.advantages, **cfg.args)
+def _tis(cfg, b, lp, prox):
+    return tis_loss(lp, b.behavior_logprobs, b.advantages, **cfg.args)
+
+
 @register_loss("cispo")
-def _cispo(cfg, b, lp, prox): return cispo_loss(lp, b.behavior_logprobs, b.advantages, **cfg.args)
+def _cispo(cfg, b, lp, prox):
+    return cispo_loss(lp, b.behavior_logprobs, b.advantages, **cfg.args)
+
+
 @register_loss("topr")
-def _topr(cfg, b, lp, prox): return topr_loss(lp, b.behavior_logprobs, b.advantages, b.rewards, b.response_mask, **cfg.args)
+def _topr(cfg, b, lp, prox):
+    return topr_loss(lp, b.behavior_logprobs, b.advantages, b.rewards, b.response_mask, **cfg.args)
+
+
 @register_loss("gspo")
-def _gspo(cfg, b, lp, prox): return gspo_loss(lp, b.behavior_logprobs, b.advantages, b.response_mask, **cfg.args)
+def _gspo(cfg, b, lp, prox):
+    return gspo_loss(lp, b.behavior_logprobs, b.advantages, b.response_mask, **cfg.args)
 
 # %% ../../nbs/rl/03_losses.ipynb #aea7f255
 @torch.no_grad()
 def _watch(cfg, batch, lp):
     "What to watch: ratio, clipping, divergence from the behaviour policy, effective sample size"
     m = batch.response_mask
-    log_r = (lp - batch.behavior_logprobs)[m].clamp(-20, 20); r = log_r.exp()
-    lo, hi = cfg.args.get("clip_low", .2), cfg.args.get("clip_high", .2)
-    res = {"ratio/mean": r.mean(), "ratio/max": r.max(), "clip_frac/low": (r < 1-lo).float().mean(), "clip_frac/high": (r > 1+hi).float().mean(),
-           "kl/behavior": ((-log_r).exp() - 1 + log_r).mean(), "ess": r.sum()**2/(len(r)*r.square().sum())}
+    log_r = (lp - batch.behavior_logprobs)[m].clamp(-20, 20)
+    r = log_r.exp()
+    lo, hi = cfg.args.get("clip_low", 0.2), cfg.args.get("clip_high", 0.2)
+    res = {
+        "ratio/mean": r.mean(),
+        "ratio/max": r.max(),
+        "clip_frac/low": (r < 1 - lo).float().mean(),
+        "clip_frac/high": (r > 1 + hi).float().mean(),
+        "kl/behavior": ((-log_r).exp() - 1 + log_r).mean(),
+        "ess": r.sum() ** 2 / (len(r) * r.square().sum()),
+    }
     return {k: v.item() for k, v in res.items()}
 
+
 def policy_loss(
-    cfg:PolicyLossConfig,           # Which loss
-    batch:Batch,                    # Samples with advantages
-    logprobs:Tensor,                # (N,L) under the policy being optimised
+    cfg: PolicyLossConfig,  # Which loss
+    batch: Batch,  # Samples with advantages
+    logprobs: Tensor,  # (N,L) under the policy being optimised
     *,
-    proximal_logprobs:Tensor=None,  # (N,L) at the beginning of the step, for decoupled PPO
-    ref_logprobs:Tensor=None,       # (N,L) under the reference, if `kl_coef` is not 0
-    entropy:Tensor=None,            # (N,L) from `entropy`, if `entropy_coef` is not 0
-    denom:float=None,               # Global count, see `aggregate`
-)->tuple[Tensor,dict]:              # Scalar loss, and metrics as plain numbers
+    proximal_logprobs: Tensor = None,  # (N,L) at the beginning of the step, for decoupled PPO
+    ref_logprobs: Tensor = None,  # (N,L) under the reference, if `kl_coef` is not 0
+    entropy: Tensor = None,  # (N,L) from `entropy`, if `entropy_coef` is not 0
+    denom: float = None,  # Global count, see `aggregate`
+) -> tuple[Tensor, dict]:  # Scalar loss, and metrics as plain numbers
     "Loss of a batch and the numbers to watch"
     agg = lambda x: aggregate(x, batch.response_mask, cfg.mode, denom, cfg.norm_len)
-    loss, metrics = agg(losses[cfg.name](cfg, batch, logprobs, proximal_logprobs)), _watch(cfg, batch, logprobs)
-    for name, coef, value in (("ref_logprobs", cfg.kl_coef, ref_logprobs), ("entropy", cfg.entropy_coef, entropy)):
-        if coef and value is None: raise ValueError(f"{name} is None, but its coefficient is {coef}")
+    loss, metrics = (
+        agg(losses[cfg.name](cfg, batch, logprobs, proximal_logprobs)),
+        _watch(cfg, batch, logprobs),
+    )
+    for name, coef, value in (
+        ("ref_logprobs", cfg.kl_coef, ref_logprobs),
+        ("entropy", cfg.entropy_coef, entropy),
+    ):
+        if coef and value is None:
+            raise ValueError(f"{name} is None, but its coefficient is {coef}")
     if ref_logprobs is not None:
-        kl = agg(kl_estimate(logprobs, ref_logprobs, cfg.kl_kind)); metrics["kl/ref"] = kl.item()
-        if cfg.kl_coef: loss = loss + cfg.kl_coef*kl
+        kl = agg(kl_estimate(logprobs, ref_logprobs, cfg.kl_kind))
+        metrics["kl/ref"] = kl.item()
+        if cfg.kl_coef:
+            loss = loss + cfg.kl_coef * kl
     if entropy is not None:
-        ent = agg(entropy); metrics["entropy"] = ent.item()
-        if cfg.entropy_coef: loss = loss - cfg.entropy_coef*ent
+        ent = agg(entropy)
+        metrics["entropy"] = ent.item()
+        if cfg.entropy_coef:
+            loss = loss - cfg.entropy_coef * ent
     return loss, metrics
 
 # %% ../../nbs/rl/03_losses.ipynb #863ffa69
 def value_loss(
-    values:Tensor,      # (N,L) predicted now
-    old_values:Tensor,  # (N,L) predicted when the batch was made
-    returns:Tensor,     # (N,L) targets
-    mask:Tensor,        # (N,L) bool
-    clip:float=None,    # Range around the old values; None does not clip
-    denom:float=None,   # Global count of tokens
-)->Tensor:              # Scalar
+    values: Tensor,  # (N,L) predicted now
+    old_values: Tensor,  # (N,L) predicted when the batch was made
+    returns: Tensor,  # (N,L) targets
+    mask: Tensor,  # (N,L) bool
+    clip: float = None,  # Range around the old values; None does not clip
+    denom: float = None,  # Global count of tokens
+) -> Tensor:  # Scalar
     "Half the squared error to the returns, clipped around the old values if asked"
     err = (values - returns).square()
-    if clip is not None: err = torch.maximum(err, (old_values + (values - old_values).clamp(-clip, clip) - returns).square())
-    return aggregate(err/2, mask, denom=denom)
+    if clip is not None:
+        err = torch.maximum(
+            err, (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+        )
+    return aggregate(err / 2, mask, denom=denom)

@@ -20,91 +20,136 @@ def _rows(path):
     rows, good = [], 0
     data = path.read_bytes() if path.exists() else b""
     for i, line in enumerate(data.splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"): break
-        try: rows.append(json.loads(line))
-        except ValueError as e: raise ValueError(f"path: line {i} of {path} is not JSON; move the file away or repair it") from e
+        if not line.endswith(b"\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except ValueError as e:
+            raise ValueError(
+                f"path: line {i} of {path} is not JSON; move the file away or repair it"
+            ) from e
         good += len(line)
     return rows, good
 
+
 def read_metrics(
-    path,        # File of a `MetricsLog`
-)->list[dict]:   # Its rows; an incomplete last line is left out
+    path,  # File of a `MetricsLog`
+) -> list[dict]:  # Its rows; an incomplete last line is left out
     "Read a metrics file, also while it is being written"
-    if not Path(path).exists(): raise ValueError(f"path: there is no file {path}")
+    if not Path(path).exists():
+        raise ValueError(f"path: there is no file {path}")
     return _rows(Path(path))[0]
 
 # %% ../../nbs/rl/13_metrics.ipynb #73d6337f
 def _value(name, x):
     "A JSON value; non-finite numbers are None"
-    if isinstance(x, (str, bool)) or x is None: return x
+    if isinstance(x, (str, bool)) or x is None:
+        return x
     x = x.item() if hasattr(x, "item") else x
-    if not isinstance(x, (int, float)): raise TypeError(f"{name} is of type {type(x).__name__}; a metric is a number, a text or a boolean")
+    if not isinstance(x, (int, float)):
+        raise TypeError(
+            f"{name} is of type {type(x).__name__}; a metric is a number, a text or a boolean"
+        )
     return x if math.isfinite(x) else None
+
 
 class MetricsLog:
     "Append-only file of one JSON object per step"
-    def __init__(self,
-        path,                  # The file; folders are made
-        resume_step:int=None,  # Rows after this step are dropped; None keeps all, 0 starts again
+
+    def __init__(
+        self,
+        path,  # The file; folders are made
+        resume_step: int = None,  # Rows after this step are dropped; None keeps all, 0 starts again
     ):
-        self.path = Path(path); self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         rows, good = _rows(self.path)
         if resume_step is not None and any(r["step"] > resume_step for r in rows):
             rows = [r for r in rows if r["step"] <= resume_step]
             tmp = self.path.with_name(self.path.name + ".tmp")
             tmp.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
             os.replace(tmp, self.path)
-        elif self.path.exists(): os.truncate(self.path, good)
+        elif self.path.exists():
+            os.truncate(self.path, good)
         self.last = rows[-1]["step"] if rows else None
         self.file = open(self.path, "a", encoding="utf-8")
 
-    def __enter__(self): return self
-    def __exit__(self, *exc): self.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
 
 # %% ../../nbs/rl/13_metrics.ipynb #b25968b5
 @patch
-def log(self:MetricsLog,
-    step:int,         # Larger than that of the row before
-    metrics:Mapping,  # Name -> number, text or boolean
-)->dict:              # The row as written
+def log(
+    self: MetricsLog,
+    step: int,  # Larger than that of the row before
+    metrics: Mapping,  # Name -> number, text or boolean
+) -> dict:  # The row as written
     "Append one row"
-    if self.file.closed: raise RuntimeError(f"log: {self.path} is closed")
+    if self.file.closed:
+        raise RuntimeError(f"log: {self.path} is closed")
     if self.last is not None and step <= self.last:
-        raise ValueError(f"step={step} is not above {self.last}, the last row of {self.path}; open it with resume_step={max(step - 1, 0)} to write it again")
-    if "step" in metrics: raise ValueError("metrics has a column 'step'; that name is taken")
+        raise ValueError(
+            f"step={step} is not above {self.last}, the last row of {self.path}; open it with resume_step={max(step - 1, 0)} to write it again"
+        )
+    if "step" in metrics:
+        raise ValueError("metrics has a column 'step'; that name is taken")
     row = {"step": int(step)} | {k: _value(k, v) for k, v in metrics.items()}
-    self.file.write(json.dumps(row) + "\n"); self.file.flush()
+    self.file.write(json.dumps(row) + "\n")
+    self.file.flush()
     self.last = row["step"]
     return row
 
+
 @patch
-def __call__(self:MetricsLog,
-    row:Mapping, # With a column `step`
-)->dict:         # The row as written
+def __call__(
+    self: MetricsLog,
+    row: Mapping,  # With a column `step`
+) -> dict:  # The row as written
     "Append one row; the form in which a loop reports"
     return self.log(row["step"], {k: v for k, v in row.items() if k != "step"})
 
+
 @patch
-def close(self:MetricsLog)->None:
+def close(self: MetricsLog) -> None:
     "Flush to the disk and close"
-    if not self.file.closed: self.file.flush(); os.fsync(self.file.fileno()); self.file.close()
+    if not self.file.closed:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
 
 # %% ../../nbs/rl/13_metrics.ipynb #54478f64
 def plot_metrics(
-    source,             # Path of a metrics file, or its rows
-    keys:Iterable[str], # Columns to draw
-    ax=None,            # Axes; None makes some
-    smooth:int=1,       # Running mean over that many rows
-)->"plt.Axes":          # The axes
+    source,  # Path of a metrics file, or its rows
+    keys: Iterable[str],  # Columns to draw
+    ax=None,  # Axes; None makes some
+    smooth: int = 1,  # Running mean over that many rows
+) -> "plt.Axes":  # The axes
     "Draw columns against the step; rows without a column are left out"
     plt, np = need("matplotlib.pyplot"), need("numpy")
     rows = read_metrics(source) if isinstance(source, (str, os.PathLike)) else list(source)
     names = sorted({k for r in rows for k in r} - {"step"})
     ax = ax or plt.gca()
     for k in [keys] if isinstance(keys, str) else keys:
-        if k not in names: raise ValueError(f"keys: there is no column {k!r}; the rows have {', '.join(names) or 'none'}")
-        x, y = zip(*((r["step"], r[k]) for r in rows if r.get(k) is not None)) if any(r.get(k) is not None for r in rows) else ((), ())
+        if k not in names:
+            raise ValueError(
+                f"keys: there is no column {k!r}; the rows have {', '.join(names) or 'none'}"
+            )
+        x, y = (
+            zip(*((r["step"], r[k]) for r in rows if r.get(k) is not None))
+            if any(r.get(k) is not None for r in rows)
+            else ((), ())
+        )
         w = min(smooth, max(1, len(y)))
-        ax.plot(x[w-1:], np.convolve(y, np.ones(w)/w, "valid") if len(y) else y, ".-" if len(y) < 30 else "-", ms=4, label=k)
-    ax.set_xlabel("step"); ax.legend()
+        ax.plot(
+            x[w - 1 :],
+            np.convolve(y, np.ones(w) / w, "valid") if len(y) else y,
+            ".-" if len(y) < 30 else "-",
+            ms=4,
+            label=k,
+        )
+    ax.set_xlabel("step")
+    ax.legend()
     return ax

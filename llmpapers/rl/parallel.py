@@ -19,17 +19,20 @@ from .types import Batch
 
 # %% ../../nbs/rl/17_parallel.ipynb #b0f9917b
 def learner_group(
-    rank:int,          # Number of this process
-    world:int,         # Number of processes
-    rendezvous:str,    # "file:///..." on one machine, or "tcp://host:port"
-    backend:str=None,  # None: "nccl" with a GPU for each, else "gloo"
-)->"ProcessGroup":     # The group of all processes, for `PolicyTrainer(group=...)`
+    rank: int,  # Number of this process
+    world: int,  # Number of processes
+    rendezvous: str,  # "file:///..." on one machine, or "tcp://host:port"
+    backend: str = None,  # None: "nccl" with a GPU for each, else "gloo"
+) -> "ProcessGroup":  # The group of all processes, for `PolicyTrainer(group=...)`
     "Join the process group of the learners"
-    if not 0 <= rank < world: raise ValueError(f"rank={rank} must be in [0, {world})")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank={rank} must be in [0, {world})")
     dist = torch.distributed
-    if dist.is_initialized(): raise RuntimeError("learner_group: this process has joined a group already")
+    if dist.is_initialized():
+        raise RuntimeError("learner_group: this process has joined a group already")
     backend = backend or ("nccl" if torch.cuda.device_count() >= world else "gloo")
-    if backend == "nccl": torch.cuda.set_device(rank % torch.cuda.device_count())
+    if backend == "nccl":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world)
     return dist.group.WORLD
 
@@ -38,126 +41,179 @@ def _rank_main(fn, args, world, folder, backend, threads, rank):
     "Body of a spawned process"
     torch.set_num_threads(threads)
     group = learner_group(rank, world, f"file://{folder}/meet", backend)
-    try: res = fn(group, *args)
-    finally: torch.distributed.destroy_process_group()
-    (folder/f"{rank}.pkl").write_bytes(need("dill").dumps(res))
+    try:
+        res = fn(group, *args)
+    finally:
+        torch.distributed.destroy_process_group()
+    (folder / f"{rank}.pkl").write_bytes(need("dill").dumps(res))
+
 
 _boot = "import dill, sys; f, args = dill.load(open(sys.argv[1], 'rb')); f(*args, int(sys.argv[2]))"
+
 
 def _wait(procs, errors):
     "Wait for all processes; the first that fails ends the others"
     while True:
         codes = [p.poll() for p in procs]
         for r, c in enumerate(codes):
-            if c: raise RuntimeError(f"rank {r} of {len(procs)} ended with code {c}:\n{errors[r].read_text()[-2000:]}")
-        if None not in codes: return
-        time.sleep(.02)
+            if c:
+                raise RuntimeError(
+                    f"rank {r} of {len(procs)} ended with code {c}:\n{errors[r].read_text()[-2000:]}"
+                )
+        if None not in codes:
+            return
+        time.sleep(0.02)
 
 # %% ../../nbs/rl/17_parallel.ipynb #a21be158
 def run_ranks(
-    fn:Callable,       # Called as `fn(group, *args)` in every process
-    world:int,         # Number of processes
-    *args,             # Arguments, the same for all
-    backend:str="gloo",# See `learner_group`
-    threads:int=1,     # Threads of each process
-)->list:               # What `fn` returned, by rank
+    fn: Callable,  # Called as `fn(group, *args)` in every process
+    world: int,  # Number of processes
+    *args,  # Arguments, the same for all
+    backend: str = "gloo",  # See `learner_group`
+    threads: int = 1,  # Threads of each process
+) -> list:  # What `fn` returned, by rank
     "Run a function in several processes of this machine that form a group"
-    if not isinstance(world, int) or world < 1: raise ValueError(f"world={world!r} must be a positive integer")
+    if not isinstance(world, int) or world < 1:
+        raise ValueError(f"world={world!r} must be a positive integer")
     dill = need("dill")
     with tempfile.TemporaryDirectory() as d:
-        folder = Path(d); errors = [folder/f"{r}.err" for r in range(world)]
-        (folder/"call.pkl").write_bytes(dill.dumps((_rank_main, (fn, args, world, folder, backend, threads)), recurse=True))
+        folder = Path(d)
+        errors = [folder / f"{r}.err" for r in range(world)]
+        (folder / "call.pkl").write_bytes(
+            dill.dumps((_rank_main, (fn, args, world, folder, backend, threads)), recurse=True)
+        )
         env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        procs = [subprocess.Popen([sys.executable, "-c", _boot, str(folder/"call.pkl"), str(r)], stderr=e.open("w"), env=env) for r, e in enumerate(errors)]
-        try: _wait(procs, errors)
+        procs = [
+            subprocess.Popen(
+                [sys.executable, "-c", _boot, str(folder / "call.pkl"), str(r)],
+                stderr=e.open("w"),
+                env=env,
+            )
+            for r, e in enumerate(errors)
+        ]
+        try:
+            _wait(procs, errors)
         finally:
-            for p in procs: p.kill(); p.wait()
-        return [dill.loads((folder/f"{r}.pkl").read_bytes()) for r in range(world)]
+            for p in procs:
+                p.kill()
+                p.wait()
+        return [dill.loads((folder / f"{r}.pkl").read_bytes()) for r in range(world)]
 
 # %% ../../nbs/rl/17_parallel.ipynb #00e8c2a8
 class _Learner:
     "One rank, as a Ray actor"
-    def __init__(self, rank, world, threads): self.rank, self.world = rank, world; torch.set_num_threads(threads)
+
+    def __init__(self, rank, world, threads):
+        self.rank, self.world = rank, world
+        torch.set_num_threads(threads)
 
     def address(self):
         "Where rank 0 can be reached"
         with socket.socket() as s:
-            s.bind(("", 0)); port = s.getsockname()[1]
+            s.bind(("", 0))
+            port = s.getsockname()[1]
         return f"tcp://{need('ray', 'ray').util.get_node_ip_address()}:{port}"
 
     def start(self, make_trainer, rendezvous, backend):
         self.trainer = make_trainer(learner_group(self.rank, self.world, rendezvous, backend))
         return self.trainer.n_steps
 
-    def call(self, name, *args): return getattr(self.trainer, name)(*args)
+    def call(self, name, *args):
+        return getattr(self.trainer, name)(*args)
+
 
 class RayLearners:
     "Several trainers on Ray that act as one"
-    def __init__(self,
-        make_trainer:Callable, # Called as `make_trainer(group)` in every actor; returns a `PolicyTrainer`
-        n:int=2,               # Number of actors
+
+    def __init__(
+        self,
+        make_trainer: Callable,  # Called as `make_trainer(group)` in every actor; returns a `PolicyTrainer`
+        n: int = 2,  # Number of actors
         *,
-        ray_options:dict=None, # Resources of each actor; None is one CPU
-        backend:str="gloo",    # "nccl" when each actor has a GPU of its own
-        threads:int=1,         # Threads of each actor
+        ray_options: dict = None,  # Resources of each actor; None is one CPU
+        backend: str = "gloo",  # "nccl" when each actor has a GPU of its own
+        threads: int = 1,  # Threads of each actor
     ):
-        if not isinstance(n, int) or n < 1: raise ValueError(f"n={n!r} must be a positive integer")
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n={n!r} must be a positive integer")
         ray = self.ray = need("ray", "ray")
-        if not ray.is_initialized(): raise RuntimeError("RayLearners: call ray.init() first")
-        actor = ray.remote(_Learner).options(**{"num_cpus": 1, "max_restarts": 0} | (ray_options or {}))
+        if not ray.is_initialized():
+            raise RuntimeError("RayLearners: call ray.init() first")
+        actor = ray.remote(_Learner).options(
+            **{"num_cpus": 1, "max_restarts": 0} | (ray_options or {})
+        )
         self.actors = [actor.remote(r, n, threads) for r in range(n)]
         try:
             where = ray.get(self.actors[0].address.remote())
-            self.n_steps = max(ray.get([a.start.remote(make_trainer, where, backend) for a in self.actors]))
-        except BaseException: self.close(); raise
+            self.n_steps = max(
+                ray.get([a.start.remote(make_trainer, where, backend) for a in self.actors])
+            )
+        except BaseException:
+            self.close()
+            raise
 
 # %% ../../nbs/rl/17_parallel.ipynb #eb6c198b
 @patch
-def _all(self:RayLearners, name, *args):
+def _all(self: RayLearners, name, *args):
     "Call a method on every rank; an error anywhere closes the learners"
-    if not self.actors: raise RuntimeError("RayLearners are closed; make new ones and load the last state")
+    if not self.actors:
+        raise RuntimeError("RayLearners are closed; make new ones and load the last state")
     refs = [self.ray.put(a) for a in args]
     todo = [a.call.remote(name, *refs) for a in self.actors]
     left = list(todo)
     try:
-        while left: done, left = self.ray.wait(left); self.ray.get(done)
+        while left:
+            done, left = self.ray.wait(left)
+            self.ray.get(done)
         return self.ray.get(todo)
-    except BaseException: self.close(); raise
+    except BaseException:
+        self.close()
+        raise
+
 
 @patch
-def step(self:RayLearners,
-    batch:Batch, # The whole batch
-)->dict:         # Metrics, as from one trainer
+def step(
+    self: RayLearners,
+    batch: Batch,  # The whole batch
+) -> dict:  # Metrics, as from one trainer
     "Train on one batch"
     res = self._all("step", batch)[0]
     self.n_steps += 1
     return res
 
-@patch
-def _first(self:RayLearners, name):
-    if not self.actors: raise RuntimeError("RayLearners are closed; make new ones and load the last state")
-    return self.ray.get(self.actors[0].call.remote(name))
 
 @patch
-def weights(self:RayLearners)->dict[str,Tensor]: # Name -> tensor on the CPU
+def _first(self: RayLearners, name):
+    if not self.actors:
+        raise RuntimeError("RayLearners are closed; make new ones and load the last state")
+    return self.ray.get(self.actors[0].call.remote(name))
+
+
+@patch
+def weights(self: RayLearners) -> dict[str, Tensor]:  # Name -> tensor on the CPU
     "Weights of the policy, the same on all ranks"
     return self._first("weights")
 
+
 @patch
-def state_dict(self:RayLearners)->dict: # As from one trainer
+def state_dict(self: RayLearners) -> dict:  # As from one trainer
     "State of the learners"
     return self._first("state_dict")
 
+
 @patch
-def load_state_dict(self:RayLearners,
-    state:dict, # From `state_dict`, of any number of learners
-)->None:
+def load_state_dict(
+    self: RayLearners,
+    state: dict,  # From `state_dict`, of any number of learners
+) -> None:
     "Give all ranks a saved state"
     self._all("load_state_dict", state)
     self.n_steps = state["counters"]["n_steps"]
 
+
 @patch
-def close(self:RayLearners)->None:
+def close(self: RayLearners) -> None:
     "End the actors"
-    for a in self.actors: self.ray.kill(a)
+    for a in self.actors:
+        self.ray.kill(a)
     self.actors = []

@@ -28,32 +28,57 @@ from .types import Group
 # %% ../../nbs/rl/16_pool.ipynb #88202875
 class _Actor:
     "One engine in a process of its own, and the rollouts that use it"
+
     def __init__(self, factory, rollout):
-        self.engine, self.rollout, self.proxy, self.tasks, self.ended, self.news = factory(), rollout, None, {}, [], asyncio.Event()
+        self.engine, self.rollout, self.proxy, self.tasks, self.ended, self.news = (
+            factory(),
+            rollout,
+            None,
+            {},
+            [],
+            asyncio.Event(),
+        )
         self.idle = asyncio.Event()
-        gc.collect(); gc.freeze()
+        gc.collect()
+        gc.freeze()
 
     def _proxy(self):
-        if self.proxy is None: self.proxy = EngineProxy(self.engine, threaded=False)
+        if self.proxy is None:
+            self.proxy = EngineProxy(self.engine, threaded=False)
         return self.proxy
 
     async def begin(self, jobs):
-        for key, group, index in jobs: self.tasks[key] = asyncio.ensure_future(self._run(key, group, index))
+        for key, group, index in jobs:
+            self.tasks[key] = asyncio.ensure_future(self._run(key, group, index))
 
     async def _run(self, key, group, index):
-        try: res = await self.rollout(EngineClient(self._proxy().generate, group.group_id, index), group, index), None
-        except EngineLost: os._exit(1)
-        except asyncio.CancelledError: return
-        except Exception as e: res = None, _portable(e)
-        self.ended.append((key, *res)); self.tasks.pop(key, None); self.news.set()
-        if not self.tasks: self.idle.set()
+        try:
+            res = (
+                await self.rollout(
+                    EngineClient(self._proxy().generate, group.group_id, index), group, index
+                ),
+                None,
+            )
+        except EngineLost:
+            os._exit(1)
+        except asyncio.CancelledError:
+            return
+        except Exception as e:
+            res = None, _portable(e)
+        self.ended.append((key, *res))
+        self.tasks.pop(key, None)
+        self.news.set()
+        if not self.tasks:
+            self.idle.set()
 
 # %% ../../nbs/rl/16_pool.ipynb #b7a1c001
 def _portable(e):
     "An exception that can be sent, with its traceback as a note"
     text = "".join(traceback.format_exception(e))
-    try: pickle.loads(pickle.dumps(e))
-    except Exception: e = RuntimeError(f"{type(e).__name__}: {e}")
+    try:
+        pickle.loads(pickle.dumps(e))
+    except Exception:
+        e = RuntimeError(f"{type(e).__name__}: {e}")
     e.add_note(text)
     return e
 
@@ -62,211 +87,327 @@ def _flat(weights):
     "Tensors by name -> for each dtype (names and shapes, one array)"
     by = {}
     for k, v in weights.items():
-        v = v.detach().cpu(); v = v.float() if v.dtype == torch.bfloat16 else v
+        v = v.detach().cpu()
+        v = v.float() if v.dtype == torch.bfloat16 else v
         by.setdefault(v.dtype, []).append((k, v))
-    return [([(k, v.shape) for k, v in kv], torch.cat([v.reshape(-1) for _, v in kv]).numpy()) for kv in by.values()]
+    return [
+        ([(k, v.shape) for k, v in kv], torch.cat([v.reshape(-1) for _, v in kv]).numpy())
+        for kv in by.values()
+    ]
+
 
 def _named(parts):
     "What `_flat` has packed, by name"
-    if parts is None: return None
-    return {k: v.view(shape) for names, x in parts for (k, shape), v in zip(names, torch.tensor(x).split([s.numel() for _, s in names]))}
+    if parts is None:
+        return None
+    return {
+        k: v.view(shape)
+        for names, x in parts
+        for (k, shape), v in zip(names, torch.tensor(x).split([s.numel() for _, s in names]))
+    }
 
 # %% ../../nbs/rl/16_pool.ipynb #b7a1c003
 @patch
-async def collect(self:_Actor):
+async def collect(self: _Actor):
     "Wait until a rollout has ended; all that have, as (key, sample, exception)"
     await self.news.wait()
     if self.tasks:
         self.idle.clear()
-        with suppress(asyncio.TimeoutError): await asyncio.wait_for(self.idle.wait(), .01)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.idle.wait(), 0.01)
     self.news.clear()
     ended, self.ended = self.ended, []
     return ended
 
-@patch
-async def cancel(self:_Actor, key):
-    if task := self.tasks.pop(key, None): task.cancel()
 
 @patch
-async def load_weights(self:_Actor, weights, version, mode): await self._proxy().load_weights(_named(weights), version, mode)
+async def cancel(self: _Actor, key):
+    if task := self.tasks.pop(key, None):
+        task.cancel()
+
+
 @patch
-async def logprobs(self:_Actor, ids): return await self._proxy().call(lambda e: e.logprobs(ids))
+async def load_weights(self: _Actor, weights, version, mode):
+    await self._proxy().load_weights(_named(weights), version, mode)
+
+
 @patch
-async def pid(self:_Actor): return os.getpid()
+async def logprobs(self: _Actor, ids):
+    return await self._proxy().call(lambda e: e.logprobs(ids))
+
+
+@patch
+async def pid(self: _Actor):
+    return os.getpid()
 
 # %% ../../nbs/rl/16_pool.ipynb #1f4e1620
 def start_ray(
-    num_cpus:int|None=None, # Cores that actors may ask for; None: what the machine has, at least 2
-)->bool:                    # True if this call started it
+    num_cpus: int
+    | None = None,  # Cores that actors may ask for; None: what the machine has, at least 2
+) -> bool:  # True if this call started it
     "A quiet local Ray session, unless there is one"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray = need("ray", "ray")
-    if ray.is_initialized(): return False
+    if ray.is_initialized():
+        return False
     for left in (2, 1, 0):
-        try: ray.init(num_cpus=num_cpus or max(2, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False, logging_level="ERROR"); break
+        try:
+            ray.init(
+                num_cpus=num_cpus or max(2, os.cpu_count() or 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+            break
         except Exception as e:
-            if not left or "timed out" not in str(e): raise
+            if not left or "timed out" not in str(e):
+                raise
             ray.shutdown()
     return True
 
 # %% ../../nbs/rl/16_pool.ipynb #721d54b3
 class RolloutPool:
     "Engines in Ray actors"
-    def __init__(self,
-        engine_factory:Callable,        # Called in each actor; returns its `RolloutEngine`
-        n_actors:int=1,                 # Number of engines
-        max_inflight_per_actor:int=16,  # Slots of an actor
-        ray_options:dict|None=None,     # Options of the actors, e.g. dict(num_cpus=1, num_gpus=1)
-        respawn:int=3,                  # Actors replaced within ten versions before giving up
-        timeout_s:float|None=None,      # Deadline of one rollout, seconds
+
+    def __init__(
+        self,
+        engine_factory: Callable,  # Called in each actor; returns its `RolloutEngine`
+        n_actors: int = 1,  # Number of engines
+        max_inflight_per_actor: int = 16,  # Slots of an actor
+        ray_options: dict | None = None,  # Options of the actors, e.g. dict(num_cpus=1, num_gpus=1)
+        respawn: int = 3,  # Actors replaced within ten versions before giving up
+        timeout_s: float | None = None,  # Deadline of one rollout, seconds
     ):
         for n, x in (("n_actors", n_actors), ("max_inflight_per_actor", max_inflight_per_actor)):
-            if not isinstance(x, int) or x < 1: raise ValueError(f"{n}={x!r} must be a positive integer")
-        if respawn < 0: raise ValueError(f"respawn={respawn} must be at least 0")
-        self.factory, self.n_actors, self.slots, self.respawn, self.timeout_s = engine_factory, n_actors, max_inflight_per_actor, respawn, timeout_s
+            if not isinstance(x, int) or x < 1:
+                raise ValueError(f"{n}={x!r} must be a positive integer")
+        if respawn < 0:
+            raise ValueError(f"respawn={respawn} must be at least 0")
+        self.factory, self.n_actors, self.slots, self.respawn, self.timeout_s = (
+            engine_factory,
+            n_actors,
+            max_inflight_per_actor,
+            respawn,
+            timeout_s,
+        )
         self.options = dict(num_cpus=1) | (ray_options or {})
-        self.actors, self.busy, self.deaths, self.respawned, self.spawning = [None]*n_actors, [0]*n_actors, [], 0, set()
-        self.keys, self.calls, self.outbox, self.ears = itertools.count(), [{} for _ in range(n_actors)], [[] for _ in range(n_actors)], [None]*n_actors
+        self.actors, self.busy, self.deaths, self.respawned, self.spawning = (
+            [None] * n_actors,
+            [0] * n_actors,
+            [],
+            0,
+            set(),
+        )
+        self.keys, self.calls, self.outbox, self.ears = (
+            itertools.count(),
+            [{} for _ in range(n_actors)],
+            [[] for _ in range(n_actors)],
+            [None] * n_actors,
+        )
         self.failure, self.on_change, self.owns_ray = None, lambda: None, False
 
 # %% ../../nbs/rl/16_pool.ipynb #8bc0c511
 @patch
-async def start(self:RolloutPool,
-    rollout:Callable,           # `(client, group, index) -> Sample`; must be picklable
-    weights,                    # First weights
-    version:int,                # Their version
-)->None:
+async def start(
+    self: RolloutPool,
+    rollout: Callable,  # `(client, group, index) -> Sample`; must be picklable
+    weights,  # First weights
+    version: int,  # Their version
+) -> None:
     "Start Ray if nobody has, and the actors"
     self.owns_ray = start_ray(max(self.n_actors, os.cpu_count() or 1))
     self.ray, self.rollout = need("ray", "ray"), rollout
     self._put(weights, version)
     await asyncio.gather(*(self._spawn(k) for k in range(self.n_actors)))
 
+
 @patch
-def shares(self:RolloutPool,
-    model, # A module
-)->bool:   # Never: actors have their own copies
+def shares(
+    self: RolloutPool,
+    model,  # A module
+) -> bool:  # Never: actors have their own copies
     "Whether training this module would change an engine"
     return False
 
 # %% ../../nbs/rl/16_pool.ipynb #5eef6a77
 @patch
-def _put(self:RolloutPool, weights, version):
+def _put(self: RolloutPool, weights, version):
     "One object for all actors"
-    self.ref, self.version = self.ray.put(None if weights is None else _flat(read_weights(weights))), int(version)
+    self.ref, self.version = (
+        self.ray.put(None if weights is None else _flat(read_weights(weights))),
+        int(version),
+    )
+
 
 @patch
-async def _spawn(self:RolloutPool, k):
+async def _spawn(self: RolloutPool, k):
     "An actor for place `k`, available once it has the current weights"
-    actor = self.ray.remote(_Actor).options(max_restarts=0, max_concurrency=16, **self.options).remote(self.factory, self.rollout)
+    actor = (
+        self.ray.remote(_Actor)
+        .options(max_restarts=0, max_concurrency=16, **self.options)
+        .remote(self.factory, self.rollout)
+    )
     version = None
     while version != self.version:
-        version = self.version; await actor.load_weights.remote(self.ref, version, "keep")
+        version = self.version
+        await actor.load_weights.remote(self.ref, version, "keep")
     self.actors[k], self.busy[k], self.calls[k], self.outbox[k] = actor, 0, {}, []
     self.ears[k] = asyncio.ensure_future(self._listen(k, actor))
     self.on_change()
 
 # %% ../../nbs/rl/16_pool.ipynb #242a1493
 @patch
-def num_free(self:RolloutPool)->int: # Number of rollouts that can begin now
+def num_free(self: RolloutPool) -> int:  # Number of rollouts that can begin now
     "Free slots of the actors that are alive"
     return sum(self.slots - b for a, b in zip(self.actors, self.busy) if a is not None)
 
+
 @patch
-def submit(self:RolloutPool,
-    group:Group,     # Its prompt and id
-    index:int,       # Member
-)->asyncio.Future:   # The sample
+def submit(
+    self: RolloutPool,
+    group: Group,  # Its prompt and id
+    index: int,  # Member
+) -> asyncio.Future:  # The sample
     "Begin a rollout where most slots are free"
-    k = min((k for k in range(self.n_actors) if self.actors[k] is not None), key=lambda k: self.busy[k])
+    k = min(
+        (k for k in range(self.n_actors) if self.actors[k] is not None), key=lambda k: self.busy[k]
+    )
     self.busy[k] += 1
     key, future = next(self.keys), asyncio.get_running_loop().create_future()
-    self.calls[k][key] = future; self.outbox[k].append((key, group, index))
-    if len(self.outbox[k]) == 1: asyncio.get_running_loop().call_soon(self._send, k, self.actors[k])
+    self.calls[k][key] = future
+    self.outbox[k].append((key, group, index))
+    if len(self.outbox[k]) == 1:
+        asyncio.get_running_loop().call_soon(self._send, k, self.actors[k])
     future.add_done_callback(partial(self._over, k, self.actors[k], key))
-    return future if self.timeout_s is None else asyncio.ensure_future(asyncio.wait_for(future, self.timeout_s))
+    return (
+        future
+        if self.timeout_s is None
+        else asyncio.ensure_future(asyncio.wait_for(future, self.timeout_s))
+    )
 
 # %% ../../nbs/rl/16_pool.ipynb #b7a1c005
 @patch
-def _send(self:RolloutPool, k, actor):
+def _send(self: RolloutPool, k, actor):
     "One call for everything that waits to begin"
-    if self.actors[k] is not actor: return
+    if self.actors[k] is not actor:
+        return
     jobs, self.outbox[k] = [j for j in self.outbox[k] if j[0] in self.calls[k]], []
-    if jobs: actor.begin.remote(jobs)
+    if jobs:
+        actor.begin.remote(jobs)
+
 
 @patch
-def _over(self:RolloutPool, k, actor, key, future):
+def _over(self: RolloutPool, k, actor, key, future):
     "A rollout has ended, failed, or was given up"
-    if self.actors[k] is not actor: return
-    self.busy[k] -= 1; self.calls[k].pop(key, None)
-    if future.cancelled(): actor.cancel.remote(key)
+    if self.actors[k] is not actor:
+        return
+    self.busy[k] -= 1
+    self.calls[k].pop(key, None)
+    if future.cancelled():
+        actor.cancel.remote(key)
 
 # %% ../../nbs/rl/16_pool.ipynb #b7a1c006
 @patch
-async def _listen(self:RolloutPool, k, actor):
+async def _listen(self: RolloutPool, k, actor):
     "Hand out what an actor has ended, as long as it lives"
     while self.actors[k] is actor:
-        try: ended = await _get(actor.collect.remote())
-        except self.ray.exceptions.RayError: self.ray.kill(actor); return self._lost(k, actor)
+        try:
+            ended = await _get(actor.collect.remote())
+        except self.ray.exceptions.RayError:
+            self.ray.kill(actor)
+            return self._lost(k, actor)
         for key, sample, error in ended:
             f = self.calls[k].get(key)
-            if f is None or f.done(): continue
-            if error is None: f.set_result(sample)
-            else: f.set_exception(error)
+            if f is None or f.done():
+                continue
+            if error is None:
+                f.set_result(sample)
+            else:
+                f.set_exception(error)
 
-async def _get(ref): return await ref
+
+async def _get(ref):
+    return await ref
 
 # %% ../../nbs/rl/16_pool.ipynb #3db959ce
 @patch
-def _lost(self:RolloutPool, k, actor):
+def _lost(self: RolloutPool, k, actor):
     "Replace a dead actor, unless they die too fast"
-    if self.actors[k] is not actor: return
-    self.actors[k] = None; self.deaths.append(self.version)
+    if self.actors[k] is not actor:
+        return
+    self.actors[k] = None
+    self.deaths.append(self.version)
     for f in self.calls[k].values():
-        if not f.done(): f.set_exception(EngineLost(f"actor {k} died"))
+        if not f.done():
+            f.set_exception(EngineLost(f"actor {k} died"))
     recent = sum(v > self.version - 10 for v in self.deaths)
     if recent > self.respawn:
-        self.failure = RolloutPoolError(f"{recent} rollout actors died within ten versions, allowed are {self.respawn}; look at the logs of Ray")
+        self.failure = RolloutPoolError(
+            f"{recent} rollout actors died within ten versions, allowed are {self.respawn}; look at the logs of Ray"
+        )
         return self.on_change()
     self.respawned += 1
-    task = asyncio.ensure_future(self._spawn(k)); self.spawning.add(task); task.add_done_callback(self._spawned)
+    task = asyncio.ensure_future(self._spawn(k))
+    self.spawning.add(task)
+    task.add_done_callback(self._spawned)
+
 
 @patch
-def _spawned(self:RolloutPool, task):
+def _spawned(self: RolloutPool, task):
     self.spawning.discard(task)
     if not task.cancelled() and task.exception():
-        self.failure = RolloutPoolError(f"a rollout actor could not be replaced: {task.exception()}"); self.on_change()
+        self.failure = RolloutPoolError(
+            f"a rollout actor could not be replaced: {task.exception()}"
+        )
+        self.on_change()
 
 # %% ../../nbs/rl/16_pool.ipynb #64b591a0
 @patch
-async def load_weights(self:RolloutPool,
-    weights,         # New weights
-    version:int,     # Their version
-    mode:str="keep", # One of `sync_modes`
-)->None:
+async def load_weights(
+    self: RolloutPool,
+    weights,  # New weights
+    version: int,  # Their version
+    mode: str = "keep",  # One of `sync_modes`
+) -> None:
     "Once into the object store, then into every engine; an actor that fails at it is replaced"
     self._put(weights, version)
     alive = [(k, a) for k, a in enumerate(self.actors) if a is not None]
-    results = await asyncio.gather(*(_get(a.load_weights.remote(self.ref, version, mode)) for _, a in alive), return_exceptions=True)
+    results = await asyncio.gather(
+        *(_get(a.load_weights.remote(self.ref, version, mode)) for _, a in alive),
+        return_exceptions=True,
+    )
     for (k, a), r in zip(alive, results):
-        if isinstance(r, Exception): self.ray.kill(a); self._lost(k, a)
-    if self.failure: raise self.failure
+        if isinstance(r, Exception):
+            self.ray.kill(a)
+            self._lost(k, a)
+    if self.failure:
+        raise self.failure
+
 
 @patch
-async def logprobs(self:RolloutPool,
-    ids:Sequence[int],      # A sequence
-)->list[list[float]]:       # One row an engine
+async def logprobs(
+    self: RolloutPool,
+    ids: Sequence[int],  # A sequence
+) -> list[list[float]]:  # One row an engine
     "Score a sequence with every engine"
-    return list(await asyncio.gather(*(_get(a.logprobs.remote(list(ids))) for a in self.actors if a is not None)))
+    return list(
+        await asyncio.gather(
+            *(_get(a.logprobs.remote(list(ids))) for a in self.actors if a is not None)
+        )
+    )
 
 # %% ../../nbs/rl/16_pool.ipynb #c15244e1
 @patch
-async def close(self:RolloutPool)->None:
+async def close(self: RolloutPool) -> None:
     "End all actors, and Ray if this pool has started it"
     ending = [*self.spawning, *(t for t in self.ears if t is not None)]
-    for t in ending: t.cancel()
+    for t in ending:
+        t.cancel()
     await asyncio.gather(*ending, return_exceptions=True)
     for a in self.actors:
-        if a is not None: self.ray.kill(a)
-    self.actors = [None]*self.n_actors
-    if self.owns_ray: self.ray.shutdown(); self.owns_ray = False
+        if a is not None:
+            self.ray.kill(a)
+    self.actors = [None] * self.n_actors
+    if self.owns_ray:
+        self.ray.shutdown()
+        self.owns_ray = False

@@ -18,80 +18,116 @@ import torch
 from ..core.tasks import ChainTask
 
 # %% ../../nbs/rl/05_rewards.ipynb #d8a765d9
-Reward = Callable[[object, str, dict], float] # (prompt, response, info) -> score; plain function or coroutine function
+Reward = Callable[
+    [object, str, dict], float
+]  # (prompt, response, info) -> score; plain function or coroutine function
+
 
 def _answer(info):
-    if "answer" not in info: raise ValueError("info has no 'answer'; this reward compares the response with it")
+    if "answer" not in info:
+        raise ValueError("info has no 'answer'; this reward compares the response with it")
     return info["answer"]
 
+
 def exact_match(
-    prompt,         # Not used
-    response:str,   # What the policy wrote
-    info:dict,      # Holds "answer"
-)->float:           # 1 or 0
+    prompt,  # Not used
+    response: str,  # What the policy wrote
+    info: dict,  # Holds "answer"
+) -> float:  # 1 or 0
     "Is the response the answer, up to outer white space?"
     return float(response.strip() == str(_answer(info)).strip())
 
 # %% ../../nbs/rl/05_rewards.ipynb #9a732fa3
 _number = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?%?|[-+]?\.\d+%?")
 
-def _value(text): return float(text.rstrip("%").replace(",", ""))/(100 if text.endswith("%") else 1)
+
+def _value(text):
+    return float(text.rstrip("%").replace(",", "")) / (100 if text.endswith("%") else 1)
+
 
 @dataclass(frozen=True)
 class numeric_match:
     "Is the last number of the response the answer, within a relative tolerance?"
-    rel_tol:float=1e-6 # Relative tolerance; also the absolute one when the answer is 0
 
-    def __call__(self,
-        prompt,        # Not used
-        response:str,  # What the policy wrote
-        info:dict,     # Holds "answer", a number
-    )->float:          # 1 or 0
+    rel_tol: float = 1e-6  # Relative tolerance; also the absolute one when the answer is 0
+
+    def __call__(
+        self,
+        prompt,  # Not used
+        response: str,  # What the policy wrote
+        info: dict,  # Holds "answer", a number
+    ) -> float:  # 1 or 0
         found = _number.findall(response)
-        if not found: return 0.
+        if not found:
+            return 0.0
         want = float(_answer(info))
-        return float(abs(_value(found[-1]) - want) <= self.rel_tol*max(abs(want), 1. if want == 0 else 0.))
+        return float(
+            abs(_value(found[-1]) - want)
+            <= self.rel_tol * max(abs(want), 1.0 if want == 0 else 0.0)
+        )
 
 # %% ../../nbs/rl/05_rewards.ipynb #85f6f25b
 @dataclass(frozen=True)
 class format_tag:
     "Does the response have exactly one pair of the tags, with something inside?"
-    tag:str="answer" # Name of the tag
 
-    def __call__(self,
-        prompt,        # Not used
-        response:str,  # What the policy wrote
-        info:dict,     # Not used
-    )->float:          # 1 or 0
-        inside = re.findall(rf"<{re.escape(self.tag)}>(.*?)</{re.escape(self.tag)}>", response, flags=re.S)
+    tag: str = "answer"  # Name of the tag
+
+    def __call__(
+        self,
+        prompt,  # Not used
+        response: str,  # What the policy wrote
+        info: dict,  # Not used
+    ) -> float:  # 1 or 0
+        inside = re.findall(
+            rf"<{re.escape(self.tag)}>(.*?)</{re.escape(self.tag)}>", response, flags=re.S
+        )
         return float(len(inside) == 1 and bool(inside[0].strip()))
+
 
 @dataclass(frozen=True)
 class weighted_sum:
     "Several rewards with weights"
-    parts:tuple # Pairs (weight, reward)
 
-    def __call__(self,
-        prompt,        # Passed on
-        response:str,  # Passed on
-        info:dict,     # Passed on
-    )->float:          # Weighted sum
-        return float(sum(w*r(prompt, response, info) for w, r in self.parts))
+    parts: tuple  # Pairs (weight, reward)
+
+    def __call__(
+        self,
+        prompt,  # Passed on
+        response: str,  # Passed on
+        info: dict,  # Passed on
+    ) -> float:  # Weighted sum
+        return float(sum(w * r(prompt, response, info) for w, r in self.parts))
 
 # %% ../../nbs/rl/05_rewards.ipynb #675df891
-_ops = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_ops = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
 
 def evaluate(
-    text:str, # An arithmetic expression of integers, + - * / and parentheses
-)->tuple:     # Its exact value as a Fraction, and the integers used, in order
+    text: str,  # An arithmetic expression of integers, + - * / and parentheses
+) -> tuple:  # Its exact value as a Fraction, and the integers used, in order
     "Value and numbers of an expression, without running it"
     used = []
+
     def walk(n):
-        if isinstance(n, ast.Constant) and type(n.value) is int: used.append(n.value); return Fraction(n.value)
-        if isinstance(n, ast.BinOp) and type(n.op) in _ops: return _ops[type(n.op)](walk(n.left), walk(n.right))
-        raise ValueError(f"text: {ast.unparse(n)!r} is not allowed; use integers, + - * / and parentheses")
-    if len(text) > 500: raise ValueError("text: longer than 500 characters")
-    try: return walk(ast.parse(text.strip(), mode="eval").body), used
+        if isinstance(n, ast.Constant) and type(n.value) is int:
+            used.append(n.value)
+            return Fraction(n.value)
+        if isinstance(n, ast.BinOp) and type(n.op) in _ops:
+            return _ops[type(n.op)](walk(n.left), walk(n.right))
+        raise ValueError(
+            f"text: {ast.unparse(n)!r} is not allowed; use integers, + - * / and parentheses"
+        )
+
+    if len(text) > 500:
+        raise ValueError("text: longer than 500 characters")
+    try:
+        return walk(ast.parse(text.strip(), mode="eval").body), used
     except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError) as e:
         raise ValueError(f"text: {text[:60]!r} has no value ({type(e).__name__})") from e
 
@@ -99,33 +135,43 @@ def evaluate(
 @dataclass(frozen=True)
 class Countdown:
     "Generator and verifier of Countdown problems"
-    n_numbers:int=4    # Numbers per problem, 2 to 6
-    max_number:int=20  # Numbers are 1 to max_number
-    max_target:int=100 # Targets are 1 to max_target
+
+    n_numbers: int = 4  # Numbers per problem, 2 to 6
+    max_number: int = 20  # Numbers are 1 to max_number
+    max_target: int = 100  # Targets are 1 to max_target
 
     def __post_init__(self):
-        if not 2 <= self.n_numbers <= 6: raise ValueError(f"n_numbers={self.n_numbers} must be 2 to 6")
-        if self.max_number < 1 or self.max_target < 1: raise ValueError("max_number and max_target must be at least 1")
+        if not 2 <= self.n_numbers <= 6:
+            raise ValueError(f"n_numbers={self.n_numbers} must be 2 to 6")
+        if self.max_number < 1 or self.max_target < 1:
+            raise ValueError("max_number and max_target must be at least 1")
 
-    def sample(self,
-        n:int,                     # How many problems
-        generator:torch.Generator, # Decides them
-    )->list[dict]:                 # Each with "prompt", "numbers", "target" and one "solution"
+    def sample(
+        self,
+        n: int,  # How many problems
+        generator: torch.Generator,  # Decides them
+    ) -> list[dict]:  # Each with "prompt", "numbers", "target" and one "solution"
         "Draw problems that have a solution"
         res = []
         while len(res) < n:
-            if (p := _countdown(self, generator)) is not None: res.append(p)
+            if (p := _countdown(self, generator)) is not None:
+                res.append(p)
         return res
 
-    def __call__(self,
-        prompt,        # Not used: the facts are in `info`
-        response:str,  # What the policy wrote; the part after the last "=" sign's left side, or an <answer> tag, is the expression
-        info:dict,     # Holds "numbers" and "target"
-    )->float:          # 1 for a correct expression, else 0
+    def __call__(
+        self,
+        prompt,  # Not used: the facts are in `info`
+        response: str,  # What the policy wrote; the part after the last "=" sign's left side, or an <answer> tag, is the expression
+        info: dict,  # Holds "numbers" and "target"
+    ) -> float:  # 1 for a correct expression, else 0
         tag = re.findall(r"<answer>(.*?)</answer>", response, flags=re.S)
-        text = (tag[-1] if tag else response.strip().splitlines()[-1] if response.strip() else "").split("=")[0]
-        try: value, used = evaluate(text)
-        except ValueError: return 0.
+        text = (
+            tag[-1] if tag else response.strip().splitlines()[-1] if response.strip() else ""
+        ).split("=")[0]
+        try:
+            value, used = evaluate(text)
+        except ValueError:
+            return 0.0
         return float(value == info["target"] and sorted(used) == sorted(info["numbers"]))
 
 # %% ../../nbs/rl/05_rewards.ipynb #c33fe500
@@ -137,11 +183,13 @@ def _countdown(task, g):
     while len(parts) > 1:
         a, b = parts.pop(draw(len(parts))), parts.pop(draw(len(parts)))
         op = "+-*/"[draw(4)]
-        if op == "/" and b[1] == 0: return None
+        if op == "/" and b[1] == 0:
+            return None
         kind = dict(zip("+-*/", _ops))[op]
         parts.append((f"({a[0]}{op}{b[0]})", _ops[kind](a[1], b[1])))
     text, value = parts[0]
-    if value.denominator != 1 or not 1 <= value <= task.max_target: return None
+    if value.denominator != 1 or not 1 <= value <= task.max_target:
+        return None
     prompt = f"Use {', '.join(map(str, numbers))} once each to make {int(value)}."
     return dict(prompt=prompt, numbers=numbers, target=int(value), solution=text[1:-1])
 
@@ -149,16 +197,23 @@ def _countdown(task, g):
 @dataclass(frozen=True)
 class ChainReward:
     "Reward of the chained-arithmetic task"
-    task:ChainTask      # The task
-    partial:float=0.    # Share of the reward paid for correct steps, 0 to 1; the rest for the whole solution
+
+    task: ChainTask  # The task
+    partial: float = (
+        0.0  # Share of the reward paid for correct steps, 0 to 1; the rest for the whole solution
+    )
 
     def __post_init__(self):
-        if not 0 <= self.partial <= 1: raise ValueError(f"partial={self.partial} must be in [0, 1]")
+        if not 0 <= self.partial <= 1:
+            raise ValueError(f"partial={self.partial} must be in [0, 1]")
 
-    def __call__(self,
-        prompt:str,    # Problem text
-        response:str,  # What the policy wrote, without special tokens
-        info:dict,     # Not used
-    )->float:          # Between 0 and 1
+    def __call__(
+        self,
+        prompt: str,  # Problem text
+        response: str,  # What the policy wrote, without special tokens
+        info: dict,  # Not used
+    ) -> float:  # Between 0 and 1
         steps = self.task.check_steps(prompt, response) if self.partial else [True]
-        return (1 - self.partial)*self.task.verify(prompt, response) + self.partial*sum(steps)/len(steps)*bool(self.partial)
+        return (1 - self.partial) * self.task.verify(prompt, response) + self.partial * sum(
+            steps
+        ) / len(steps) * bool(self.partial)

@@ -20,44 +20,70 @@ from .types import Sample
 @dataclass(frozen=True)
 class SimResult:
     "What happened in a simulated run"
-    total_time:float         # When the last version was published
-    step_times:list[float]   # (S,) time from one published version to the next
-    staleness:list[int]      # Versions between start and training, one per entry of `trained`
-    trained:list[int]        # Indices into `durations`, in the order of training
-    dispatched:list[int]     # Indices in the order of dispatch; an aborted response is there again
-    idle_train:float         # Time the trainer waited for a batch
-    utilisation:float        # Share of the slots' time spent generating, aborted work included
-    wasted:float             # Slot time spent on responses, or parts of responses, that were thrown away
-    aborted:int              # Groups that were started again
-    durations:list[float]    # The part of the input that was admitted
-    runs:list[tuple]         # (index, slot, start, end, finished) of each dispatch, if recorded
-    trains:list[tuple]       # (start, end) of each training step, swap excluded
+
+    total_time: float  # When the last version was published
+    step_times: list[float]  # (S,) time from one published version to the next
+    staleness: list[int]  # Versions between start and training, one per entry of `trained`
+    trained: list[int]  # Indices into `durations`, in the order of training
+    dispatched: list[int]  # Indices in the order of dispatch; an aborted response is there again
+    idle_train: float  # Time the trainer waited for a batch
+    utilisation: float  # Share of the slots' time spent generating, aborted work included
+    wasted: float  # Slot time spent on responses, or parts of responses, that were thrown away
+    aborted: int  # Groups that were started again
+    durations: list[float]  # The part of the input that was admitted
+    runs: list[tuple]  # (index, slot, start, end, finished) of each dispatch, if recorded
+    trains: list[tuple]  # (start, end) of each training step, swap excluded
 
 # %% ../../nbs/rl/11_sim.ipynb #247d6621
 def _can_take(ready, outstanding, v, bound, B):
     "The buffer's rule on counts per start version"
     need, left = B, 0
     for s in sorted(outstanding):
-        take = min(need, ready[s]); need -= take
+        take = min(need, ready[s])
+        need -= take
         if rest := outstanding[s] - take:
             left += rest
-            if left > max(0, s + bound - v)*B: return False
+            if left > max(0, s + bound - v) * B:
+                return False
     return need == 0
 
 # %% ../../nbs/rl/11_sim.ipynb #29306fa3
 def _validate(n_workers, train_time, sync_time, n_steps):
     for n, x in (("n_workers", n_workers), ("n_steps", n_steps)):
-        if isinstance(x, bool) or not isinstance(x, int) or x < 1: raise ValueError(f"{n}={x!r} must be a positive integer")
+        if isinstance(x, bool) or not isinstance(x, int) or x < 1:
+            raise ValueError(f"{n}={x!r} must be a positive integer")
     for n, x in (("train_time", train_time), ("sync_time", sync_time)):
-        if not 0 <= x < math.inf: raise ValueError(f"{n}={x} must be a finite number, at least 0")
+        if not 0 <= x < math.inf:
+            raise ValueError(f"{n}={x} must be a finite number, at least 0")
+
 
 class _Run:
     "Slots, queue, clock and counts of one simulation"
+
     def __init__(self, durations, n_workers, buffer, n_steps, on_stale, record):
-        self.source, self.buf, self.n_steps, self.on_stale, self.record = iter(durations), buffer, n_steps, on_stale, record
-        self.d, self.queue, self.heap, self.running, self.free = [], deque(), [], {}, list(range(n_workers))
-        self.now = self.paused = self.busy = self.wasted = 0.; self.aborted = 0
-        self.start, self.missing, self.ready, self.outstanding, self.ended = [], {}, Counter(), Counter(), False
+        self.source, self.buf, self.n_steps, self.on_stale, self.record = (
+            iter(durations),
+            buffer,
+            n_steps,
+            on_stale,
+            record,
+        )
+        self.d, self.queue, self.heap, self.running, self.free = (
+            [],
+            deque(),
+            [],
+            {},
+            list(range(n_workers)),
+        )
+        self.now = self.paused = self.busy = self.wasted = 0.0
+        self.aborted = 0
+        self.start, self.missing, self.ready, self.outstanding, self.ended = (
+            [],
+            {},
+            Counter(),
+            Counter(),
+            False,
+        )
         self.dispatched, self.runs, self.done, self.spent = [], [], set(), Counter()
 
     def admit(self):
@@ -65,16 +91,27 @@ class _Run:
         b, G = self.buf, self.buf.group_size
         for _ in range(0 if self.ended else b.capacity()):
             new = [float(x) for x in islice(self.source, G)]
-            if len(new) < G: self.ended = True; break
+            if len(new) < G:
+                self.ended = True
+                break
             for x in new:
-                if not 0 <= x < math.inf: raise ValueError(f"durations: entry {len(self.d)} is {x}; a duration must be finite and at least 0")
+                if not 0 <= x < math.inf:
+                    raise ValueError(
+                        f"durations: entry {len(self.d)} is {x}; a duration must be finite and at least 0"
+                    )
                 self.d.append(x)
             g = b.admit(len(self.start))
-            self.start.append(g.version); self.missing[g.group_id] = G; self.outstanding[g.version] += 1
+            self.start.append(g.version)
+            self.missing[g.group_id] = G
+            self.outstanding[g.version] += 1
             self.queue.extend((g.group_id, k) for k in range(G))
-        if self.ended and len(self.start) - b.count["dropped"] < self.n_steps*b.batch_size:
-            need = f"{self.n_steps*b.batch_size*G}" + (" and as many as are dropped" if b.count["dropped"] else "")
-            raise ValueError(f"durations has {len(self.d)} usable entries; {self.n_steps} steps of {b.batch_size} groups of {G} need {need}")
+        if self.ended and len(self.start) - b.count["dropped"] < self.n_steps * b.batch_size:
+            need = f"{self.n_steps * b.batch_size * G}" + (
+                " and as many as are dropped" if b.count["dropped"] else ""
+            )
+            raise ValueError(
+                f"durations has {len(self.d)} usable entries; {self.n_steps} steps of {b.batch_size} groups of {G} need {need}"
+            )
 
 # %% ../../nbs/rl/11_sim.ipynb #a94826b4
 def _dispatch(r):
@@ -82,34 +119,44 @@ def _dispatch(r):
     b, clock = r.buf, r.now - r.paused
     while r.queue and r.free:
         g, k = r.queue.popleft()
-        i, slot = g*b.group_size + k, heappop(r.free)
+        i, slot = g * b.group_size + k, heappop(r.free)
         a = b.dispatch(g, k)
         r.running[g, k] = (slot, clock, a, r.now)
-        heappush(r.heap, (clock + r.d[i], len(r.dispatched), g, k, a)); r.dispatched.append(i)
+        heappush(r.heap, (clock + r.d[i], len(r.dispatched), g, k, a))
+        r.dispatched.append(i)
+
 
 def _leave(r, g, k, clock, finished):
     "Take a response off its slot"
     slot, since, _, began = r.running.pop((g, k))
-    heappush(r.free, slot); r.busy += clock - since
-    if finished: r.spent[g] += clock - since
-    if r.record: r.runs.append((g*r.buf.group_size + k, slot, began, r.now, finished))
+    heappush(r.free, slot)
+    r.busy += clock - since
+    if finished:
+        r.spent[g] += clock - since
+    if r.record:
+        r.runs.append((g * r.buf.group_size + k, slot, began, r.now, finished))
     return clock - since
 
 # %% ../../nbs/rl/11_sim.ipynb #95bed10c
 def _sample(d):
     "A stand-in for a response: its length is its duration, rounded up"
     x = range(max(1, math.ceil(d)))
-    return Sample([1], x, x, x, x, 0.)
+    return Sample([1], x, x, x, x, 0.0)
+
 
 def _complete(r):
     "The earliest response ends"
     clock, _, g, k, a = heappop(r.heap)
-    if r.running.get((g, k), (0, 0, None))[2] != a: return None  # aborted meanwhile
+    if r.running.get((g, k), (0, 0, None))[2] != a:
+        return None  # aborted meanwhile
     r.now = max(r.now, clock + r.paused)
     _leave(r, g, k, clock, True)
-    if not r.buf.commit(g, k, a, _sample(r.d[g*r.buf.group_size + k])): raise RuntimeError(f"the buffer refused member {k} of group {g}")
+    if not r.buf.commit(g, k, a, _sample(r.d[g * r.buf.group_size + k])):
+        raise RuntimeError(f"the buffer refused member {k} of group {g}")
     r.missing[g] -= 1
-    if not r.missing[g]: r.ready[r.start[g]] += 1; r.done.add(g)
+    if not r.missing[g]:
+        r.ready[r.start[g]] += 1
+        r.done.add(g)
     return g
 
 # %% ../../nbs/rl/11_sim.ipynb #26f62313
@@ -117,37 +164,48 @@ def _publish(r):
     "The step is over: next version, and under `abort` the too old start again"
     b, G = r.buf, r.buf.group_size
     stop = b.publish()
-    if b.on_stale == "wait": return
+    if b.on_stale == "wait":
+        return
     for g in stop:
-        r.wasted += sum(_leave(r, g, k, r.now - r.paused, False) for k in range(G) if (g, k) in r.running)
+        r.wasted += sum(
+            _leave(r, g, k, r.now - r.paused, False) for k in range(G) if (g, k) in r.running
+        )
     for g, e in list(b.groups.items()):
-        if r.start[g] == e.version: continue
-        r.wasted += r.spent.pop(g, 0.); r.done.discard(g); r.aborted += 1
+        if r.start[g] == e.version:
+            continue
+        r.wasted += r.spent.pop(g, 0.0)
+        r.done.discard(g)
+        r.aborted += 1
         r.start[g], r.missing[g] = e.version, G
-        if r.on_stale == "drop": b.drop(g, "too old")
+        if r.on_stale == "drop":
+            b.drop(g, "too old")
     r.outstanding = Counter(e.version for e in b.groups.values())
     r.ready = Counter(r.start[g] for g in r.done)
     r.queue = deque((g.group_id, k) for g, k in b.pending())
 
 # %% ../../nbs/rl/11_sim.ipynb #2049192f
 def simulate(
-    durations:Iterable[float],  # Generation time of each response, may be endless; member k of group g is entry g*group_size + k
-    n_workers:int,              # Slots that generate, K
-    batch_size:int,             # Groups per training step, B
-    async_ratio:float,          # How many batches generation may run ahead, alpha; 0 is synchronous
-    train_time:float,           # Time of one training step
-    n_steps:int,                # Training steps to run
-    on_stale:str="wait",        # "wait" or "abort" as in `SampleBuffer`, or "drop": abort, and lose the prompt
-    sync_time:float=0.,         # Time of a weight swap, during which the slots stand still
-    group_size:int=1,           # Responses per group, G
-    record:bool=False,          # Keep `runs`, for charts
-    ask_always:bool=False,      # Ask the buffer after every event instead of when counts allow it; same result, slower
-)->SimResult:                   # Times, order of training, staleness
+    durations: Iterable[
+        float
+    ],  # Generation time of each response, may be endless; member k of group g is entry g*group_size + k
+    n_workers: int,  # Slots that generate, K
+    batch_size: int,  # Groups per training step, B
+    async_ratio: float,  # How many batches generation may run ahead, alpha; 0 is synchronous
+    train_time: float,  # Time of one training step
+    n_steps: int,  # Training steps to run
+    on_stale: str = "wait",  # "wait" or "abort" as in `SampleBuffer`, or "drop": abort, and lose the prompt
+    sync_time: float = 0.0,  # Time of a weight swap, during which the slots stand still
+    group_size: int = 1,  # Responses per group, G
+    record: bool = False,  # Keep `runs`, for charts
+    ask_always: bool = False,  # Ask the buffer after every event instead of when counts allow it; same result, slower
+) -> SimResult:  # Times, order of training, staleness
     "Simulate rollout and training around the production sample buffer"
     _validate(n_workers, train_time, sync_time, n_steps)
-    if on_stale not in ("wait", "abort", "drop"): raise ValueError(f"on_stale={on_stale!r} must be 'wait', 'abort' or 'drop'")
+    if on_stale not in ("wait", "abort", "drop"):
+        raise ValueError(f"on_stale={on_stale!r} must be 'wait', 'abort' or 'drop'")
     b = SampleBuffer(batch_size, async_ratio, group_size, "wait" if on_stale == "wait" else "abort")
-    if hasattr(durations, "__len__") and not len(durations): raise ValueError("durations is empty")
+    if hasattr(durations, "__len__") and not len(durations):
+        raise ValueError("durations is empty")
     r = _Run(durations, n_workers, b, n_steps, on_stale, record)
     trained, staleness, published, trains, end = [], [], [], [], math.inf
     r.admit()
@@ -155,13 +213,23 @@ def simulate(
         _dispatch(r)
         if end == math.inf and (batch := _take(r, ask_always)):
             staleness += [b.version - g.version for g in batch for _ in range(group_size)]
-            trained += [g.group_id*group_size + k for g in batch for k in range(group_size)]
-            end = r.now + train_time; trains.append((r.now, end))
-        if r.heap and r.heap[0][0] + r.paused <= end: _complete(r); continue
-        if end == math.inf: raise RuntimeError("nothing is running and no batch can be taken")  # the buffer promises that this cannot be
-        r.now = end + sync_time; r.paused += sync_time; end = math.inf
-        _publish(r); published.append(r.now)
-        if len(published) < n_steps: r.admit()
+            trained += [g.group_id * group_size + k for g in batch for k in range(group_size)]
+            end = r.now + train_time
+            trains.append((r.now, end))
+        if r.heap and r.heap[0][0] + r.paused <= end:
+            _complete(r)
+            continue
+        if end == math.inf:
+            raise RuntimeError(
+                "nothing is running and no batch can be taken"
+            )  # the buffer promises that this cannot be
+        r.now = end + sync_time
+        r.paused += sync_time
+        end = math.inf
+        _publish(r)
+        published.append(r.now)
+        if len(published) < n_steps:
+            r.admit()
     return _result(r, published, trains, trained, staleness, train_time + sync_time)
 
 # %% ../../nbs/rl/11_sim.ipynb #1fd2cfd7
@@ -169,23 +237,46 @@ def _take(r, ask_always):
     "A batch of the buffer, or None"
     b = r.buf
     if not ask_always:
-        if len(r.done) < b.batch_size: return None
-        if b.on_stale == "wait" and not _can_take(r.ready, r.outstanding, b.version, b.bound, b.batch_size): return None
+        if len(r.done) < b.batch_size:
+            return None
+        if b.on_stale == "wait" and not _can_take(
+            r.ready, r.outstanding, b.version, b.bound, b.batch_size
+        ):
+            return None
     batch = b.take()
     if batch is None:
-        if not ask_always: raise RuntimeError("the buffer refused a batch that its rule allows")
+        if not ask_always:
+            raise RuntimeError("the buffer refused a batch that its rule allows")
         return None
     for g in batch:
         s = r.start[g.group_id]
-        r.ready[s] -= 1; r.outstanding[s] -= 1; r.done.discard(g.group_id); r.spent.pop(g.group_id, None)
-        if not r.outstanding[s]: del r.outstanding[s]
+        r.ready[s] -= 1
+        r.outstanding[s] -= 1
+        r.done.discard(g.group_id)
+        r.spent.pop(g.group_id, None)
+        if not r.outstanding[s]:
+            del r.outstanding[s]
     return batch
+
 
 def _result(r, published, trains, trained, staleness, per_step):
     "Close the books at the last version"
     clock, total = r.now - r.paused, published[-1]
-    for g, k in list(r.running): _leave(r, g, k, clock, False)
-    steps = [b - a for a, b in zip([0.] + published, published)]
-    share = r.busy/(len(r.free)*clock) if clock else 0.
-    return SimResult(total, steps, staleness, trained, r.dispatched, max(0., total - len(steps)*per_step), 1. if 1 < share < 1 + 1e-9 else share,
-                     r.wasted, r.aborted, r.d, sorted(r.runs, key=lambda x: x[2]), trains)
+    for g, k in list(r.running):
+        _leave(r, g, k, clock, False)
+    steps = [b - a for a, b in zip([0.0] + published, published)]
+    share = r.busy / (len(r.free) * clock) if clock else 0.0
+    return SimResult(
+        total,
+        steps,
+        staleness,
+        trained,
+        r.dispatched,
+        max(0.0, total - len(steps) * per_step),
+        1.0 if 1 < share < 1 + 1e-9 else share,
+        r.wasted,
+        r.aborted,
+        r.d,
+        sorted(r.runs, key=lambda x: x[2]),
+        trains,
+    )

@@ -26,31 +26,36 @@ from .types import Batch
 
 # %% ../../nbs/rl/09_trainer.ipynb #94a3c54e
 def micro_batches(
-    lengths:list,     # Length of each row, in tokens
-    max_tokens:int,   # Largest rows times width; a single row may exceed it
-    overhead:int=128, # What a pass costs besides its tokens, in tokens
-)->list[list[int]]:   # Row numbers of each micro-batch, the longest rows first
+    lengths: list,  # Length of each row, in tokens
+    max_tokens: int,  # Largest rows times width; a single row may exceed it
+    overhead: int = 128,  # What a pass costs besides its tokens, in tokens
+) -> list[list[int]]:  # Row numbers of each micro-batch, the longest rows first
     "Cut rows into micro-batches of at most `max_tokens` padded tokens, with the least cost"
-    if max_tokens < 1: raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     order = sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i))
     n, best = [int(lengths[i]) for i in order], [(0, 0)]
     for i in range(1, len(n) + 1):
         costs = []
         for j in range(i - 1, -1, -1):
-            if (size := (i - j)*n[j]) > max_tokens and i - j > 1: break
+            if (size := (i - j) * n[j]) > max_tokens and i - j > 1:
+                break
             costs.append((best[j][0] + size + overhead, j))
         best.append(min(costs))
     ends = [len(n)] if n else []
-    while ends and ends[-1]: ends.append(best[ends[-1]][1])
+    while ends and ends[-1]:
+        ends.append(best[ends[-1]][1])
     return [order[a:b] for b, a in reversed(list(zip(ends, ends[1:])))]
 
 # %% ../../nbs/rl/09_trainer.ipynb #6b145d11
 def loss_denom(
-    cfg:PolicyLossConfig, # Which loss
-    batch:Batch,          # All rows of the minibatch
-)->int:                   # Sampled tokens, or rows that have one
+    cfg: PolicyLossConfig,  # Which loss
+    batch: Batch,  # All rows of the minibatch
+) -> int:  # Sampled tokens, or rows that have one
     "The global denominator of a minibatch"
-    return int((batch.response_mask if cfg.mode == "token-mean" else batch.response_mask.any(-1)).sum())
+    return int(
+        (batch.response_mask if cfg.mode == "token-mean" else batch.response_mask.any(-1)).sum()
+    )
 
 # %% ../../nbs/rl/09_trainer.ipynb #dbb51649
 def _cut(batch, rows):
@@ -62,259 +67,404 @@ def _cut(batch, rows):
 # %% ../../nbs/rl/09_trainer.ipynb #4d16b32d
 class Critic(Protocol):
     "What the trainer asks of a critic"
-    def values(self,
-        batch:Batch,    # Scored samples
-    )->Tensor:          # (N,L) value at each sampled token
+
+    def values(
+        self,
+        batch: Batch,  # Scored samples
+    ) -> Tensor:  # (N,L) value at each sampled token
         "Predict"
-    def step(self,
-        batch:Batch,    # Scored samples
-        returns:Tensor, # (N,L) targets at the sampled tokens
-    )->dict:            # Metrics as numbers
+
+    def step(
+        self,
+        batch: Batch,  # Scored samples
+        returns: Tensor,  # (N,L) targets at the sampled tokens
+    ) -> dict:  # Metrics as numbers
         "One update towards the returns"
-    def state_dict(self)->dict: # Tensors and plain values
+
+    def state_dict(self) -> dict:  # Tensors and plain values
         "Everything needed to go on"
-    def load_state_dict(self,
-        state:dict,     # From `state_dict`
-    )->None: "Take over a saved state"
+
+    def load_state_dict(
+        self,
+        state: dict,  # From `state_dict`
+    ) -> None:
+        "Take over a saved state"
 
 # %% ../../nbs/rl/09_trainer.ipynb #eb6d79c7
 def terminal_rewards(
-    batch:Batch, # Scored samples
-)->Tensor:       # (N,L) float32, the reward at the last sampled token, 0 elsewhere
+    batch: Batch,  # Scored samples
+) -> Tensor:  # (N,L) float32, the reward at the last sampled token, 0 elsewhere
     "The reward of each response, placed where it was earned"
     m = batch.response_mask
     last = m & (m.flip(-1).cumsum(-1).flip(-1) == 1)
-    return torch.where(last, batch.rewards[:, None], 0.)
+    return torch.where(last, batch.rewards[:, None], 0.0)
+
 
 def gae_credit(
-    critic:Critic,    # Gives the values
-    gamma:float=1.,   # Discount per sampled token
-    lam:float=.95,    # Trace parameter
-)->Callable:          # batch -> (advantages, returns), both (N,L)
+    critic: Critic,  # Gives the values
+    gamma: float = 1.0,  # Discount per sampled token
+    lam: float = 0.95,  # Trace parameter
+) -> Callable:  # batch -> (advantages, returns), both (N,L)
     "Generalised advantage estimation as an `advantages_fn`"
-    return lambda batch: gae(terminal_rewards(batch), critic.values(batch).detach().float(), batch.response_mask, gamma, lam)
+    return lambda batch: gae(
+        terminal_rewards(batch),
+        critic.values(batch).detach().float(),
+        batch.response_mask,
+        gamma,
+        lam,
+    )
 
 # %% ../../nbs/rl/09_trainer.ipynb #292185ec
 class PolicyTrainer:
     "One policy, its optimiser, and how a batch becomes an update"
-    def __init__(self,
-        model:nn.Module,              # Causal language model of transformers, float32
-        optimizer:torch.optim.Optimizer, # Over its parameters
-        loss:PolicyLossConfig,        # What is minimised
+
+    def __init__(
+        self,
+        model: nn.Module,  # Causal language model of transformers, float32
+        optimizer: torch.optim.Optimizer,  # Over its parameters
+        loss: PolicyLossConfig,  # What is minimised
         *,
-        temperature:float=1.,         # The sampling temperature; divides the logits here too
-        epochs:int=1,                 # Passes over a batch, E
-        minibatches:int=1,            # Optimiser steps per pass, M
-        max_tokens_per_micro:int=8192,# Rows times width of one forward pass
-        max_grad_norm:float=1.,       # Gradients are scaled down to this norm; inf switches that off
-        ref_model:nn.Module=None,     # Reference of the KL term
-        critic:Critic=None,           # Updated before the actor
-        scheduler=None,               # Advances with each optimiser step
-        device=None,                  # None: where the model is
-        autocast_dtype:torch.dtype=None, # Of the forward pass; None is float32
-        max_skipped:int=3,            # Non-finite batches in a row that raise
-        dump_dir:"str|Path"=None,     # Folder for batches that were skipped
-        group=None,                   # Process group of `torch.distributed` that shares each batch; None is one process
-        seed:int=0,                   # Decides the minibatches
+        temperature: float = 1.0,  # The sampling temperature; divides the logits here too
+        epochs: int = 1,  # Passes over a batch, E
+        minibatches: int = 1,  # Optimiser steps per pass, M
+        max_tokens_per_micro: int = 8192,  # Rows times width of one forward pass
+        max_grad_norm: float = 1.0,  # Gradients are scaled down to this norm; inf switches that off
+        ref_model: nn.Module = None,  # Reference of the KL term
+        critic: Critic = None,  # Updated before the actor
+        scheduler=None,  # Advances with each optimiser step
+        device=None,  # None: where the model is
+        autocast_dtype: torch.dtype = None,  # Of the forward pass; None is float32
+        max_skipped: int = 3,  # Non-finite batches in a row that raise
+        dump_dir: "str|Path" = None,  # Folder for batches that were skipped
+        group=None,  # Process group of `torch.distributed` that shares each batch; None is one process
+        seed: int = 0,  # Decides the minibatches
     ):
-        for n, x in dict(epochs=epochs, minibatches=minibatches, max_tokens_per_micro=max_tokens_per_micro, max_skipped=max_skipped).items():
-            if not isinstance(x, int) or x < 1: raise ValueError(f"{n}={x!r} must be a positive integer")
-        if loss.kl_coef and ref_model is None: raise ValueError(f"ref_model is None, but kl_coef={loss.kl_coef} needs a reference")
-        low = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype not in (torch.float32, torch.float64)]
-        if low: raise ValueError(f"model: {low[0]} is not float32; load in float32 and pass autocast_dtype=torch.bfloat16 for a cheaper forward pass")
-        self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        for n, x in dict(
+            epochs=epochs,
+            minibatches=minibatches,
+            max_tokens_per_micro=max_tokens_per_micro,
+            max_skipped=max_skipped,
+        ).items():
+            if not isinstance(x, int) or x < 1:
+                raise ValueError(f"{n}={x!r} must be a positive integer")
+        if loss.kl_coef and ref_model is None:
+            raise ValueError(f"ref_model is None, but kl_coef={loss.kl_coef} needs a reference")
+        low = [
+            n
+            for n, p in model.named_parameters()
+            if p.requires_grad and p.dtype not in (torch.float32, torch.float64)
+        ]
+        if low:
+            raise ValueError(
+                f"model: {low[0]} is not float32; load in float32 and pass autocast_dtype=torch.bfloat16 for a cheaper forward pass"
+            )
+        self.device = (
+            torch.device(device) if device is not None else next(model.parameters()).device
+        )
         self.model, self.ref_model = model.to(self.device), ref_model
-        if ref_model is not None: ref_model.to(self.device).eval().requires_grad_(False)
-        self.optimizer, self.loss, self.critic, self.scheduler, self.group = optimizer, loss, critic, scheduler, group
-        self.temperature, self.epochs, self.minibatches, self.max_tokens = temperature, epochs, minibatches, max_tokens_per_micro
-        self.max_grad_norm, self.autocast_dtype, self.max_skipped, self.dump_dir, self.seed = max_grad_norm, autocast_dtype, max_skipped, dump_dir, seed
+        if ref_model is not None:
+            ref_model.to(self.device).eval().requires_grad_(False)
+        self.optimizer, self.loss, self.critic, self.scheduler, self.group = (
+            optimizer,
+            loss,
+            critic,
+            scheduler,
+            group,
+        )
+        self.temperature, self.epochs, self.minibatches, self.max_tokens = (
+            temperature,
+            epochs,
+            minibatches,
+            max_tokens_per_micro,
+        )
+        self.max_grad_norm, self.autocast_dtype, self.max_skipped, self.dump_dir, self.seed = (
+            max_grad_norm,
+            autocast_dtype,
+            max_skipped,
+            dump_dir,
+            seed,
+        )
         self.n_steps, self.n_updates, self.n_skipped, self.skipped_in_row = 0, 0, 0, 0
         self.advantages_fn = self.default_advantages if critic is None else gae_credit(critic)
 
     @staticmethod
     def default_advantages(
-        batch:Batch, # Scored samples
-    )->Tensor:       # (N,) one for each response
+        batch: Batch,  # Scored samples
+    ) -> Tensor:  # (N,) one for each response
         "Group-normalised rewards"
         return group_advantages(batch.rewards, batch.group_ids)
 
 # %% ../../nbs/rl/09_trainer.ipynb #1fd63b66
 @patch
-def _credit(self:PolicyTrainer, batch):
+def _credit(self: PolicyTrainer, batch):
     "The batch with (N,L) advantages, and the returns for the critic or None"
     res = self.advantages_fn(batch)
     A, returns = res if isinstance(res, tuple) else (res, None)
-    if self.critic is not None and returns is None: raise ValueError("advantages_fn must return (advantages, returns) when there is a critic")
-    if A.shape == batch.rewards.shape: A = A[:, None].expand(batch.input_ids.shape)
+    if self.critic is not None and returns is None:
+        raise ValueError("advantages_fn must return (advantages, returns) when there is a critic")
+    if A.shape == batch.rewards.shape:
+        A = A[:, None].expand(batch.input_ids.shape)
     if A.shape != batch.input_ids.shape:
-        raise ValueError(f"advantages_fn returned shape {tuple(A.shape)}; it needs {tuple(batch.rewards.shape)} or {tuple(batch.input_ids.shape)}")
-    return replace(batch, advantages=torch.where(batch.response_mask, A.detach().float(), 0.)), returns
+        raise ValueError(
+            f"advantages_fn returned shape {tuple(A.shape)}; it needs {tuple(batch.rewards.shape)} or {tuple(batch.input_ids.shape)}"
+        )
+    return replace(
+        batch, advantages=torch.where(batch.response_mask, A.detach().float(), 0.0)
+    ), returns
 
 # %% ../../nbs/rl/09_trainer.ipynb #b98ddbf6
 @patch
-def forward(self:PolicyTrainer,
-    batch:Batch,            # Rows
-    model:nn.Module=None,   # None: the policy
-    with_entropy:bool=False,# Also the entropy
-)->tuple:                   # (N,L) float32 log-probabilities; (N,L) entropy or None
+def forward(
+    self: PolicyTrainer,
+    batch: Batch,  # Rows
+    model: nn.Module = None,  # None: the policy
+    with_entropy: bool = False,  # Also the entropy
+) -> tuple:  # (N,L) float32 log-probabilities; (N,L) entropy or None
     "Log-probability of every token at the trainer's temperature"
     model = self.model if model is None else model
-    cast = nullcontext() if self.autocast_dtype is None else torch.autocast(self.device.type, self.autocast_dtype)
+    cast = (
+        nullcontext()
+        if self.autocast_dtype is None
+        else torch.autocast(self.device.type, self.autocast_dtype)
+    )
     m = batch.attention_mask
     mask = None if bool((m[:, 1:] <= m[:, :-1]).all()) else m.long()
-    with cast: logits = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
+    with cast:
+        logits = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
     lp = token_logprobs(logits, batch.input_ids, self.temperature)
-    if not with_entropy: return lp, None
+    if not with_entropy:
+        return lp, None
     grad = torch.is_grad_enabled() and bool(self.loss.entropy_coef)
-    with torch.set_grad_enabled(grad): ent = entropy(logits, batch.response_mask, self.temperature, None if grad else 512)
+    with torch.set_grad_enabled(grad):
+        ent = entropy(logits, batch.response_mask, self.temperature, None if grad else 512)
     return lp, ent
 
 # %% ../../nbs/rl/09_trainer.ipynb #ea707101
 @patch
 @torch.no_grad()
-def score(self:PolicyTrainer,
-    batch:Batch,            # Any number of rows
-    model:nn.Module=None,   # None: the policy
-    micro:list=None,        # Rows of each micro-batch; None cuts by the token budget
-)->Tensor:                  # (N,L) log-probabilities of sampled tokens, 0 elsewhere
+def score(
+    self: PolicyTrainer,
+    batch: Batch,  # Any number of rows
+    model: nn.Module = None,  # None: the policy
+    micro: list = None,  # Rows of each micro-batch; None cuts by the token budget
+) -> Tensor:  # (N,L) log-probabilities of sampled tokens, 0 elsewhere
     "Log-probabilities of a whole batch, in micro-batches and without gradient"
     res = torch.zeros(batch.input_ids.shape, device=self.device)
-    for rows in micro if micro is not None else micro_batches(batch.attention_mask.sum(-1).tolist(), self.max_tokens):
+    for rows in (
+        micro
+        if micro is not None
+        else micro_batches(batch.attention_mask.sum(-1).tolist(), self.max_tokens)
+    ):
         b = _cut(batch, rows)
-        res[rows, :b.input_ids.shape[1]] = torch.where(b.response_mask, self.forward(b, model)[0], 0.)
+        res[rows, : b.input_ids.shape[1]] = torch.where(
+            b.response_mask, self.forward(b, model)[0], 0.0
+        )
     return res
 
 # %% ../../nbs/rl/09_trainer.ipynb #b3861ac7
 def _sum_over(group, tensors):
     "Add tensors over the processes of a group, in one message"
-    if group is None: return
+    if group is None:
+        return
     flat = torch.cat([t.reshape(-1) for t in tensors])
     torch.distributed.all_reduce(flat, group=group)
-    for t, new in zip(tensors, flat.split([t.numel() for t in tensors])): t.copy_(new.view_as(t))
+    for t, new in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(new.view_as(t))
 
 # %% ../../nbs/rl/09_trainer.ipynb #5cba2b5a
 @patch
-def _own(self:PolicyTrainer, batch, rows):
+def _own(self: PolicyTrainer, batch, rows):
     "Micro-batches of the rows this process is responsible for"
     lengths = batch.attention_mask.sum(-1).tolist()
     if self.group is not None:
         dist = torch.distributed
-        rows = sorted(rows, key=lambda i: -lengths[i])[dist.get_rank(self.group)::dist.get_world_size(self.group)]
-    return [[rows[j] for j in m] for m in micro_batches([lengths[i] for i in rows], self.max_tokens)]
+        rows = sorted(rows, key=lambda i: -lengths[i])[
+            dist.get_rank(self.group) :: dist.get_world_size(self.group)
+        ]
+    return [
+        [rows[j] for j in m] for m in micro_batches([lengths[i] for i in rows], self.max_tokens)
+    ]
 
 # %% ../../nbs/rl/09_trainer.ipynb #b7a1a101
 @patch
-def objective(self:PolicyTrainer,
-    batch:Batch,      # Some rows of the batch, perhaps without their last columns
-    rows:list,        # Which rows of the batch they are
-    logprobs:Tensor,  # (n,L) under the policy being optimised
-    norm_len:int,     # Width of the whole batch, for "seq-mean-token-sum-norm"
-    **kw,             # Other arguments of `policy_loss`
-)->tuple[Tensor,dict]: # Scalar loss, metrics
+def objective(
+    self: PolicyTrainer,
+    batch: Batch,  # Some rows of the batch, perhaps without their last columns
+    rows: list,  # Which rows of the batch they are
+    logprobs: Tensor,  # (n,L) under the policy being optimised
+    norm_len: int,  # Width of the whole batch, for "seq-mean-token-sum-norm"
+    **kw,  # Other arguments of `policy_loss`
+) -> tuple[Tensor, dict]:  # Scalar loss, metrics
     "What is minimised"
-    return policy_loss(replace(self.loss, norm_len=self.loss.norm_len or norm_len), batch, logprobs, **kw)
+    return policy_loss(
+        replace(self.loss, norm_len=self.loss.norm_len or norm_len), batch, logprobs, **kw
+    )
+
 
 @patch
-def _gradient(self:PolicyTrainer, batch, rows, prox, ref):
+def _gradient(self: PolicyTrainer, batch, rows, prox, ref):
     "Accumulate the gradient of some rows; their loss, metrics and log-probabilities"
     whole, shape, mine = batch.rows(rows), batch.input_ids.shape, self._own(batch, rows)
     denom = loss_denom(self.loss, whole)
     lp, ent = torch.zeros(shape, device=self.device), torch.zeros(shape, device=self.device)
     for r in mine:
-        b = _cut(batch, r); w = b.input_ids.shape[1]
+        b = _cut(batch, r)
+        w = b.input_ids.shape[1]
         logp, h = self.forward(b, with_entropy=True)
         at = lambda x: None if x is None else x[r, :w]
         near = logp.detach() if prox is None else at(prox)
-        self.objective(b, r, logp, proximal_logprobs=near, ref_logprobs=at(ref), entropy=h, denom=denom, norm_len=shape[1])[0].backward()
-        lp[r, :w], ent[r, :w] = torch.where(b.response_mask, logp.detach(), 0.), h.detach()
+        self.objective(
+            b,
+            r,
+            logp,
+            proximal_logprobs=near,
+            ref_logprobs=at(ref),
+            entropy=h,
+            denom=denom,
+            norm_len=shape[1],
+        )[0].backward()
+        lp[r, :w], ent[r, :w] = torch.where(b.response_mask, logp.detach(), 0.0), h.detach()
     _sum_over(self.group, [lp, ent])
     near, far = (lp if prox is None else prox)[rows], None if ref is None else ref[rows]
     with torch.no_grad():
-        args = dict(proximal_logprobs=near, ref_logprobs=far, entropy=ent[rows], denom=denom, norm_len=shape[1])
+        args = dict(
+            proximal_logprobs=near,
+            ref_logprobs=far,
+            entropy=ent[rows],
+            denom=denom,
+            norm_len=shape[1],
+        )
         loss, metrics = self.objective(whole, rows, lp[rows], **args)
     return loss.item(), metrics | {"train/micro_batches": float(len(mine))}, lp
 
 # %% ../../nbs/rl/09_trainer.ipynb #5037fb28
 @patch
-def _culprit(self:PolicyTrainer, batch, rows, prox, ref, lp, loss):
+def _culprit(self: PolicyTrainer, batch, rows, prox, ref, lp, loss):
     "Name of the first tensor that is not finite"
     m = torch.zeros_like(batch.response_mask)
     m[rows] = batch.response_mask[rows]
-    flow = dict(rewards=batch.rewards, behavior_logprobs=batch.behavior_logprobs[m], advantages=batch.advantages[m], logprobs=lp[m])
+    flow = dict(
+        rewards=batch.rewards,
+        behavior_logprobs=batch.behavior_logprobs[m],
+        advantages=batch.advantages[m],
+        logprobs=lp[m],
+    )
     for name, x in (("proximal_logprobs", prox), ("ref_logprobs", ref)):
-        if x is not None: flow[name] = x[m]
-    flow |= dict(loss=torch.tensor(loss)) | {f"gradient of {n}": p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        if x is not None:
+            flow[name] = x[m]
+    flow |= dict(loss=torch.tensor(loss)) | {
+        f"gradient of {n}": p.grad for n, p in self.model.named_parameters() if p.grad is not None
+    }
     return next((n for n, x in flow.items() if not torch.isfinite(x).all()), "gradient norm")
 
 # %% ../../nbs/rl/09_trainer.ipynb #cd686a93
 @patch
-def _skip(self:PolicyTrainer, batch, name):
+def _skip(self: PolicyTrainer, batch, name):
     "Drop the gradient, count, dump, and raise if this has happened too often"
     self.optimizer.zero_grad(set_to_none=True)
-    self.n_skipped += 1; self.skipped_in_row += 1
-    if self.dump_dir is not None and (self.group is None or torch.distributed.get_rank(self.group) == 0):
-        folder = Path(self.dump_dir)/"nonfinite"; folder.mkdir(parents=True, exist_ok=True)
-        torch.save({k: v.cpu() for k, v in vars(batch).items()}, folder/f"step_{self.n_steps:06d}.pt")
+    self.n_skipped += 1
+    self.skipped_in_row += 1
+    if self.dump_dir is not None and (
+        self.group is None or torch.distributed.get_rank(self.group) == 0
+    ):
+        folder = Path(self.dump_dir) / "nonfinite"
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {k: v.cpu() for k, v in vars(batch).items()}, folder / f"step_{self.n_steps:06d}.pt"
+        )
     if self.skipped_in_row >= self.max_skipped:
-        raise FloatingPointError(f"{name} is not finite; {self.skipped_in_row} batches in a row were skipped, the last is number {self.n_steps}. "
-                                 "Lower the learning rate, or look at the batch (dump_dir keeps it)")
+        raise FloatingPointError(
+            f"{name} is not finite; {self.skipped_in_row} batches in a row were skipped, the last is number {self.n_steps}. "
+            "Lower the learning rate, or look at the batch (dump_dir keeps it)"
+        )
 
 # %% ../../nbs/rl/09_trainer.ipynb #33676c96
 @patch
-def _update(self:PolicyTrainer):
+def _update(self: PolicyTrainer):
     "Add gradients over processes, clip, and say what the norm was"
     ps = [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
     for p in ps:
-        if p.grad is None: p.grad = torch.zeros_like(p)
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
     _sum_over(self.group, [p.grad for p in ps])
-    return float(nn.utils.clip_grad_norm_(ps, math.inf if self.max_grad_norm is None else self.max_grad_norm))
+    return float(
+        nn.utils.clip_grad_norm_(ps, math.inf if self.max_grad_norm is None else self.max_grad_norm)
+    )
 
 # %% ../../nbs/rl/09_trainer.ipynb #1595b835
-def _trained(batch): return batch.response_mask.any(-1).nonzero().squeeze(-1).tolist()
+def _trained(batch):
+    return batch.response_mask.any(-1).nonzero().squeeze(-1).tolist()
+
 
 @patch
-def _minibatches(self:PolicyTrainer, batch, epoch):
+def _minibatches(self: PolicyTrainer, batch, epoch):
     "Row numbers of each optimiser step of a pass; rows without a sampled token are left out"
     rows = _trained(batch)
-    if not rows: raise ValueError("response_mask selects nothing; a batch needs at least one sampled token")
-    if self.minibatches == 1: return [rows]
-    order = torch.randperm(len(rows), generator=rng(self.seed, "rows", self.n_steps, epoch)).tolist()
-    return [sorted(rows[i] for i in order[k::self.minibatches]) for k in range(min(self.minibatches, len(rows)))]
+    if not rows:
+        raise ValueError("response_mask selects nothing; a batch needs at least one sampled token")
+    if self.minibatches == 1:
+        return [rows]
+    order = torch.randperm(
+        len(rows), generator=rng(self.seed, "rows", self.n_steps, epoch)
+    ).tolist()
+    return [
+        sorted(rows[i] for i in order[k :: self.minibatches])
+        for k in range(min(self.minibatches, len(rows)))
+    ]
 
 # %% ../../nbs/rl/09_trainer.ipynb #7e06d80e
 @patch
-def _shared(self:PolicyTrainer, x):
+def _shared(self: PolicyTrainer, x):
     "Log-probabilities of all processes' rows"
     _sum_over(self.group, [x])
     return x
 
+
 @patch
-def _apply(self:PolicyTrainer):
+def _apply(self: PolicyTrainer):
     "The optimiser step"
     self.optimizer.step()
-    if self.scheduler is not None: self.scheduler.step()
+    if self.scheduler is not None:
+        self.scheduler.step()
     self.optimizer.zero_grad(set_to_none=True)
     self.n_updates += 1
 
 # %% ../../nbs/rl/09_trainer.ipynb #d4c9df04
 @patch
-def _report(self:PolicyTrainer, batch, logs):
+def _report(self: PolicyTrainer, batch, logs):
     "Means over minibatches, maxima where the name says so, and what the batch was like"
-    res = {k: (max if k.endswith("/max") else lambda v: sum(v)/len(v))([m[k] for m in logs]) for k in logs[0]}
+    res = {
+        k: (max if k.endswith("/max") else lambda v: sum(v) / len(v))([m[k] for m in logs])
+        for k in logs[0]
+    }
     A = batch.advantages[batch.response_mask]
-    return res | {"train/reward": batch.rewards.mean().item(), "train/advantage_abs": A.abs().mean().item(), "train/tokens": float(len(A)),
-                  "train/rows": float(len(batch)), "train/lr": float(self.optimizer.param_groups[0]["lr"]), "train/updates": float(self.n_updates)}
+    return res | {
+        "train/reward": batch.rewards.mean().item(),
+        "train/advantage_abs": A.abs().mean().item(),
+        "train/tokens": float(len(A)),
+        "train/rows": float(len(batch)),
+        "train/lr": float(self.optimizer.param_groups[0]["lr"]),
+        "train/updates": float(self.n_updates),
+    }
 
 # %% ../../nbs/rl/09_trainer.ipynb #0b9a32bc
 @patch
-def step(self:PolicyTrainer,
-    batch:Batch, # Scored samples, on any device
-)->dict:         # Metrics as floats; those of the loss are means over the minibatches
+def step(
+    self: PolicyTrainer,
+    batch: Batch,  # Scored samples, on any device
+) -> dict:  # Metrics as floats; those of the loss are means over the minibatches
     "Train on one batch"
-    batch, self.model = batch.to(self.device), self.model.train(bool(getattr(self.model, "is_gradient_checkpointing", False)))
+    batch, self.model = (
+        batch.to(self.device),
+        self.model.train(bool(getattr(self.model, "is_gradient_checkpointing", False))),
+    )
     self.optimizer.zero_grad(set_to_none=True)
     batch, returns = self._credit(batch)
-    extra = {} if self.critic is None else {f"critic/{k}": float(v) for k, v in self.critic.step(batch, returns).items()}
+    extra = (
+        {}
+        if self.critic is None
+        else {f"critic/{k}": float(v) for k, v in self.critic.step(batch, returns).items()}
+    )
     plan = [rows for e in range(self.epochs) for rows in self._minibatches(batch, e)]
     mine = self._own(batch, _trained(batch)) if len(plan) > 1 or self.loss.kl_coef else None
     prox = self._shared(self.score(batch, micro=mine)) if len(plan) > 1 else None
@@ -330,51 +480,68 @@ def step(self:PolicyTrainer,
             break
         self._apply()
     res = self._report(batch, logs) | extra
-    if bad is None: self.skipped_in_row = 0
-    else: self._skip(batch, bad)
+    if bad is None:
+        self.skipped_in_row = 0
+    else:
+        self._skip(batch, bad)
     return res | {"train/skipped": float(self.n_skipped)}
 
 # %% ../../nbs/rl/09_trainer.ipynb #d3b78f3f
 _counters = ("n_steps", "n_updates", "n_skipped", "skipped_in_row", "seed")
 
+
 @patch
-def weights(self:PolicyTrainer)->dict[str,Tensor]: # Name -> tensor on the CPU
+def weights(self: PolicyTrainer) -> dict[str, Tensor]:  # Name -> tensor on the CPU
     "A detached copy of the policy's weights; a tied weight appears once"
     res, seen = {}, set()
     for k, v in self.model.state_dict().items():
         key = (v.data_ptr(), v.shape, v.stride())
-        if v.numel() and key in seen: continue
-        seen.add(key); res[k] = v.detach().to("cpu", copy=True)
+        if v.numel() and key in seen:
+            continue
+        seen.add(key)
+        res[k] = v.detach().to("cpu", copy=True)
     return res
 
 # %% ../../nbs/rl/09_trainer.ipynb #789239de
 @patch
-def state_dict(self:PolicyTrainer)->dict: # Tensors and plain values
+def state_dict(self: PolicyTrainer) -> dict:  # Tensors and plain values
     "Everything that is needed to go on: weights, optimiser, scheduler, critic, counters"
     part = lambda x: None if x is None else x.state_dict()
-    return dict(model=self.weights(), optimizer=cpu_copy(self.optimizer.state_dict()), counters={k: getattr(self, k) for k in _counters},
-                scheduler=part(self.scheduler), critic=part(self.critic))
+    return dict(
+        model=self.weights(),
+        optimizer=cpu_copy(self.optimizer.state_dict()),
+        counters={k: getattr(self, k) for k in _counters},
+        scheduler=part(self.scheduler),
+        critic=part(self.critic),
+    )
 
 # %% ../../nbs/rl/09_trainer.ipynb #36cff999
 @patch
-def load_state_dict(self:PolicyTrainer,
-    state:dict, # From `state_dict`
-)->None:
+def load_state_dict(
+    self: PolicyTrainer,
+    state: dict,  # From `state_dict`
+) -> None:
     "Take over a saved state"
     for k in ("scheduler", "critic"):
         if (getattr(self, k) is None) != (state[k] is None):
-            raise ValueError(f"{k}: the saved state has {'none' if state[k] is None else 'one'}; make the trainer in the same way")
+            raise ValueError(
+                f"{k}: the saved state has {'none' if state[k] is None else 'one'}; make the trainer in the same way"
+            )
     copy_weights(self.model, state["model"])
     self.optimizer.load_state_dict(state["optimizer"])
     for k in ("scheduler", "critic"):
-        if state[k] is not None: getattr(self, k).load_state_dict(state[k])
-    for k in _counters: setattr(self, k, state["counters"][k])
+        if state[k] is not None:
+            getattr(self, k).load_state_dict(state[k])
+    for k in _counters:
+        setattr(self, k, state["counters"][k])
 
 # %% ../../nbs/rl/09_trainer.ipynb #7363d252
 def cpu_copy(
-    x,       # Tensors in dictionaries, lists and tuples, and plain values
-)->object:   # The same, on the CPU
+    x,  # Tensors in dictionaries, lists and tuples, and plain values
+) -> object:  # The same, on the CPU
     "Copies of nested tensors, which later steps do not change"
-    if isinstance(x, Tensor): return x.detach().to("cpu", copy=True)
-    if isinstance(x, dict): return {k: cpu_copy(v) for k, v in x.items()}
+    if isinstance(x, Tensor):
+        return x.detach().to("cpu", copy=True)
+    if isinstance(x, dict):
+        return {k: cpu_copy(v) for k, v in x.items()}
     return type(x)(map(cpu_copy, x)) if isinstance(x, (list, tuple)) else x

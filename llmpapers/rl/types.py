@@ -15,43 +15,55 @@ from torch import Tensor
 
 # %% ../../nbs/rl/01_types.ipynb #5d639f88
 def _positive(name, x):
-    if not isinstance(x, int) or isinstance(x, bool) or x < 1: raise ValueError(f"{name}={x!r} must be a positive integer")
+    if not isinstance(x, int) or isinstance(x, bool) or x < 1:
+        raise ValueError(f"{name}={x!r} must be a positive integer")
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
     "How an engine samples; truncation (top-p, top-k) is absent on purpose"
-    max_new_tokens:int                    # Longest response
-    temperature:float=1.0                 # Divides the logits; 0 decodes greedily
-    stop_token_ids:tuple[int,...]=()      # Tokens that end a response and belong to it
-    seed:int|None=None                    # Base of the per-request streams; None draws one
+
+    max_new_tokens: int  # Longest response
+    temperature: float = 1.0  # Divides the logits; 0 decodes greedily
+    stop_token_ids: tuple[int, ...] = ()  # Tokens that end a response and belong to it
+    seed: int | None = None  # Base of the per-request streams; None draws one
 
     def __post_init__(self):
         _positive("max_new_tokens", self.max_new_tokens)
-        if not self.temperature >= 0: raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or positive")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or positive")
         object.__setattr__(self, "stop_token_ids", tuple(int(t) for t in self.stop_token_ids))
 
 # %% ../../nbs/rl/01_types.ipynb #688cd368
 @dataclass(frozen=True)
 class Completion:
     "Sampled tokens with their behaviour log-probabilities and policy versions"
-    request_id:str                          # Id of the request
-    token_ids:list[int]                     # (T,) sampled tokens
-    logprobs:list[float]                    # (T,) log-probability of each under the policy that sampled it
-    finish_reason:str                       # "stop", "length" or "abort"
-    versions:list[tuple[int,int,int]]       # (version, start, end) spans that cover 0..T
+
+    request_id: str  # Id of the request
+    token_ids: list[int]  # (T,) sampled tokens
+    logprobs: list[float]  # (T,) log-probability of each under the policy that sampled it
+    finish_reason: str  # "stop", "length" or "abort"
+    versions: list[tuple[int, int, int]]  # (version, start, end) spans that cover 0..T
 
     def __post_init__(self):
         n = len(self.token_ids)
-        if len(self.logprobs) != n: raise ValueError(f"logprobs has {len(self.logprobs)} values for {n} tokens")
+        if len(self.logprobs) != n:
+            raise ValueError(f"logprobs has {len(self.logprobs)} values for {n} tokens")
         if self.finish_reason not in ("stop", "length", "abort"):
-            raise ValueError(f"finish_reason={self.finish_reason!r} must be 'stop', 'length' or 'abort'")
+            raise ValueError(
+                f"finish_reason={self.finish_reason!r} must be 'stop', 'length' or 'abort'"
+            )
         at = 0
         for v, start, end in self.versions:
-            if start != at or end <= start: raise ValueError(f"versions {self.versions} must cover 0..{n} without gap or overlap")
+            if start != at or end <= start:
+                raise ValueError(
+                    f"versions {self.versions} must cover 0..{n} without gap or overlap"
+                )
             at = end
-        if at != n: raise ValueError(f"versions {self.versions} must cover 0..{n} without gap or overlap")
+        if at != n:
+            raise ValueError(f"versions {self.versions} must cover 0..{n} without gap or overlap")
 
-    def token_versions(self)->list[int]: # (T,) one version per token
+    def token_versions(self) -> list[int]:  # (T,) one version per token
         "The version of each token"
         return [v for v, start, end in self.versions for _ in range(start, end)]
 
@@ -59,93 +71,126 @@ class Completion:
 @dataclass(frozen=True)
 class Request:
     "One response to sample"
-    request_id:str                   # Unique among the active requests of an engine
-    prompt_ids:list[int]             # (P,) token ids, at least one
-    sampling:SamplingConfig          # How to sample
-    prefix:Completion|None=None      # Tokens an earlier, aborted attempt produced
+
+    request_id: str  # Unique among the active requests of an engine
+    prompt_ids: list[int]  # (P,) token ids, at least one
+    sampling: SamplingConfig  # How to sample
+    prefix: Completion | None = None  # Tokens an earlier, aborted attempt produced
 
     def __post_init__(self):
-        if not self.prompt_ids: raise ValueError("prompt_ids is empty; a request needs at least one prompt token")
+        if not self.prompt_ids:
+            raise ValueError("prompt_ids is empty; a request needs at least one prompt token")
 
 # %% ../../nbs/rl/01_types.ipynb #07f269a8
 @dataclass(frozen=True)
 class Sample:
     "A scored response of one prompt"
-    prompt_ids:list[int]             # (P,) prompt tokens
-    response_ids:list[int]           # (T,) response tokens, those of the environment included
-    response_mask:list[bool]         # (T,) True for tokens the policy sampled
-    behavior_logprobs:list[float]    # (T,) log-probability under the sampling policy; 0 where the mask is False
-    versions:list[int]               # (T,) policy version of each token
-    reward:float                     # Score of the whole response
-    finish_reason:str="stop"         # "stop", "length" or "abort"
-    info:dict=field(default_factory=dict) # Anything else worth keeping
+
+    prompt_ids: list[int]  # (P,) prompt tokens
+    response_ids: list[int]  # (T,) response tokens, those of the environment included
+    response_mask: list[bool]  # (T,) True for tokens the policy sampled
+    behavior_logprobs: list[
+        float
+    ]  # (T,) log-probability under the sampling policy; 0 where the mask is False
+    versions: list[int]  # (T,) policy version of each token
+    reward: float  # Score of the whole response
+    finish_reason: str = "stop"  # "stop", "length" or "abort"
+    info: dict = field(default_factory=dict)  # Anything else worth keeping
 
     def __post_init__(self):
         n = len(self.response_ids)
         for name in ("response_mask", "behavior_logprobs", "versions"):
-            if len(getattr(self, name)) != n: raise ValueError(f"{name} has {len(getattr(self, name))} entries for {n} response tokens")
-        if not n: raise ValueError("response_ids is empty; a sample needs at least one token")
-        if self.reward != self.reward: raise ValueError("reward is NaN; a verifier must return a number")
+            if len(getattr(self, name)) != n:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries for {n} response tokens"
+                )
+        if not n:
+            raise ValueError("response_ids is empty; a sample needs at least one token")
+        if self.reward != self.reward:
+            raise ValueError("reward is NaN; a verifier must return a number")
 
 # %% ../../nbs/rl/01_types.ipynb #f1bbc204
 @dataclass(frozen=True)
 class Group:
     "A prompt with the samples drawn for it: the unit of training"
-    group_id:int                                      # 0, 1, 2, ... in the order of admission
-    prompt:Any                                        # Whatever the source yields
-    version:int                                       # Policy version when the group was admitted
-    attempt:int=0                                     # How often its samples had to be started again
-    samples:list[Sample]=field(default_factory=list)  # Scored samples
+
+    group_id: int  # 0, 1, 2, ... in the order of admission
+    prompt: Any  # Whatever the source yields
+    version: int  # Policy version when the group was admitted
+    attempt: int = 0  # How often its samples had to be started again
+    samples: list[Sample] = field(default_factory=list)  # Scored samples
 
 # %% ../../nbs/rl/01_types.ipynb #4952e06c
 @dataclass(frozen=True)
 class Batch:
     "Padded samples; every token tensor is indexed by the position of its token"
-    input_ids:Tensor          # (N,L) int64, right-padded
-    attention_mask:Tensor     # (N,L) bool, real tokens
-    response_mask:Tensor      # (N,L) bool, tokens sampled by the policy
-    behavior_logprobs:Tensor  # (N,L) float32, 0 where `response_mask` is False
-    advantages:Tensor         # (N,L) float32, 0 until an estimator fills it
-    rewards:Tensor            # (N,) float32
-    group_ids:Tensor          # (N,) int64
-    versions:Tensor           # (N,) int64, version at admission of the group
-    token_versions:Tensor     # (N,L) int32, version of each sampled token; -1 elsewhere
 
-    def __len__(self): return len(self.rewards)
+    input_ids: Tensor  # (N,L) int64, right-padded
+    attention_mask: Tensor  # (N,L) bool, real tokens
+    response_mask: Tensor  # (N,L) bool, tokens sampled by the policy
+    behavior_logprobs: Tensor  # (N,L) float32, 0 where `response_mask` is False
+    advantages: Tensor  # (N,L) float32, 0 until an estimator fills it
+    rewards: Tensor  # (N,) float32
+    group_ids: Tensor  # (N,) int64
+    versions: Tensor  # (N,) int64, version at admission of the group
+    token_versions: Tensor  # (N,L) int32, version of each sampled token; -1 elsewhere
 
-    def to(self,
-        device:"str|torch.device", # Where to
-    )->"Batch":                    # The batch there
+    def __len__(self):
+        return len(self.rewards)
+
+    def to(
+        self,
+        device: "str|torch.device",  # Where to
+    ) -> "Batch":  # The batch there
         "All tensors on another device"
         return Batch(**{k: v.to(device) for k, v in vars(self).items()})
 
-    def rows(self,
-        index,       # Slice, list or tensor of row numbers
-    )->"Batch":      # Those rows
+    def rows(
+        self,
+        index,  # Slice, list or tensor of row numbers
+    ) -> "Batch":  # Those rows
         "A part of the batch, for micro-batches"
         return Batch(**{k: v[index] for k, v in vars(self).items()})
 
 # %% ../../nbs/rl/01_types.ipynb #6bb8aa6e
 def _row(s, width, pad_id):
     p, t = len(s.prompt_ids), len(s.response_ids)
-    fill = lambda values, before, empty: [empty]*before + list(values) + [empty]*(width - before - len(values))
-    return (fill([*s.prompt_ids, *s.response_ids], 0, pad_id), [i < p+t for i in range(width)], fill(s.response_mask, p, False),
-            fill([l if m else 0. for l, m in zip(s.behavior_logprobs, s.response_mask)], p, 0.),
-            fill([v if m else -1 for v, m in zip(s.versions, s.response_mask)], p, -1))
+    fill = lambda values, before, empty: (
+        [empty] * before + list(values) + [empty] * (width - before - len(values))
+    )
+    return (
+        fill([*s.prompt_ids, *s.response_ids], 0, pad_id),
+        [i < p + t for i in range(width)],
+        fill(s.response_mask, p, False),
+        fill([l if m else 0.0 for l, m in zip(s.behavior_logprobs, s.response_mask)], p, 0.0),
+        fill([v if m else -1 for v, m in zip(s.versions, s.response_mask)], p, -1),
+    )
+
 
 def collate(
-    groups:Sequence[Group],          # Groups with at least one sample each
-    pad_id:int,                      # Token id that fills the rows
-    device:"str|torch.device"="cpu", # Where the tensors go
-)->Batch:                            # Rows ordered by (group id, place in the group)
+    groups: Sequence[Group],  # Groups with at least one sample each
+    pad_id: int,  # Token id that fills the rows
+    device: "str|torch.device" = "cpu",  # Where the tensors go
+) -> Batch:  # Rows ordered by (group id, place in the group)
     "A padded batch from groups of samples; the same for any order of the groups"
     groups = sorted(groups, key=lambda g: g.group_id)
     pairs = [(g, s) for g in groups for s in g.samples]
-    if not pairs: raise ValueError("groups hold no samples; a batch needs at least one")
-    if len({g.group_id for g in groups}) < len(groups): raise ValueError("two groups have the same group_id")
+    if not pairs:
+        raise ValueError("groups hold no samples; a batch needs at least one")
+    if len({g.group_id for g in groups}) < len(groups):
+        raise ValueError("two groups have the same group_id")
     width = max(len(s.prompt_ids) + len(s.response_ids) for _, s in pairs)
     ids, att, resp, logp, ver = zip(*(_row(s, width, pad_id) for _, s in pairs))
     t = lambda x, dtype: torch.tensor(x, dtype=dtype, device=device)
     rewards, of, started = zip(*((s.reward, g.group_id, g.version) for g, s in pairs))
-    return Batch(t(ids, torch.int64), t(att, torch.bool), t(resp, torch.bool), t(logp, torch.float32), torch.zeros(len(pairs), width, device=device),
-                 t(rewards, torch.float32), t(of, torch.int64), t(started, torch.int64), t(ver, torch.int32))
+    return Batch(
+        t(ids, torch.int64),
+        t(att, torch.bool),
+        t(resp, torch.bool),
+        t(logp, torch.float32),
+        torch.zeros(len(pairs), width, device=device),
+        t(rewards, torch.float32),
+        t(of, torch.int64),
+        t(started, torch.int64),
+        t(ver, torch.int32),
+    )

@@ -24,127 +24,211 @@ from .engines import _Row, read_weights
 from .types import Completion, Request
 
 # %% ../../nbs/rl/15_vllm.ipynb #8934969d
-_vllm_env = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR")
+_vllm_env = dict(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_LOGGING_LEVEL="ERROR",
+)
+
 
 @contextmanager
 def _quiet():
     "Keep what a library says while it starts, and show it only if it fails"
     saved = os.dup(2)
-    with tempfile.TemporaryFile("w+") as f, warnings.catch_warnings(), redirect_stderr(f), redirect_stdout(f):
-        warnings.simplefilter("ignore"); os.dup2(f.fileno(), 2)
-        try: yield
-        except Exception: f.seek(0); os.write(saved, f.read()[-4000:].encode()); raise
-        finally: os.dup2(saved, 2); os.close(saved)
+    with (
+        tempfile.TemporaryFile("w+") as f,
+        warnings.catch_warnings(),
+        redirect_stderr(f),
+        redirect_stdout(f),
+    ):
+        warnings.simplefilter("ignore")
+        os.dup2(f.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            f.seek(0)
+            os.write(saved, f.read()[-4000:].encode())
+            raise
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
 
 # %% ../../nbs/rl/15_vllm.ipynb #3895192f
 class VLLMEngine:
     "vLLM in this process as a rollout engine"
-    def __init__(self,
-        model:"str|Path",               # Folder with config and weights; save a Hugging Face model there first
-        max_active:int=64,              # Requests advanced at once
-        max_len:int|None=None,          # Longest prompt plus response; None: what the model takes
-        dtype:str="float32",            # "float32" or "bfloat16"
-        prefix_caching:bool=True,       # Share the keys and values of equal prompts
-        kv_gib:int=1,                   # Memory for keys and values on a CPU, GiB
-        version:int=0,                  # Version of the weights in the folder
-        seed:int=0,                     # Engine seed; requests have their own
-        **engine_args,                  # More arguments of `vllm.LLM`, e.g. gpu_memory_utilization, tensor_parallel_size
+
+    def __init__(
+        self,
+        model: "str|Path",  # Folder with config and weights; save a Hugging Face model there first
+        max_active: int = 64,  # Requests advanced at once
+        max_len: int | None = None,  # Longest prompt plus response; None: what the model takes
+        dtype: str = "float32",  # "float32" or "bfloat16"
+        prefix_caching: bool = True,  # Share the keys and values of equal prompts
+        kv_gib: int = 1,  # Memory for keys and values on a CPU, GiB
+        version: int = 0,  # Version of the weights in the folder
+        seed: int = 0,  # Engine seed; requests have their own
+        **engine_args,  # More arguments of `vllm.LLM`, e.g. gpu_memory_utilization, tensor_parallel_size
     ):
-        if not (Path(model)/"config.json").is_file(): raise ValueError(f"model: {model} is no folder with a config.json; save the model there first")
+        if not (Path(model) / "config.json").is_file():
+            raise ValueError(
+                f"model: {model} is no folder with a config.json; save the model there first"
+            )
         cpu = not torch.cuda.is_available()
-        for k, v in (_vllm_env | (dict(VLLM_CPU_KVCACHE_SPACE=str(int(kv_gib))) if cpu else {})).items(): os.environ.setdefault(k, v)
-        with _quiet(): vllm = need("vllm", "vllm")
-        args = dict(dtype=dtype, enforce_eager=cpu, max_num_seqs=max_active, enable_prefix_caching=prefix_caching, seed=seed, skip_tokenizer_init=True,
-                    logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True,
-                    use_tqdm_on_load=False) | (dict(max_model_len=max_len) if max_len else {})
-        with _quiet(): self.llm = vllm.LLM(str(model), **args | engine_args)
+        for k, v in (
+            _vllm_env | (dict(VLLM_CPU_KVCACHE_SPACE=str(int(kv_gib))) if cpu else {})
+        ).items():
+            os.environ.setdefault(k, v)
+        with _quiet():
+            vllm = need("vllm", "vllm")
+        args = dict(
+            dtype=dtype,
+            enforce_eager=cpu,
+            max_num_seqs=max_active,
+            enable_prefix_caching=prefix_caching,
+            seed=seed,
+            skip_tokenizer_init=True,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+        ) | (dict(max_model_len=max_len) if max_len else {})
+        with _quiet():
+            self.llm = vllm.LLM(str(model), **args | engine_args)
         self.version, self.rows, self.scored = int(version), {}, {}
         self.engine, self.params, self.ready = self.llm.llm_engine, vllm.SamplingParams, []
         self.cumulative = need("vllm.sampling_params").RequestOutputKind.CUMULATIVE
         self.llm.update_weight_version(str(self.version))
 
     @property
-    def num_active(self)->int: # Requests not yet handed back
+    def num_active(self) -> int:  # Requests not yet handed back
         "How much is in work"
         return len(self.rows) + len(self.ready)
 
-    def close(self)->None:
+    def close(self) -> None:
         "Stop everything and let the engine go"
-        self.abort(); self.llm = self.engine = None
+        self.abort()
+        self.llm = self.engine = None
 
 # %% ../../nbs/rl/15_vllm.ipynb #8b9d7d48
 @patch
-def add(self:VLLMEngine,
-    request:Request, # Its seed and id give the seed of its stream
-)->None:
+def add(
+    self: VLLMEngine,
+    request: Request,  # Its seed and id give the seed of its stream
+) -> None:
     "Hand a request to vLLM"
     sc, row, name = request.sampling, _Row(request), request.request_id
-    if name in self.rows: raise ValueError(f"request_id={name!r} is already active; ids must be unique among active requests")
-    if row.finished: raise ValueError(f"prefix of {name!r} is already complete; there is nothing to generate")
-    own = None if sc.seed is None else int.from_bytes(hashlib.sha256(f"{sc.seed}|{name}|{len(row.ids)}".encode()).digest()[:4], "big")
-    params = self.params(n=1, temperature=sc.temperature, top_p=1., top_k=0, max_tokens=sc.max_new_tokens - len(row.ids), logprobs=0, seed=own,
-                         stop_token_ids=list(sc.stop_token_ids), ignore_eos=True, detokenize=False, output_kind=self.cumulative)
+    if name in self.rows:
+        raise ValueError(
+            f"request_id={name!r} is already active; ids must be unique among active requests"
+        )
+    if row.finished:
+        raise ValueError(f"prefix of {name!r} is already complete; there is nothing to generate")
+    own = (
+        None
+        if sc.seed is None
+        else int.from_bytes(
+            hashlib.sha256(f"{sc.seed}|{name}|{len(row.ids)}".encode()).digest()[:4], "big"
+        )
+    )
+    params = self.params(
+        n=1,
+        temperature=sc.temperature,
+        top_p=1.0,
+        top_k=0,
+        max_tokens=sc.max_new_tokens - len(row.ids),
+        logprobs=0,
+        seed=own,
+        stop_token_ids=list(sc.stop_token_ids),
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=self.cumulative,
+    )
     self.engine.add_request(name, dict(prompt_token_ids=request.prompt_ids + row.ids), params)
     self.rows[name] = (row, len(row.ids))
 
 # %% ../../nbs/rl/15_vllm.ipynb #9db08040
 @patch
-def step(self:VLLMEngine)->list[Completion]: # The finished ones
+def step(self: VLLMEngine) -> list[Completion]:  # The finished ones
     "One step of vLLM's scheduler"
     done, self.ready = self.ready, []
-    if not self.rows and not self.scored: return done
+    if not self.rows and not self.scored:
+        return done
     for out in self.engine.step():
-        if out.request_id in self.scored: self.scored[out.request_id] = out; continue
-        row, offset = self.rows[out.request_id]; o = out.outputs[0]
+        if out.request_id in self.scored:
+            self.scored[out.request_id] = out
+            continue
+        row, offset = self.rows[out.request_id]
+        o = out.outputs[0]
         for t in range(len(row.ids) - offset, len(o.token_ids)):
-            token = o.token_ids[t]; row.push(token, o.logprobs[t][token].logprob, self.version)
-        if out.finished: done.append(row.done("stop" if o.finish_reason == "stop" else "length")); del self.rows[out.request_id]
+            token = o.token_ids[t]
+            row.push(token, o.logprobs[t][token].logprob, self.version)
+        if out.finished:
+            done.append(row.done("stop" if o.finish_reason == "stop" else "length"))
+            del self.rows[out.request_id]
     return done
 
 # %% ../../nbs/rl/15_vllm.ipynb #ae42a3dd
 @patch
-def abort(self:VLLMEngine,
-    ids:Iterable[str]|None=None, # Which; None is all
-)->list[Completion]:             # What they have so far
+def abort(
+    self: VLLMEngine,
+    ids: Iterable[str] | None = None,  # Which; None is all
+) -> list[Completion]:  # What they have so far
     "Stop requests and return their partial responses"
     ids = [i for i in (list(self.rows) if ids is None else ids) if i in self.rows]
-    if ids: self.engine.abort_request(ids)
+    if ids:
+        self.engine.abort_request(ids)
     return [self.rows.pop(i)[0].done("abort") for i in ids]
 
 # %% ../../nbs/rl/15_vllm.ipynb #285e19ce
 def _untie(weights, config):
     "Name a shared embedding twice"
-    for embed, head in (("embed_tokens.weight", "lm_head.weight"), ("wte.weight", "lm_head.weight"), ("embed_in.weight", "embed_out.weight")):
+    for embed, head in (
+        ("embed_tokens.weight", "lm_head.weight"),
+        ("wte.weight", "lm_head.weight"),
+        ("embed_in.weight", "embed_out.weight"),
+    ):
         name = next((k for k in weights if k.endswith(embed)), None)
-        if name and getattr(config, "tie_word_embeddings", False) and head not in weights: return weights | {head: weights[name]}
+        if name and getattr(config, "tie_word_embeddings", False) and head not in weights:
+            return weights | {head: weights[name]}
     return weights
 
 # %% ../../nbs/rl/15_vllm.ipynb #a193db20
 @patch
-def load_weights(self:VLLMEngine,
-    weights:"Mapping[str,Tensor]|str|Path", # Checkpoint names, see `read_weights`
-    version:int,                            # Their version
-)->None:
+def load_weights(
+    self: VLLMEngine,
+    weights: "Mapping[str,Tensor]|str|Path",  # Checkpoint names, see `read_weights`
+    version: int,  # Their version
+) -> None:
     "Replace the weights in place, and everything that was computed with the old ones"
     w = _untie(read_weights(weights), self.llm.model_config.hf_config)
     self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(w.items())))
-    if not self._forget(): raise RuntimeError("vLLM could not clear its prefix cache; old keys would serve new weights")
-    self.llm.update_weight_version(str(int(version))); self.version = int(version)
+    if not self._forget():
+        raise RuntimeError(
+            "vLLM could not clear its prefix cache; old keys would serve new weights"
+        )
+    self.llm.update_weight_version(str(int(version)))
+    self.version = int(version)
 
 # %% ../../nbs/rl/15_vllm.ipynb #765ed43e
 @patch
-def _forget(self:VLLMEngine):
+def _forget(self: VLLMEngine):
     "Throw away keys and values, those of running requests too"
     return self.engine.reset_prefix_cache(reset_running_requests=True)
 
 # %% ../../nbs/rl/15_vllm.ipynb #eca52f9c
 @patch
-def logprobs(self:VLLMEngine,
-    ids:Sequence[int], # At least two tokens
-)->list[float]:        # Log-probability of each but the first, at temperature 1
+def logprobs(
+    self: VLLMEngine,
+    ids: Sequence[int],  # At least two tokens
+) -> list[float]:  # Log-probability of each but the first, at temperature 1
     "Score a sequence with the weights in use"
-    name = f"score-{secrets.token_hex(4)}"; self.scored[name] = None
-    params = self.params(temperature=1., top_p=1., top_k=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    name = f"score-{secrets.token_hex(4)}"
+    self.scored[name] = None
+    params = self.params(
+        temperature=1.0, top_p=1.0, top_k=0, max_tokens=1, prompt_logprobs=0, detokenize=False
+    )
     self.engine.add_request(name, dict(prompt_token_ids=list(ids)), params)
-    while self.scored[name] is None: self.ready += self.step()
+    while self.scored[name] is None:
+        self.ready += self.step()
     return [d[t].logprob for t, d in zip(ids[1:], self.scored.pop(name).prompt_logprobs[1:])]

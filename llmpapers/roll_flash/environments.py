@@ -10,33 +10,44 @@ import numpy as np
 
 # %% ../../nbs/roll_flash/04_environments.ipynb #3be2f8c6
 def simulate_env_rollout(
-    latency:np.ndarray,        # (E,T) or (...,E,T) time the environment takes in each turn
-    gen_time:float|np.ndarray, # Time to generate an action, or an array that broadcasts to `latency`
-    mode:str="env",            # "turn": all environments take a turn together; "env": each at its own pace
-)->float|np.ndarray:           # Time of the batch; an array over leading dimensions if there are any
+    latency: np.ndarray,  # (E,T) or (...,E,T) time the environment takes in each turn
+    gen_time: float
+    | np.ndarray,  # Time to generate an action, or an array that broadcasts to `latency`
+    mode: str = "env",  # "turn": all environments take a turn together; "env": each at its own pace
+) -> float | np.ndarray:  # Time of the batch; an array over leading dimensions if there are any
     "Time to roll out a batch of episodes, in lock step or without barriers"
     x, g = np.asarray(latency, float), np.asarray(gen_time, float)
-    if x.ndim < 2 or not x.size: raise ValueError(f"latency has shape {x.shape}; it needs (environments, turns)")
-    if not (np.isfinite(x).all() and (x >= 0).all()): raise ValueError("latency must be finite and at least 0")
-    if not (np.isfinite(g).all() and (g >= 0).all()): raise ValueError("gen_time must be finite and at least 0")
-    if mode not in ("turn", "env"): raise ValueError(f"mode={mode!r} must be 'turn' or 'env'")
+    if x.ndim < 2 or not x.size:
+        raise ValueError(f"latency has shape {x.shape}; it needs (environments, turns)")
+    if not (np.isfinite(x).all() and (x >= 0).all()):
+        raise ValueError("latency must be finite and at least 0")
+    if not (np.isfinite(g).all() and (g >= 0).all()):
+        raise ValueError("gen_time must be finite and at least 0")
+    if mode not in ("turn", "env"):
+        raise ValueError(f"mode={mode!r} must be 'turn' or 'env'")
     t = x + g
     out = t.max(-2).sum(-1) if mode == "turn" else t.sum(-1).max(-1)
     return float(out) if out.ndim == 0 else out
 
 # %% ../../nbs/roll_flash/04_environments.ipynb #08e8fb5f
 def simulate_redundancy(
-    times:np.ndarray,  # (G,S) or (...,G,S) time of each episode, infinite if it never ends
-    need_groups:int,   # Groups that must be complete
-    need_members:int,  # Finished members that complete a group
-)->float|np.ndarray:   # Time of the batch, infinite if it is never complete
+    times: np.ndarray,  # (G,S) or (...,G,S) time of each episode, infinite if it never ends
+    need_groups: int,  # Groups that must be complete
+    need_members: int,  # Finished members that complete a group
+) -> float | np.ndarray:  # Time of the batch, infinite if it is never complete
     "Time until enough groups have enough finished members"
     t = np.asarray(times, float)
-    if t.ndim < 2 or not t.size: raise ValueError(f"times has shape {t.shape}; it needs (groups, members)")
-    if np.isnan(t).any() or (t < 0).any(): raise ValueError("times must be at least 0, and infinite for an episode that never ends")
-    for name, x, most in (("need_groups", need_groups, t.shape[-2]), ("need_members", need_members, t.shape[-1])):
+    if t.ndim < 2 or not t.size:
+        raise ValueError(f"times has shape {t.shape}; it needs (groups, members)")
+    if np.isnan(t).any() or (t < 0).any():
+        raise ValueError("times must be at least 0, and infinite for an episode that never ends")
+    for name, x, most in (
+        ("need_groups", need_groups, t.shape[-2]),
+        ("need_members", need_members, t.shape[-1]),
+    ):
         whole = isinstance(x, (int, np.integer)) and not isinstance(x, bool)
-        if not whole or not 1 <= x <= most: raise ValueError(f"{name}={x!r} must be between 1 and the {most} started")
-    group = np.partition(t, need_members - 1, axis=-1)[...,need_members - 1]
-    out = np.partition(group, need_groups - 1, axis=-1)[...,need_groups - 1]
+        if not whole or not 1 <= x <= most:
+            raise ValueError(f"{name}={x!r} must be between 1 and the {most} started")
+    group = np.partition(t, need_members - 1, axis=-1)[..., need_members - 1]
+    out = np.partition(group, need_groups - 1, axis=-1)[..., need_groups - 1]
     return float(out) if out.ndim == 0 else out

@@ -16,67 +16,86 @@ from .theory import list_schedule
 
 # %% ../../nbs/roll_flash/03_rollout.ipynb #bf9f10e0
 def simulate_replication(
-    lengths:np.ndarray,  # (P,n) time of each candidate
-    n_workers:int,       # Devices
-    slots:int,           # Candidates a device generates at a time
-    replicate:bool,      # One request per candidate instead of one per prompt
-)->float:                # Time until the last candidate is done
+    lengths: np.ndarray,  # (P,n) time of each candidate
+    n_workers: int,  # Devices
+    slots: int,  # Candidates a device generates at a time
+    replicate: bool,  # One request per candidate instead of one per prompt
+) -> float:  # Time until the last candidate is done
     "Time to generate all candidates of all prompts, with or without prompt replication"
     t = np.asarray(lengths, float)
-    if t.ndim != 2 or not t.size: raise ValueError(f"lengths has shape {t.shape}; it needs (prompts, candidates)")
+    if t.ndim != 2 or not t.size:
+        raise ValueError(f"lengths has shape {t.shape}; it needs (prompts, candidates)")
     for name, x in (("n_workers", n_workers), ("slots", slots)):
-        if not isinstance(x, (int, np.integer)) or x < 1: raise ValueError(f"{name}={x!r} must be a positive integer")
-    if replicate: return list_schedule(t.ravel(), n_workers*slots).makespan
+        if not isinstance(x, (int, np.integer)) or x < 1:
+            raise ValueError(f"{name}={x!r} must be a positive integer")
+    if replicate:
+        return list_schedule(t.ravel(), n_workers * slots).makespan
     n = t.shape[1]
-    if n <= slots: return list_schedule(t.max(1), n_workers*(slots//n)).makespan
-    return list_schedule(np.array([list_schedule(row, slots).makespan for row in t]), n_workers).makespan
+    if n <= slots:
+        return list_schedule(t.max(1), n_workers * (slots // n)).makespan
+    return list_schedule(
+        np.array([list_schedule(row, slots).makespan for row in t]), n_workers
+    ).makespan
 
 # %% ../../nbs/roll_flash/03_rollout.ipynb #cc323e10
 def _filter_input(durations, passed, need):
-    if isinstance(need, bool) or not isinstance(need, (int, np.integer)) or need < 1: raise ValueError(f"need={need!r} must be a positive integer")
+    if isinstance(need, bool) or not isinstance(need, (int, np.integer)) or need < 1:
+        raise ValueError(f"need={need!r} must be a positive integer")
     d, ok = np.asarray(list(durations), float), np.asarray(list(passed), bool)
     if d.ndim != 1 or not len(d) or not (np.isfinite(d).all() and (d >= 0).all()):
         raise ValueError("durations must be a non-empty list of finite numbers, at least 0")
-    if len(ok) != len(d): raise ValueError(f"passed has {len(ok)} entries, durations {len(d)}")
-    if ok.sum() < need: raise ValueError(f"need={need}, but only {ok.sum()} of the {len(ok)} prompts given pass; give more")
+    if len(ok) != len(d):
+        raise ValueError(f"passed has {len(ok)} entries, durations {len(d)}")
+    if ok.sum() < need:
+        raise ValueError(
+            f"need={need}, but only {ok.sum()} of the {len(ok)} prompts given pass; give more"
+        )
     return d, ok
 
+
 def simulate_filtering(
-    durations:Iterable[float],  # (P,) time of each prompt's group, in queue order
-    passed:Iterable[bool],      # (P,) whether the group passes the filter
-    need:int,                   # Groups that must pass
-    in_flight:int,              # Prompts that run at a time
-)->float:                       # Time at which the last needed group is there
+    durations: Iterable[float],  # (P,) time of each prompt's group, in queue order
+    passed: Iterable[bool],  # (P,) whether the group passes the filter
+    need: int,  # Groups that must pass
+    in_flight: int,  # Prompts that run at a time
+) -> float:  # Time at which the last needed group is there
     "Queue scheduling under dynamic filtering: keep `in_flight` prompts running until enough have passed"
     d, ok = _filter_input(durations, passed, need)
-    if not isinstance(in_flight, (int, np.integer)) or in_flight < 1: raise ValueError(f"in_flight={in_flight!r} must be a positive integer")
+    if not isinstance(in_flight, (int, np.integer)) or in_flight < 1:
+        raise ValueError(f"in_flight={in_flight!r} must be a positive integer")
     end = list_schedule(d, int(in_flight)).end
     return float(np.partition(end[ok], need - 1)[need - 1])
 
 # %% ../../nbs/roll_flash/03_rollout.ipynb #3f888a95
 def simulate_batch_filtering(
-    durations:Iterable[float],  # (P,) time of each prompt's group, in order
-    passed:Iterable[bool],      # (P,) whether the group passes the filter
-    need:int,                   # Groups that must pass, and size of a round
-)->float:                       # Time at which the last needed group is there
+    durations: Iterable[float],  # (P,) time of each prompt's group, in order
+    passed: Iterable[bool],  # (P,) whether the group passes the filter
+    need: int,  # Groups that must pass, and size of a round
+) -> float:  # Time at which the last needed group is there
     "Batch rollout under dynamic filtering: whole rounds of `need` prompts until enough have passed"
     d, ok = _filter_input(durations, passed, need)
-    rounds = math.ceil((int(np.flatnonzero(ok)[need - 1]) + 1)/need)
-    return float(sum(d[r*need:(r + 1)*need].max() for r in range(rounds)))
+    rounds = math.ceil((int(np.flatnonzero(ok)[need - 1]) + 1) / need)
+    return float(sum(d[r * need : (r + 1) * need].max() for r in range(rounds)))
 
 # %% ../../nbs/roll_flash/03_rollout.ipynb #12714558
 def simulate_scoring(
-    ends:Sequence[float],    # (Q,) times at which responses end
-    scoring:Sequence[float], # (Q,) time to score each
-    n_scorers:int,           # Reward workers
-    overlap:bool,            # Score each as it ends, instead of after the last
-)->float:                    # Time at which the last is scored
+    ends: Sequence[float],  # (Q,) times at which responses end
+    scoring: Sequence[float],  # (Q,) time to score each
+    n_scorers: int,  # Reward workers
+    overlap: bool,  # Score each as it ends, instead of after the last
+) -> float:  # Time at which the last is scored
     "When a batch is generated and scored"
     e, s = np.asarray(ends, float), np.asarray(scoring, float)
-    if e.shape != s.shape or e.ndim != 1 or not len(e): raise ValueError(f"ends has shape {e.shape}, scoring {s.shape}; both need (Q,)")
-    if n_scorers < 1: raise ValueError(f"n_scorers={n_scorers} must be at least 1")
-    if not overlap: return float(e.max() + list_schedule(s, n_scorers).makespan)
-    free, last = [0.]*n_scorers, 0.; heapify(free)
+    if e.shape != s.shape or e.ndim != 1 or not len(e):
+        raise ValueError(f"ends has shape {e.shape}, scoring {s.shape}; both need (Q,)")
+    if n_scorers < 1:
+        raise ValueError(f"n_scorers={n_scorers} must be at least 1")
+    if not overlap:
+        return float(e.max() + list_schedule(s, n_scorers).makespan)
+    free, last = [0.0] * n_scorers, 0.0
+    heapify(free)
     for i in np.argsort(e, kind="stable"):
-        done = max(heappop(free), e[i]) + s[i]; heappush(free, done); last = max(last, done)
+        done = max(heappop(free), e[i]) + s[i]
+        heappush(free, done)
+        last = max(last, done)
     return float(last)

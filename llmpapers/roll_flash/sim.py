@@ -20,135 +20,199 @@ _all_ = ["simulate_async", "SimResult"]
 
 # %% ../../nbs/roll_flash/02_sim.ipynb #6e86822a
 def lognormal_lengths(
-    n:int,            # Responses
-    mean:float,       # Mean length before the cap, tokens
-    sigma:float,      # Standard deviation of the logarithm
-    cap:float=32768,  # Longest response
-    seed:int=0,       # Seed
-)->np.ndarray:        # (n,) lengths in tokens, at least 1
+    n: int,  # Responses
+    mean: float,  # Mean length before the cap, tokens
+    sigma: float,  # Standard deviation of the logarithm
+    cap: float = 32768,  # Longest response
+    seed: int = 0,  # Seed
+) -> np.ndarray:  # (n,) lengths in tokens, at least 1
     "Random response lengths with a capped tail"
     for name, x, low in (("n", n, 1), ("mean", mean, 1), ("sigma", sigma, 0), ("cap", cap, 1)):
-        if not x >= low: raise ValueError(f"{name}={x} must be at least {low}")
+        if not x >= low:
+            raise ValueError(f"{name}={x} must be at least {low}")
     z = np.random.default_rng(seed).standard_normal(n)
-    return np.clip(mean*np.exp(sigma*z - sigma**2/2), 1, cap)
+    return np.clip(mean * np.exp(sigma * z - sigma**2 / 2), 1, cap)
+
 
 def think_like(
-    n:int,       # Responses
-    seed:int=0,  # Seed
-)->np.ndarray:   # (n,) lengths in tokens
+    n: int,  # Responses
+    seed: int = 0,  # Seed
+) -> np.ndarray:  # (n,) lengths in tokens
     "Lengths of a reasoning model (reconstructed): mean 11000, sigma 0.7"
-    return lognormal_lengths(n, 11000, .7, seed=seed)
+    return lognormal_lengths(n, 11000, 0.7, seed=seed)
+
 
 def base_like(
-    n:int,       # Responses
-    seed:int=0,  # Seed
-)->np.ndarray:   # (n,) lengths in tokens
+    n: int,  # Responses
+    seed: int = 0,  # Seed
+) -> np.ndarray:  # (n,) lengths in tokens
     "Lengths of a base model (reconstructed): mean 2000, sigma 1"
-    return lognormal_lengths(n, 2000, 1., seed=seed)
+    return lognormal_lengths(n, 2000, 1.0, seed=seed)
 
 # %% ../../nbs/roll_flash/02_sim.ipynb #8ceec192
 def steady_time(
-    res:SimResult,      # A run
-    async_ratio:float,  # Its asynchronous ratio
-)->float:               # Mean step time
+    res: SimResult,  # A run
+    async_ratio: float,  # Its asynchronous ratio
+) -> float:  # Mean step time
     "Mean step time without the first 5 + 2 alpha steps"
-    skip = math.ceil(5 + 2*async_ratio)
-    if len(res.step_times) <= skip: raise ValueError(f"async_ratio={async_ratio} drops {skip} steps, the run has {len(res.step_times)}; simulate more")
+    skip = math.ceil(5 + 2 * async_ratio)
+    if len(res.step_times) <= skip:
+        raise ValueError(
+            f"async_ratio={async_ratio} drops {skip} steps, the run has {len(res.step_times)}; simulate more"
+        )
     return float(np.mean(res.step_times[skip:]))
 
+
 def cluster_times(
-    tokens:Sequence[float],            # Response lengths, enough for the steps
-    gpus:int,                          # Devices, K
-    n:int=4096,                        # Responses per step, N
-    slots:int=32,                      # Responses a device generates at a time
-    token_time:float=.02,              # Seconds per token of one slot
-    train_per_token:float=3/11000,     # Device-seconds of training per token
-    async_ratio:float=2.,              # Asynchronous ratio
-    n_steps:int=20,                    # Steps to simulate, 5 + 2 alpha of them to fill the pipeline
-    on_stale:str="wait",               # Policy of the buffer
-    sync_batches:int=8,                # Batches over which the two synchronous times are averaged
-)->dict:                               # Step times naive, sync, async, the bound, and the split
+    tokens: Sequence[float],  # Response lengths, enough for the steps
+    gpus: int,  # Devices, K
+    n: int = 4096,  # Responses per step, N
+    slots: int = 32,  # Responses a device generates at a time
+    token_time: float = 0.02,  # Seconds per token of one slot
+    train_per_token: float = 3 / 11000,  # Device-seconds of training per token
+    async_ratio: float = 2.0,  # Asynchronous ratio
+    n_steps: int = 20,  # Steps to simulate, 5 + 2 alpha of them to fill the pipeline
+    on_stale: str = "wait",  # Policy of the buffer
+    sync_batches: int = 8,  # Batches over which the two synchronous times are averaged
+) -> dict:  # Step times naive, sync, async, the bound, and the split
     "Step time of one cluster under the three ways to run it"
-    if gpus < 2: raise ValueError(f"gpus={gpus} must be at least 2 to be split")
-    t = np.asarray(tokens, float); d = t*token_time
-    if len(d) < (least := n*max(n_steps, sync_batches)): raise ValueError(f"tokens has {len(d)} entries; {n_steps} steps of {n} need {least}")
-    mu_train, cohort = t.mean()*train_per_token, (n, gpus, d.mean()/slots, d.max(), t.mean()*train_per_token)
+    if gpus < 2:
+        raise ValueError(f"gpus={gpus} must be at least 2 to be split")
+    t = np.asarray(tokens, float)
+    d = t * token_time
+    if len(d) < (least := n * max(n_steps, sync_batches)):
+        raise ValueError(f"tokens has {len(d)} entries; {n_steps} steps of {n} need {least}")
+    mu_train, cohort = (
+        t.mean() * train_per_token,
+        (n, gpus, d.mean() / slots, d.max(), t.mean() * train_per_token),
+    )
     m = best_split(*cohort, async_ratio=async_ratio)
-    batches = d[:n*sync_batches].reshape(sync_batches, n)
-    naive = np.mean([max(list_schedule(b[w::gpus], slots).makespan for w in range(gpus) if len(b[w::gpus])) for b in batches])
-    sync = np.mean([list_schedule(b, gpus*slots).makespan for b in batches])
-    res = simulate_async(d, (gpus - m)*slots, n, async_ratio, n*mu_train/m, n_steps, on_stale=on_stale)
-    return dict(gpus=gpus, training=m, naive=float(naive + n*mu_train/gpus), sync=float(sync + n*mu_train/gpus), ahead=steady_time(res, async_ratio),
-                bound=float(async_step_bound(*cohort, async_ratio=async_ratio, beta=m/gpus)), utilisation=res.utilisation)
+    batches = d[: n * sync_batches].reshape(sync_batches, n)
+    naive = np.mean(
+        [
+            max(list_schedule(b[w::gpus], slots).makespan for w in range(gpus) if len(b[w::gpus]))
+            for b in batches
+        ]
+    )
+    sync = np.mean([list_schedule(b, gpus * slots).makespan for b in batches])
+    res = simulate_async(
+        d, (gpus - m) * slots, n, async_ratio, n * mu_train / m, n_steps, on_stale=on_stale
+    )
+    return dict(
+        gpus=gpus,
+        training=m,
+        naive=float(naive + n * mu_train / gpus),
+        sync=float(sync + n * mu_train / gpus),
+        ahead=steady_time(res, async_ratio),
+        bound=float(async_step_bound(*cohort, async_ratio=async_ratio, beta=m / gpus)),
+        utilisation=res.utilisation,
+    )
 
 # %% ../../nbs/roll_flash/02_sim.ipynb #2c6df999
 def propositions_study(
-    n_configs:int=150,                                         # Random clusters
-    async_ratios:Sequence[float]=(.5, 1., 1.5, 2., 3., 4., 8.), # Ratios to draw from
-    steps:int=20,                                              # Steps measured after the pipeline has filled
-    seed:int=0,                                                # Seed
-    on_stale:str="wait",                                       # Policy of the buffer
-)->list[dict]:                                                 # One row per cluster: its numbers, `step`, `bound`, `ratio`
+    n_configs: int = 150,  # Random clusters
+    async_ratios: Sequence[float] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0),  # Ratios to draw from
+    steps: int = 20,  # Steps measured after the pipeline has filled
+    seed: int = 0,  # Seed
+    on_stale: str = "wait",  # Policy of the buffer
+) -> list[dict]:  # One row per cluster: its numbers, `step`, `bound`, `ratio`
     "Simulated step against the bound of Proposition 2 on random clusters"
-    if n_configs < 1: raise ValueError(f"n_configs={n_configs} must be at least 1")
+    if n_configs < 1:
+        raise ValueError(f"n_configs={n_configs} must be at least 1")
     rng, rows = np.random.default_rng(seed), []
     for c in range(n_configs):
-        k = int(rng.integers(4, 49)); n = k*int(rng.integers(1, 7))
-        sigma, al = rng.uniform(.2, 1.2), float(rng.choice(async_ratios))
-        mu_train, total = rng.uniform(.05, 1.), math.ceil(5 + 2*al) + steps
-        d = lognormal_lengths(n*(total + math.ceil(al) + 1), 1000, sigma, 20_000, seed=[seed, c])/1000
+        k = int(rng.integers(4, 49))
+        n = k * int(rng.integers(1, 7))
+        sigma, al = rng.uniform(0.2, 1.2), float(rng.choice(async_ratios))
+        mu_train, total = rng.uniform(0.05, 1.0), math.ceil(5 + 2 * al) + steps
+        d = (
+            lognormal_lengths(n * (total + math.ceil(al) + 1), 1000, sigma, 20_000, seed=[seed, c])
+            / 1000
+        )
         cluster = (n, k, d.mean(), d.max(), mu_train)
         m = best_split(*cluster, async_ratio=al)
-        res = simulate_async(d, k - m, n, al, n*mu_train/m, total, on_stale=on_stale)
-        bound = float(async_step_bound(*cluster, async_ratio=al, beta=m/k))
-        rows.append(dict(k=k, n=n, sigma=sigma, async_ratio=al, mu_train=mu_train, training=m, step=(s := steady_time(res, al)), bound=bound, ratio=s/bound,
-                         staleness=max(res.staleness)))
+        res = simulate_async(d, k - m, n, al, n * mu_train / m, total, on_stale=on_stale)
+        bound = float(async_step_bound(*cluster, async_ratio=al, beta=m / k))
+        rows.append(
+            dict(
+                k=k,
+                n=n,
+                sigma=sigma,
+                async_ratio=al,
+                mu_train=mu_train,
+                training=m,
+                step=(s := steady_time(res, al)),
+                bound=bound,
+                ratio=s / bound,
+                staleness=max(res.staleness),
+            )
+        )
     return rows
 
 # %% ../../nbs/roll_flash/02_sim.ipynb #5aaca7bf
 def speedup_study(
-    workload,                              # Function (n, seed) -> lengths, such as `think_like`
-    gpus:Sequence[int]=(16, 32, 64, 128),  # Device counts
-    n:int=4096,                            # Responses per step
-    n_steps:int=20,                        # Simulated steps
-    async_ratio:float=2.,                  # Asynchronous ratio
-    seeds:Sequence[int]=range(5),          # One stream of lengths per seed
-    **kw,                                  # Further arguments of `cluster_times`
-)->list[list[dict]]:                       # [seed][device count] rows of `cluster_times`
+    workload,  # Function (n, seed) -> lengths, such as `think_like`
+    gpus: Sequence[int] = (16, 32, 64, 128),  # Device counts
+    n: int = 4096,  # Responses per step
+    n_steps: int = 20,  # Simulated steps
+    async_ratio: float = 2.0,  # Asynchronous ratio
+    seeds: Sequence[int] = range(5),  # One stream of lengths per seed
+    **kw,  # Further arguments of `cluster_times`
+) -> list[list[dict]]:  # [seed][device count] rows of `cluster_times`
     "Step times over device counts and seeds"
-    total = n*(n_steps + math.ceil(async_ratio) + 1)
-    return [[cluster_times(workload(total, s), g, n, n_steps=n_steps, async_ratio=async_ratio, **kw) for g in gpus] for s in seeds]
+    total = n * (n_steps + math.ceil(async_ratio) + 1)
+    return [
+        [
+            cluster_times(workload(total, s), g, n, n_steps=n_steps, async_ratio=async_ratio, **kw)
+            for g in gpus
+        ]
+        for s in seeds
+    ]
 
 # %% ../../nbs/roll_flash/02_sim.ipynb #522250c5
 def tail_study(
-    sigmas:Sequence[float]=(.3, .6, .9, 1.2),  # Widths of the log-length
-    mean:float=2000.,                          # Mean length before the cap, tokens
-    gpus:int=128,                              # Devices
-    n:int=4096,                                # Responses per step
-    n_steps:int=13,                            # Simulated steps
-    seeds:Sequence[int]=range(5),              # Seeds
-    async_ratio:float=2.,                      # Asynchronous ratio
-    **kw,                                      # Further arguments of `cluster_times`
-)->np.ndarray:                                 # (seeds, sigmas) naive over asynchronous
+    sigmas: Sequence[float] = (0.3, 0.6, 0.9, 1.2),  # Widths of the log-length
+    mean: float = 2000.0,  # Mean length before the cap, tokens
+    gpus: int = 128,  # Devices
+    n: int = 4096,  # Responses per step
+    n_steps: int = 13,  # Simulated steps
+    seeds: Sequence[int] = range(5),  # Seeds
+    async_ratio: float = 2.0,  # Asynchronous ratio
+    **kw,  # Further arguments of `cluster_times`
+) -> np.ndarray:  # (seeds, sigmas) naive over asynchronous
     "Speed-up over the width of the tail at a fixed mean"
-    draw = lambda s, sg: lognormal_lengths(n*(n_steps + math.ceil(async_ratio) + 1), mean, sg, seed=[s, 7])
-    row = lambda s, sg: cluster_times(draw(s, sg), gpus, n, n_steps=n_steps, async_ratio=async_ratio, **kw)
-    return np.array([[(r := row(s, sg))["naive"]/r["ahead"] for sg in sigmas] for s in seeds])
+    draw = lambda s, sg: lognormal_lengths(
+        n * (n_steps + math.ceil(async_ratio) + 1), mean, sg, seed=[s, 7]
+    )
+    row = lambda s, sg: cluster_times(
+        draw(s, sg), gpus, n, n_steps=n_steps, async_ratio=async_ratio, **kw
+    )
+    return np.array([[(r := row(s, sg))["naive"] / r["ahead"] for sg in sigmas] for s in seeds])
 
 # %% ../../nbs/roll_flash/02_sim.ipynb #2222ebb3
 def policy_study(
-    async_ratios:Sequence[float]=(1, 2, 4, 8),             # Ratios
-    policies:Sequence[str]=("wait", "abort", "drop"),      # Policies
-    seeds:Sequence[int]=range(5),                          # Seeds
-    n:int=32,                                              # Responses per step and slots
-    train_time:float=4.5,                                  # Training time of a step
-    steps:int=100,                                         # Steps measured after the pipeline has filled
-)->dict:                                                   # (policy, ratio) -> dict of arrays over seeds: `step`, `bias`, `wasted`
+    async_ratios: Sequence[float] = (1, 2, 4, 8),  # Ratios
+    policies: Sequence[str] = ("wait", "abort", "drop"),  # Policies
+    seeds: Sequence[int] = range(5),  # Seeds
+    n: int = 32,  # Responses per step and slots
+    train_time: float = 4.5,  # Training time of a step
+    steps: int = 100,  # Steps measured after the pipeline has filled
+) -> dict:  # (policy, ratio) -> dict of arrays over seeds: `step`, `bias`, `wasted`
     "Step time, length bias and waste of the three policies on one long-tailed stream (lognormal(1, 1), cap 60)"
+
     def one(how, al, s):
-        skip = math.ceil(5 + 2*al)
-        d = np.random.default_rng([s, 11]).lognormal(1, 1, n*4*(steps + skip)).clip(max=60)
+        skip = math.ceil(5 + 2 * al)
+        d = np.random.default_rng([s, 11]).lognormal(1, 1, n * 4 * (steps + skip)).clip(max=60)
         r = simulate_async(d, n, n, al, train_time, steps + skip, on_stale=how)
-        return steady_time(r, al), np.mean(d[r.trained[skip*n:]])/d.mean() - 1, r.wasted/(n*r.total_time)
-    res = {(how, al): np.array([one(how, al, s) for s in seeds]).T for how in policies for al in async_ratios}
+        return (
+            steady_time(r, al),
+            np.mean(d[r.trained[skip * n :]]) / d.mean() - 1,
+            r.wasted / (n * r.total_time),
+        )
+
+    res = {
+        (how, al): np.array([one(how, al, s) for s in seeds]).T
+        for how in policies
+        for al in async_ratios
+    }
     return {k: dict(zip(("step", "bias", "wasted"), v)) for k, v in res.items()}

@@ -24,155 +24,217 @@ from ..rl.losses import PolicyLossConfig, losses, policy_loss
 from ..rl.types import Batch
 
 # %% ../../nbs/roll_flash/05_stale.ipynb #23c29d1b
-stale_losses = {n: PolicyLossConfig(n) for n in ("reinforce", "ppo", "decoupled_ppo", "tis", "cispo", "topr")} # The losses compared, with their defaults
+stale_losses = {
+    n: PolicyLossConfig(n) for n in ("reinforce", "ppo", "decoupled_ppo", "tis", "cispo", "topr")
+}  # The losses compared, with their defaults
+
 
 def gradient_weight(
-    cfg:PolicyLossConfig, # The loss
-    log_ratio:Tensor,     # (K,) log of policy over behaviour policy
-    advantage:float,      # Advantage of every token; positive goes with a positive reward
-)->Tensor:                # (K,) weight of the policy gradient
+    cfg: PolicyLossConfig,  # The loss
+    log_ratio: Tensor,  # (K,) log of policy over behaviour policy
+    advantage: float,  # Advantage of every token; positive goes with a positive reward
+) -> Tensor:  # (K,) weight of the policy gradient
     "What a loss multiplies the policy gradient of a token with, by its ratio"
-    lp, one = (log_ratio - 5.)[:, None].float().requires_grad_(), torch.ones(len(log_ratio), 1)
-    batch = _rows(one.long(), -5*one, advantage*one, one[:, 0]*(advantage > 0))
-    g, = torch.autograd.grad(losses[cfg.name](cfg, batch, lp, lp.detach()).sum(), lp)
-    return -g.squeeze(1)/advantage
+    lp, one = (log_ratio - 5.0)[:, None].float().requires_grad_(), torch.ones(len(log_ratio), 1)
+    batch = _rows(one.long(), -5 * one, advantage * one, one[:, 0] * (advantage > 0))
+    (g,) = torch.autograd.grad(losses[cfg.name](cfg, batch, lp, lp.detach()).sum(), lp)
+    return -g.squeeze(1) / advantage
 
 # %% ../../nbs/roll_flash/05_stale.ipynb #eb7182a1
 def _rows(tokens, behavior, advantages, rewards):
     "A `Batch` of responses alone: every token is a sampled one"
     n, on = len(tokens), torch.ones_like(tokens, dtype=torch.bool)
     zero = torch.zeros(n, dtype=torch.int64, device=tokens.device)
-    return Batch(tokens, on, on, behavior, advantages, rewards, zero, zero, torch.zeros_like(tokens, dtype=torch.int32))
+    return Batch(
+        tokens,
+        on,
+        on,
+        behavior,
+        advantages,
+        rewards,
+        zero,
+        zero,
+        torch.zeros_like(tokens, dtype=torch.int32),
+    )
 
 # %% ../../nbs/roll_flash/05_stale.ipynb #8730c464
 @dataclass(frozen=True)
 class LagConfig:
     "Task, policy and optimiser of the study"
-    digits:int=4           # Digits to reverse
-    prompts:int=16         # Groups per batch
-    samples:int=8          # Answers per group
-    width:int=32           # Size of the residual stream, d
-    layers:int=2           # Layers
-    heads:int=2            # Attention heads
-    steps:int=250          # Updates
-    lr:float=3e-3          # Learning rate of Adam
-    max_grad_norm:float=math.inf # Clip of the gradient norm of each model
+
+    digits: int = 4  # Digits to reverse
+    prompts: int = 16  # Groups per batch
+    samples: int = 8  # Answers per group
+    width: int = 32  # Size of the residual stream, d
+    layers: int = 2  # Layers
+    heads: int = 2  # Attention heads
+    steps: int = 250  # Updates
+    lr: float = 3e-3  # Learning rate of Adam
+    max_grad_norm: float = math.inf  # Clip of the gradient norm of each model
 
     def __post_init__(self):
         for k in ("digits", "prompts", "samples", "width", "layers", "heads", "steps"):
-            if not isinstance(v := getattr(self, k), int) or v < 1: raise ValueError(f"{k}={v!r} must be a positive integer")
-        if self.width % self.heads: raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
-        if not (self.lr > 0 and self.max_grad_norm > 0): raise ValueError(f"lr={self.lr} and max_grad_norm={self.max_grad_norm} must be positive")
+            if not isinstance(v := getattr(self, k), int) or v < 1:
+                raise ValueError(f"{k}={v!r} must be a positive integer")
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
+        if not (self.lr > 0 and self.max_grad_norm > 0):
+            raise ValueError(
+                f"lr={self.lr} and max_grad_norm={self.max_grad_norm} must be positive"
+            )
 
-_vocab = 11 # ten digits and the sign that ends a prompt
+
+_vocab = 11  # ten digits and the sign that ends a prompt
 
 # %% ../../nbs/roll_flash/05_stale.ipynb #af520257
 def _shapes(cfg):
     "Name -> shape of one model's matrices"
     d = cfg.width
-    layer = lambda i: {f"qkv{i}": (d, 3*d), f"out{i}": (d, d), f"up{i}": (d, 4*d), f"down{i}": (4*d, d)}
-    return dict(embed=(_vocab, d), place=(2*cfg.digits, d)) | {k: v for i in range(cfg.layers) for k, v in layer(i).items()} | dict(head=(d, _vocab))
+    layer = lambda i: {
+        f"qkv{i}": (d, 3 * d),
+        f"out{i}": (d, d),
+        f"up{i}": (d, 4 * d),
+        f"down{i}": (4 * d, d),
+    }
+    return (
+        dict(embed=(_vocab, d), place=(2 * cfg.digits, d))
+        | {k: v for i in range(cfg.layers) for k, v in layer(i).items()}
+        | dict(head=(d, _vocab))
+    )
 
 # %% ../../nbs/roll_flash/05_stale.ipynb #2358fd0b
 def init_policies(
-    seeds:Sequence[int], # One model for each
-    cfg:LagConfig,       # Sizes
-)->Tensor:               # (M,P) one row of parameters per model
+    seeds: Sequence[int],  # One model for each
+    cfg: LagConfig,  # Sizes
+) -> Tensor:  # (M,P) one row of parameters per model
     "Random policies; a seed gives the same weights in any company"
-    size = lambda n: 1. if n in ("embed", "place") else .3*cfg.width**-.5 if n == "head" else cfg.width**-.5*(.5 if n.startswith("down") else 1)
-    one = lambda g: torch.cat([size(n)*torch.randn(a*b, generator=g) for n, (a, b) in _shapes(cfg).items()])
+    size = lambda n: (
+        1.0
+        if n in ("embed", "place")
+        else 0.3 * cfg.width**-0.5
+        if n == "head"
+        else cfg.width**-0.5 * (0.5 if n.startswith("down") else 1)
+    )
+    one = lambda g: torch.cat(
+        [size(n) * torch.randn(a * b, generator=g) for n, (a, b) in _shapes(cfg).items()]
+    )
     return torch.stack([one(rng(s, "stale", "init")) for s in seeds])
+
 
 def _unpack(flat, cfg):
     "Matrices (M,a,b) as views of the rows"
     shapes = _shapes(cfg)
-    return {n: p.view(-1, *s) for (n, s), p in zip(shapes.items(), flat.split([a*b for a, b in shapes.values()], 1))}
+    return {
+        n: p.view(-1, *s)
+        for (n, s), p in zip(shapes.items(), flat.split([a * b for a, b in shapes.values()], 1))
+    }
 
 # %% ../../nbs/roll_flash/05_stale.ipynb #95b292df
-def _norm(x): return x*torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+def _norm(x):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
 
 def _forward(w, ids, cfg, past=None, start=0):
     "Logits (M,N,T,V) of M models, and keys and values for the next call"
     M, N, T = ids.shape
     d, H, seen = cfg.width, cfg.heads, []
-    one_hot = F.one_hot(ids, _vocab).to(w["embed"].dtype).view(M, N*T, _vocab)
-    x = ((one_hot @ w["embed"]).view(M, N, T, d) + w["place"][:, None, start:start+T]).view(M, N*T, d)
+    one_hot = F.one_hot(ids, _vocab).to(w["embed"].dtype).view(M, N * T, _vocab)
+    x = ((one_hot @ w["embed"]).view(M, N, T, d) + w["place"][:, None, start : start + T]).view(
+        M, N * T, d
+    )
     for i in range(cfg.layers):
-        q, k, v = (_norm(x) @ w[f"qkv{i}"]).view(M*N, T, 3, H, d//H).permute(2, 0, 3, 1, 4)
-        if past is not None: k, v = (torch.cat([old, new], 2) for old, new in zip(past[i], (k, v)))
+        q, k, v = (_norm(x) @ w[f"qkv{i}"]).view(M * N, T, 3, H, d // H).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            k, v = (torch.cat([old, new], 2) for old, new in zip(past[i], (k, v)))
         seen.append((k, v))
         att = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
-        x = x + att.transpose(1, 2).reshape(M, N*T, d) @ w[f"out{i}"]
+        x = x + att.transpose(1, 2).reshape(M, N * T, d) @ w[f"out{i}"]
         x = x + F.gelu(_norm(x) @ w[f"up{i}"], approximate="tanh") @ w[f"down{i}"]
     return (_norm(x) @ w["head"]).view(M, N, T, _vocab), seen
 
 # %% ../../nbs/roll_flash/05_stale.ipynb #0f0f2a4a
-def _ask(prompts): return torch.cat([prompts, torch.full_like(prompts[..., :1], _vocab - 1)], -1)
+def _ask(prompts):
+    return torch.cat([prompts, torch.full_like(prompts[..., :1], _vocab - 1)], -1)
+
 
 @torch.no_grad()
 def sample_answers(
-    flat:Tensor,    # (M,P) policies
-    prompts:Tensor, # (M,N,D) digits
-    u:Tensor,       # (M,N,D) uniform numbers
-    cfg:LagConfig,  # Sizes
-)->tuple[Tensor,Tensor]: # (M,N,D) tokens and the log-probabilities they were drawn with
+    flat: Tensor,  # (M,P) policies
+    prompts: Tensor,  # (M,N,D) digits
+    u: Tensor,  # (M,N,D) uniform numbers
+    cfg: LagConfig,  # Sizes
+) -> tuple[Tensor, Tensor]:  # (M,N,D) tokens and the log-probabilities they were drawn with
     "Answers of every model to its prompts"
     w, ids, past, start, out = _unpack(flat, cfg), _ask(prompts), None, 0, []
     for t in range(cfg.digits):
         logits, past = _forward(w, ids, cfg, past, start)
         start += ids.shape[-1]
         lp = logits[:, :, -1].log_softmax(-1)
-        ids = (lp.exp().cumsum(-1) < u[..., t:t+1]).sum(-1, keepdim=True).clamp(max=_vocab - 1)
+        ids = (lp.exp().cumsum(-1) < u[..., t : t + 1]).sum(-1, keepdim=True).clamp(max=_vocab - 1)
         out.append((ids, lp.gather(-1, ids)))
     return tuple(torch.cat(x, -1) for x in zip(*out))
 
 # %% ../../nbs/roll_flash/05_stale.ipynb #1de7100f
 def answer_logprobs(
-    flat:Tensor,     # (M,P) policies
-    prompts:Tensor,  # (M,N,D) digits
-    answers:Tensor,  # (M,N,D) tokens
-    cfg:LagConfig,   # Sizes
-)->Tensor:           # (M,N,D) log-probability of each token, with gradient
+    flat: Tensor,  # (M,P) policies
+    prompts: Tensor,  # (M,N,D) digits
+    answers: Tensor,  # (M,N,D) tokens
+    cfg: LagConfig,  # Sizes
+) -> Tensor:  # (M,N,D) log-probability of each token, with gradient
     "Log-probabilities of answers"
     ids = torch.cat([_ask(prompts), answers[..., :-1]], -1)
-    return _forward(_unpack(flat, cfg), ids, cfg)[0][:, :, cfg.digits:].log_softmax(-1).gather(-1, answers[..., None]).squeeze(-1)
+    return (
+        _forward(_unpack(flat, cfg), ids, cfg)[0][:, :, cfg.digits :]
+        .log_softmax(-1)
+        .gather(-1, answers[..., None])
+        .squeeze(-1)
+    )
 
 # %% ../../nbs/roll_flash/05_stale.ipynb #85aa647d
 @dataclass(frozen=True)
 class Arm:
     "One way to train: a loss and the age of its samples"
-    loss:str   # Key of `stale_losses`
-    lag:int=0  # Versions between sampling and training
+
+    loss: str  # Key of `stale_losses`
+    lag: int = 0  # Versions between sampling and training
 
     def __post_init__(self):
-        if self.loss not in stale_losses: raise ValueError(f"loss={self.loss!r} is not one of {', '.join(stale_losses)}")
-        if not isinstance(self.lag, int) or self.lag < 0: raise ValueError(f"lag={self.lag!r} must be an integer of at least 0")
+        if self.loss not in stale_losses:
+            raise ValueError(f"loss={self.loss!r} is not one of {', '.join(stale_losses)}")
+        if not isinstance(self.lag, int) or self.lag < 0:
+            raise ValueError(f"lag={self.lag!r} must be an integer of at least 0")
 
 # %% ../../nbs/roll_flash/05_stale.ipynb #cadc12e0
 @dataclass(frozen=True)
 class LagRun:
     "Curves of a study, one for each arm and seed"
-    arms:list        # A arms
-    seeds:list       # S seeds
-    reward:np.ndarray # (A,S,T) mean reward of fresh answers: share of digits in the right place
-    ess:np.ndarray    # (A,S,T) effective sample size of the training batch, as a share
-    kl:np.ndarray     # (A,S,T) divergence of the policy from the one that sampled, nats per token
 
-    def of(self,
-        loss:str,            # Key of `stale_losses`
-        lag:int,             # Its lag
-        what:str="reward",   # "reward", "ess" or "kl"
-    )->np.ndarray:           # (S,T) one curve per seed
+    arms: list  # A arms
+    seeds: list  # S seeds
+    reward: np.ndarray  # (A,S,T) mean reward of fresh answers: share of digits in the right place
+    ess: np.ndarray  # (A,S,T) effective sample size of the training batch, as a share
+    kl: np.ndarray  # (A,S,T) divergence of the policy from the one that sampled, nats per token
+
+    def of(
+        self,
+        loss: str,  # Key of `stale_losses`
+        lag: int,  # Its lag
+        what: str = "reward",  # "reward", "ess" or "kl"
+    ) -> np.ndarray:  # (S,T) one curve per seed
         "Curves of one arm"
         return getattr(self, what)[self.arms.index(Arm(loss, lag))]
 
 # %% ../../nbs/roll_flash/05_stale.ipynb #f74885fa
 def _draw(flat, seeds, n_arms, j, cfg):
     "Batch number `j` of every model: prompts, answers, their log-probabilities, rewards"
-    n, p, u = cfg.prompts*cfg.samples, [], []
+    n, p, u = cfg.prompts * cfg.samples, [], []
     for s in seeds:
         g = rng(s, "stale", "batch", j)
-        p.append(torch.randint(0, 10, (cfg.prompts, cfg.digits), generator=g).repeat_interleave(cfg.samples, 0))
+        p.append(
+            torch.randint(0, 10, (cfg.prompts, cfg.digits), generator=g).repeat_interleave(
+                cfg.samples, 0
+            )
+        )
         u.append(torch.rand(n, cfg.digits, generator=g))
     p, u = (torch.stack(x).repeat(n_arms, 1, 1).to(flat.device) for x in (p, u))
     answers, lp = sample_answers(flat, p, u, cfg)
@@ -182,70 +244,104 @@ def _draw(flat, seeds, n_arms, j, cfg):
 def _adam(flat, grad, state, step, cfg):
     "One step of Adam on every row, with the gradient norm clipped per row"
     m, v = state
-    grad = grad*(cfg.max_grad_norm/grad.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
-    m.lerp_(grad, .1); v.lerp_(grad.square(), .001)
-    flat.data.sub_(cfg.lr*(m/(1 - .9**(step+1)))/((v/(1 - .999**(step+1))).sqrt() + 1e-8))
+    grad = grad * (cfg.max_grad_norm / grad.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+    m.lerp_(grad, 0.1)
+    v.lerp_(grad.square(), 0.001)
+    flat.data.sub_(
+        cfg.lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+    )
 
 # %% ../../nbs/roll_flash/05_stale.ipynb #86f1a327
 def forced_lag_run(
-    arms:Sequence[Arm],         # Losses and lags
-    seeds:Sequence[int],        # Seeds; arms are paired by seed
-    cfg:LagConfig=LagConfig(),  # Task, policy, optimiser
-    device="cpu",               # Where to compute
-)->LagRun:                      # Reward, effective sample size and divergence at every step
+    arms: Sequence[Arm],  # Losses and lags
+    seeds: Sequence[int],  # Seeds; arms are paired by seed
+    cfg: LagConfig = LagConfig(),  # Task, policy, optimiser
+    device="cpu",  # Where to compute
+) -> LagRun:  # Reward, effective sample size and divergence at every step
     "Train every arm with every seed on samples of exactly its lag"
     arms, seeds = list(arms), list(seeds)
-    if not arms or not seeds: raise ValueError("arms and seeds need at least one entry each")
-    A, K, n = len(arms), len(seeds), cfg.prompts*cfg.samples
-    flat = init_policies(seeds, cfg).repeat(A, 1).to(device).requires_grad_()   # model a*K + k is arm a, seed k
+    if not arms or not seeds:
+        raise ValueError("arms and seeds need at least one entry each")
+    A, K, n = len(arms), len(seeds), cfg.prompts * cfg.samples
+    flat = (
+        init_policies(seeds, cfg).repeat(A, 1).to(device).requires_grad_()
+    )  # model a*K + k is arm a, seed k
     state, depth = (torch.zeros_like(flat), torch.zeros_like(flat)), max(a.lag for a in arms)
-    groups = torch.arange(A*K*cfg.prompts, device=device).repeat_interleave(cfg.samples)
+    groups = torch.arange(A * K * cfg.prompts, device=device).repeat_interleave(cfg.samples)
     queue = {j: _draw(flat.detach(), seeds, A, j, cfg) for j in range(-depth, 0)}
     out = {k: np.zeros((A, K, cfg.steps), np.float32) for k in ("reward", "ess", "kl")}
     for s in range(cfg.steps):
-        queue[s] = _draw(flat.detach(), seeds, A, s, cfg); queue.pop(s - depth - 1, None)
-        p, answers, behavior, R = (torch.cat([queue[s - a.lag][i][j*K:(j+1)*K] for j, a in enumerate(arms)]) for i in range(4))
-        adv = group_advantages(R.flatten(), groups).view(A*K, n, 1).expand_as(behavior)
-        lp, total = answer_logprobs(flat, p, answers, cfg), 0.
-        for m in range(A*K):
+        queue[s] = _draw(flat.detach(), seeds, A, s, cfg)
+        queue.pop(s - depth - 1, None)
+        p, answers, behavior, R = (
+            torch.cat([queue[s - a.lag][i][j * K : (j + 1) * K] for j, a in enumerate(arms)])
+            for i in range(4)
+        )
+        adv = group_advantages(R.flatten(), groups).view(A * K, n, 1).expand_as(behavior)
+        lp, total = answer_logprobs(flat, p, answers, cfg), 0.0
+        for m in range(A * K):
             b = _rows(answers[m], behavior[m], adv[m], R[m])
-            loss, watch = policy_loss(stale_losses[arms[m//K].loss], b, lp[m], proximal_logprobs=lp[m].detach())
+            loss, watch = policy_loss(
+                stale_losses[arms[m // K].loss], b, lp[m], proximal_logprobs=lp[m].detach()
+            )
             total = total + loss
-            out["ess"][m//K, m%K, s], out["kl"][m//K, m%K, s] = watch["ess"], watch["kl/behavior"]
+            out["ess"][m // K, m % K, s], out["kl"][m // K, m % K, s] = (
+                watch["ess"],
+                watch["kl/behavior"],
+            )
         out["reward"][:, :, s] = queue[s][3].mean(-1).view(A, K).cpu().numpy()
         _adam(flat, torch.autograd.grad(total, flat)[0], state, s, cfg)
     return LagRun(arms, seeds, **out)
 
 # %% ../../nbs/roll_flash/05_stale.ipynb #6cbe50a9
 def lag_study(
-    arms:Sequence[Arm],         # Losses and lags
-    seeds:Sequence[int],        # Seeds
-    cfg:LagConfig=LagConfig(),  # Task, policy, optimiser
-    device="cpu",               # Where to compute
-)->LagRun:                      # All arms and seeds
+    arms: Sequence[Arm],  # Losses and lags
+    seeds: Sequence[int],  # Seeds
+    cfg: LagConfig = LagConfig(),  # Task, policy, optimiser
+    device="cpu",  # Where to compute
+) -> LagRun:  # All arms and seeds
     "`forced_lag_run` with one cached part for each seed"
     arms, parts = list(arms), []
     for s in seeds:
+
         def build(folder, s=s):
             run = forced_lag_run(arms, [s], cfg, device)
-            np.savez(Path(folder)/"curves.npz", reward=run.reward, ess=run.ess, kl=run.kl)
-        recipe = dict(arms=[asdict(a) for a in arms], seed=int(s), config={k: str(v) for k, v in asdict(cfg).items()}, device=str(device))
-        with np.load(artifact("forced_lag", recipe, build, code=[forced_lag_run, _draw, _adam, _forward, init_policies])/"curves.npz") as z:
+            np.savez(Path(folder) / "curves.npz", reward=run.reward, ess=run.ess, kl=run.kl)
+
+        recipe = dict(
+            arms=[asdict(a) for a in arms],
+            seed=int(s),
+            config={k: str(v) for k, v in asdict(cfg).items()},
+            device=str(device),
+        )
+        with np.load(
+            artifact(
+                "forced_lag",
+                recipe,
+                build,
+                code=[forced_lag_run, _draw, _adam, _forward, init_policies],
+            )
+            / "curves.npz"
+        ) as z:
             parts.append({k: z[k] for k in z.files})
-    return LagRun(arms, list(seeds), **{k: np.concatenate([p[k] for p in parts], 1) for k in parts[0]})
+    return LagRun(
+        arms, list(seeds), **{k: np.concatenate([p[k] for p in parts], 1) for k in parts[0]}
+    )
 
 # %% ../../nbs/roll_flash/05_stale.ipynb #21c9a76a
 def time_to_quality(
-    reward,                  # (T,) reward at every step
-    step_time:float,         # Time of a step, any unit
-    targets:Sequence[float], # Levels of reward
-    smooth:int=10,           # Steps of the running mean that must reach the level
-)->list:                     # Time at which each level is first reached; None if it never is
+    reward,  # (T,) reward at every step
+    step_time: float,  # Time of a step, any unit
+    targets: Sequence[float],  # Levels of reward
+    smooth: int = 10,  # Steps of the running mean that must reach the level
+) -> list:  # Time at which each level is first reached; None if it never is
     "When a run reaches each level"
     y = np.asarray(reward, float)
-    if y.ndim != 1 or not len(y): raise ValueError(f"reward has shape {y.shape}; it needs one value for each step")
-    if not step_time > 0: raise ValueError(f"step_time={step_time} must be positive")
+    if y.ndim != 1 or not len(y):
+        raise ValueError(f"reward has shape {y.shape}; it needs one value for each step")
+    if not step_time > 0:
+        raise ValueError(f"step_time={step_time} must be positive")
     k = min(max(1, smooth), len(y))
-    mean = np.convolve(y, np.ones(k)/k, "valid")
+    mean = np.convolve(y, np.ones(k) / k, "valid")
     first = [np.flatnonzero(mean >= t) for t in targets]
-    return [float((i[0] + k)*step_time) if len(i) else None for i in first]
+    return [float((i[0] + k) * step_time) if len(i) else None for i in first]

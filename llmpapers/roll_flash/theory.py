@@ -22,28 +22,40 @@ _all_ = ["simulate_async", "SimResult"]
 # %% ../../nbs/roll_flash/01_theory.ipynb #1f2cecea
 class Schedule(NamedTuple):
     "When and where each response ran"
-    start:np.ndarray   # (Q,) start times
-    end:np.ndarray     # (Q,) end times
-    worker:np.ndarray  # (Q,) worker of each response
-    makespan:float     # End of the last
+
+    start: np.ndarray  # (Q,) start times
+    end: np.ndarray  # (Q,) end times
+    worker: np.ndarray  # (Q,) worker of each response
+    makespan: float  # End of the last
+
 
 def _durations(durations):
-    d = np.fromiter(durations, float) if not isinstance(durations, np.ndarray) else durations.astype(float)
-    if d.ndim != 1 or not len(d): raise ValueError("durations is empty or not one-dimensional")
-    if not (np.isfinite(d).all() and (d >= 0).all()): raise ValueError("durations must be finite and at least 0")
+    d = (
+        np.fromiter(durations, float)
+        if not isinstance(durations, np.ndarray)
+        else durations.astype(float)
+    )
+    if d.ndim != 1 or not len(d):
+        raise ValueError("durations is empty or not one-dimensional")
+    if not (np.isfinite(d).all() and (d >= 0).all()):
+        raise ValueError("durations must be finite and at least 0")
     return d
 
+
 def _workers(name, k):
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1: raise ValueError(f"{name}={k!r} must be a positive integer")
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise ValueError(f"{name}={k!r} must be a positive integer")
 
 # %% ../../nbs/roll_flash/01_theory.ipynb #787c4289
 def list_schedule(
-    durations:Iterable[float],  # (Q,) generation times, in queue order
-    n_workers:int,              # Workers, K
-)->Schedule:                    # The greedy schedule
+    durations: Iterable[float],  # (Q,) generation times, in queue order
+    n_workers: int,  # Workers, K
+) -> Schedule:  # The greedy schedule
     "Queue scheduling: the worker that is free first takes the next response"
-    d = _durations(durations); _workers("n_workers", n_workers)
-    free = [(0., w) for w in range(n_workers)]; heapify(free)
+    d = _durations(durations)
+    _workers("n_workers", n_workers)
+    free = [(0.0, w) for w in range(n_workers)]
+    heapify(free)
     start, worker = np.zeros(len(d)), np.zeros(len(d), int)
     for i, t in enumerate(d):
         start[i], worker[i] = free[0]
@@ -52,115 +64,146 @@ def list_schedule(
 
 # %% ../../nbs/roll_flash/01_theory.ipynb #890235d6
 def static_schedule(
-    durations:Iterable[float],  # (Q,) generation times
-    n_workers:int,              # Workers, K
-)->Schedule:                    # The fixed schedule
+    durations: Iterable[float],  # (Q,) generation times
+    n_workers: int,  # Workers, K
+) -> Schedule:  # The fixed schedule
     "Batch rollout: response i belongs to worker i mod K from the start"
-    d = _durations(durations); _workers("n_workers", n_workers)
-    rows = math.ceil(len(d)/n_workers)
-    end = np.pad(d, (0, rows*n_workers - len(d))).reshape(rows, n_workers).cumsum(0).ravel()[:len(d)]
+    d = _durations(durations)
+    _workers("n_workers", n_workers)
+    rows = math.ceil(len(d) / n_workers)
+    end = (
+        np.pad(d, (0, rows * n_workers - len(d)))
+        .reshape(rows, n_workers)
+        .cumsum(0)
+        .ravel()[: len(d)]
+    )
     return Schedule(end - d, end, np.arange(len(d)) % n_workers, float(end.max()))
 
 # %% ../../nbs/roll_flash/01_theory.ipynb #89b74cfc
 def _numbers(**kw):
     for n, (x, low) in kw.items():
-        if not (low <= x < math.inf): raise ValueError(f"{n}={x} must be finite and at least {low}")
+        if not (low <= x < math.inf):
+            raise ValueError(f"{n}={x} must be finite and at least {low}")
+
 
 def graham_bound(
-    durations:Iterable[float],  # (Q,) generation times
-    k:int,                      # Workers
-)->float:                       # Time
+    durations: Iterable[float],  # (Q,) generation times
+    k: int,  # Workers
+) -> float:  # Time
     "Graham's bound on the makespan of any greedy schedule"
-    d = _durations(durations); _workers("k", k)
-    return float(d.sum()/k + (1 - 1/k)*d.max())
+    d = _durations(durations)
+    _workers("k", k)
+    return float(d.sum() / k + (1 - 1 / k) * d.max())
+
 
 def queue_bound(
-    q:float,      # Responses in the queue
-    k:int,        # Workers
-    mu:float,     # Mean generation time
-    l_max:float,  # Longest generation time
-)->float:         # Total time
+    q: float,  # Responses in the queue
+    k: int,  # Workers
+    mu: float,  # Mean generation time
+    l_max: float,  # Longest generation time
+) -> float:  # Total time
     "Proposition 1: a bound on the time to generate a queue"
-    _workers("k", k); _numbers(q=(q, 1), mu=(mu, 0), l_max=(l_max, 0))
-    return q/k*mu + l_max
+    _workers("k", k)
+    _numbers(q=(q, 1), mu=(mu, 0), l_max=(l_max, 0))
+    return q / k * mu + l_max
 
 # %% ../../nbs/roll_flash/01_theory.ipynb #ac2c761b
-def _setting(n, k, mu_gen, l_gen, mu_train, epochs, async_ratio=0.):
-    _workers("k", k); _numbers(n=(n, 1), mu_gen=(mu_gen, 0), l_gen=(l_gen, 0), mu_train=(mu_train, 0), epochs=(epochs, 1), async_ratio=(async_ratio, 0))
+def _setting(n, k, mu_gen, l_gen, mu_train, epochs, async_ratio=0.0):
+    _workers("k", k)
+    _numbers(
+        n=(n, 1),
+        mu_gen=(mu_gen, 0),
+        l_gen=(l_gen, 0),
+        mu_train=(mu_train, 0),
+        epochs=(epochs, 1),
+        async_ratio=(async_ratio, 0),
+    )
+
 
 def sync_step_bound(
-    n:float,         # Responses per step, N
-    k:int,           # Workers, K
-    mu_gen:float,    # Mean generation time of a response
-    l_gen:float,     # Longest generation time
-    mu_train:float,  # Training time of a response on one worker
-    epochs:int=1,    # Passes over a batch, E
-)->float:            # Time per step
+    n: float,  # Responses per step, N
+    k: int,  # Workers, K
+    mu_gen: float,  # Mean generation time of a response
+    l_gen: float,  # Longest generation time
+    mu_train: float,  # Training time of a response on one worker
+    epochs: int = 1,  # Passes over a batch, E
+) -> float:  # Time per step
     "Proposition 2, synchronous: all workers generate, then all train"
     _setting(n, k, mu_gen, l_gen, mu_train, epochs)
-    return n/k*(mu_gen + epochs*mu_train) + l_gen
+    return n / k * (mu_gen + epochs * mu_train) + l_gen
 
 # %% ../../nbs/roll_flash/01_theory.ipynb #b17bc11a
 def async_step_bound(
-    n:float,              # Responses per step, N
-    k:int,                # Workers, K
-    mu_gen:float,         # Mean generation time of a response
-    l_gen:float,          # Longest generation time
-    mu_train:float,       # Training time of a response on one worker
-    epochs:int=1,         # Passes over a batch, E
-    async_ratio:float=1., # Asynchronous ratio, alpha
-    beta:float=None,      # Share of the workers that train; None: the closed form at its optimum
-)->float:                 # Time per step
+    n: float,  # Responses per step, N
+    k: int,  # Workers, K
+    mu_gen: float,  # Mean generation time of a response
+    l_gen: float,  # Longest generation time
+    mu_train: float,  # Training time of a response on one worker
+    epochs: int = 1,  # Passes over a batch, E
+    async_ratio: float = 1.0,  # Asynchronous ratio, alpha
+    beta: float = None,  # Share of the workers that train; None: the closed form at its optimum
+) -> float:  # Time per step
     "Proposition 2, asynchronous"
     _setting(n, k, mu_gen, l_gen, mu_train, epochs, async_ratio)
-    tail = l_gen/(1 + async_ratio)
-    if beta is None: return n/k*(mu_gen + epochs*mu_train) + tail
-    if not 0 < beta < 1: raise ValueError(f"beta={beta} must lie between 0 and 1")
-    return max(n*mu_gen/((1 - beta)*k) + tail, epochs*n*mu_train/(beta*k))
+    tail = l_gen / (1 + async_ratio)
+    if beta is None:
+        return n / k * (mu_gen + epochs * mu_train) + tail
+    if not 0 < beta < 1:
+        raise ValueError(f"beta={beta} must lie between 0 and 1")
+    return max(n * mu_gen / ((1 - beta) * k) + tail, epochs * n * mu_train / (beta * k))
 
 # %% ../../nbs/roll_flash/01_theory.ipynb #2c37c274
 def optimal_beta(
-    n:float,              # Responses per step, N
-    k:int,                # Workers, K
-    mu_gen:float,         # Mean generation time of a response
-    l_gen:float,          # Longest generation time
-    mu_train:float,       # Training time of a response on one worker
-    epochs:int=1,         # Passes over a batch, E
-    async_ratio:float=1., # Asynchronous ratio, alpha
-    exact:bool=False,     # Balance the bound itself instead of the paper's looser form
-)->float:                 # Share of the workers that should train
+    n: float,  # Responses per step, N
+    k: int,  # Workers, K
+    mu_gen: float,  # Mean generation time of a response
+    l_gen: float,  # Longest generation time
+    mu_train: float,  # Training time of a response on one worker
+    epochs: int = 1,  # Passes over a batch, E
+    async_ratio: float = 1.0,  # Asynchronous ratio, alpha
+    exact: bool = False,  # Balance the bound itself instead of the paper's looser form
+) -> float:  # Share of the workers that should train
     "The split that minimises the asynchronous bound"
     _setting(n, k, mu_gen, l_gen, mu_train, epochs, async_ratio)
-    if mu_gen == 0 or mu_train == 0: raise ValueError("mu_gen and mu_train must be positive for a split to exist")
-    A, C, D = n*mu_gen/k, l_gen/(1 + async_ratio), epochs*n*mu_train/k
+    if mu_gen == 0 or mu_train == 0:
+        raise ValueError("mu_gen and mu_train must be positive for a split to exist")
+    A, C, D = n * mu_gen / k, l_gen / (1 + async_ratio), epochs * n * mu_train / k
     S = A + C + D
-    return 2*D/(S + math.sqrt((A - D)**2 + C*C + 2*C*(A - D) + 4*A*D)) if exact else D/S
+    return (
+        2 * D / (S + math.sqrt((A - D) ** 2 + C * C + 2 * C * (A - D) + 4 * A * D))
+        if exact
+        else D / S
+    )
 
 # %% ../../nbs/roll_flash/01_theory.ipynb #a24f0041
 def max_speedup(
-    n:float,         # Responses per step, N
-    k:int,           # Workers, K
-    mu_gen:float,    # Mean generation time of a response
-    l_gen:float,     # Longest generation time
-    mu_train:float,  # Training time of a response on one worker
-    epochs:int=1,    # Passes over a batch, E
-)->float:            # Ratio of the two bounds as the asynchronous ratio grows
+    n: float,  # Responses per step, N
+    k: int,  # Workers, K
+    mu_gen: float,  # Mean generation time of a response
+    l_gen: float,  # Longest generation time
+    mu_train: float,  # Training time of a response on one worker
+    epochs: int = 1,  # Passes over a batch, E
+) -> float:  # Ratio of the two bounds as the asynchronous ratio grows
     "The most that asynchrony can give, by the two bounds"
     _setting(n, k, mu_gen, l_gen, mu_train, epochs)
-    return 1 + k*l_gen/(n*(mu_gen + epochs*mu_train))
+    return 1 + k * l_gen / (n * (mu_gen + epochs * mu_train))
 
 # %% ../../nbs/roll_flash/01_theory.ipynb #1ff6522c
 def best_split(
-    n:float,              # Responses per step, N
-    k:int,                # Workers, K, at least 2
-    mu_gen:float,         # Mean generation time of a response
-    l_gen:float,          # Longest generation time
-    mu_train:float,       # Training time of a response on one worker
-    epochs:int=1,         # Passes over a batch, E
-    async_ratio:float=1., # Asynchronous ratio, alpha
-)->int:                   # Workers that train
+    n: float,  # Responses per step, N
+    k: int,  # Workers, K, at least 2
+    mu_gen: float,  # Mean generation time of a response
+    l_gen: float,  # Longest generation time
+    mu_train: float,  # Training time of a response on one worker
+    epochs: int = 1,  # Passes over a batch, E
+    async_ratio: float = 1.0,  # Asynchronous ratio, alpha
+) -> int:  # Workers that train
     "The whole number of training workers with the smallest bound"
-    if k < 2: raise ValueError(f"k={k} must be at least 2 to be split")
+    if k < 2:
+        raise ValueError(f"k={k} must be at least 2 to be split")
     args = (n, k, mu_gen, l_gen, mu_train, epochs, async_ratio)
-    b = optimal_beta(*args, exact=True)*k
-    return min({min(k - 1, max(1, f(b))) for f in (math.floor, math.ceil)}, key=lambda m: (async_step_bound(*args, beta=m/k), m))
+    b = optimal_beta(*args, exact=True) * k
+    return min(
+        {min(k - 1, max(1, f(b))) for f in (math.floor, math.ceil)},
+        key=lambda m: (async_step_bound(*args, beta=m / k), m),
+    )

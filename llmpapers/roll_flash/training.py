@@ -26,71 +26,112 @@ from ..rl.trainer import PolicyTrainer
 from ..rl.types import Group, Sample, SamplingConfig
 
 # %% ../../nbs/roll_flash/06_training.ipynb #8a65ba99
-engines = ("hf", "vllm") # What writes the responses
+engines = ("hf", "vllm")  # What writes the responses
+
 
 @dataclass(frozen=True)
 class AsyncConfig:
     "An asynchronous run"
-    batch_size:int=8          # Groups per batch, B
-    group_size:int=8          # Samples per group, n
-    async_ratio:float=1.      # How many batches generation may run ahead, alpha
-    max_new_tokens:int=64     # Longest response
-    temperature:float=1.      # Of sampling and training
-    loss:str="ppo"            # A registered loss
-    lr:float=1e-3             # Learning rate of AdamW
-    engine:str="hf"           # One of `engines`
-    actors:int=0              # Ray actors; 0 is one engine in this process
-    slots:int=64              # Requests at once in one engine
-    use_cache:bool=True       # Keep keys and values in the "hf" engine
-    max_tokens_per_micro:int=8192 # Rows times width of one forward pass of the trainer
-    sync_mode:str="keep"      # Responses in work at an update: "keep", "abort" or "wait"
-    dtype:str="float32"       # Of the engine
-    gpus_per_actor:float=0.   # GPUs that Ray gives to one actor
-    save_every:int=10         # Batches between two checkpoints
-    seed:int=0                # Of sampling
+
+    batch_size: int = 8  # Groups per batch, B
+    group_size: int = 8  # Samples per group, n
+    async_ratio: float = 1.0  # How many batches generation may run ahead, alpha
+    max_new_tokens: int = 64  # Longest response
+    temperature: float = 1.0  # Of sampling and training
+    loss: str = "ppo"  # A registered loss
+    lr: float = 1e-3  # Learning rate of AdamW
+    engine: str = "hf"  # One of `engines`
+    actors: int = 0  # Ray actors; 0 is one engine in this process
+    slots: int = 64  # Requests at once in one engine
+    use_cache: bool = True  # Keep keys and values in the "hf" engine
+    max_tokens_per_micro: int = 8192  # Rows times width of one forward pass of the trainer
+    sync_mode: str = "keep"  # Responses in work at an update: "keep", "abort" or "wait"
+    dtype: str = "float32"  # Of the engine
+    gpus_per_actor: float = 0.0  # GPUs that Ray gives to one actor
+    save_every: int = 10  # Batches between two checkpoints
+    seed: int = 0  # Of sampling
 
     def __post_init__(self):
-        if self.engine not in engines: raise ValueError(f"engine={self.engine!r} must be one of {', '.join(engines)}")
-        if self.actors < 0: raise ValueError(f"actors={self.actors} must be at least 0")
+        if self.engine not in engines:
+            raise ValueError(f"engine={self.engine!r} must be one of {', '.join(engines)}")
+        if self.actors < 0:
+            raise ValueError(f"actors={self.actors} must be at least 0")
 
 # %% ../../nbs/roll_flash/06_training.ipynb #2f60505f
 def engine_factory(
-    folder:"str|Path", # Model in the format of the hub
-    cfg:AsyncConfig,   # Engine and its size
-)->Callable:           # Function without arguments that builds the engine
+    folder: "str|Path",  # Model in the format of the hub
+    cfg: AsyncConfig,  # Engine and its size
+) -> Callable:  # Function without arguments that builds the engine
     "How an actor makes its engine"
+
     def hf():
         from llmpapers.core.lm import load_lm
+
         lm = load_lm(folder, dtype=getattr(torch, cfg.dtype))
         return HFEngine(lm.model, lm.tokenizer.pad_token_id, cfg.slots, cfg.use_cache)
+
     def vllm():
         from llmpapers.rl.vllm import VLLMEngine
+
         return VLLMEngine(folder, max_active=cfg.slots, dtype=cfg.dtype)
+
     return vllm if cfg.engine == "vllm" else hf
 
 # %% ../../nbs/roll_flash/06_training.ipynb #f5e77590
 def train_async(
-    lm:LM,                            # Policy and tokenizer; the policy is trained in place
-    source,                           # Prompts: a sequence, or a function of the index
-    reward:Callable,                  # `(prompt, response, info) -> float`, or a coroutine
-    n_steps:int,                      # Batches
-    cfg:AsyncConfig=AsyncConfig(),    # Everything else
-    folder:"str|Path|None"=None,      # Where model and checkpoints are kept; None: nothing is kept
-    metrics:Callable|None=None,       # Called with one dictionary a batch
-)->AsyncController:                   # The controller, with `rows`, `trained`, `timeline`
+    lm: LM,  # Policy and tokenizer; the policy is trained in place
+    source,  # Prompts: a sequence, or a function of the index
+    reward: Callable,  # `(prompt, response, info) -> float`, or a coroutine
+    n_steps: int,  # Batches
+    cfg: AsyncConfig = AsyncConfig(),  # Everything else
+    folder: "str|Path|None" = None,  # Where model and checkpoints are kept; None: nothing is kept
+    metrics: Callable | None = None,  # Called with one dictionary a batch
+) -> AsyncController:  # The controller, with `rows`, `trained`, `timeline`
     "Train a policy asynchronously; a run with a folder resumes"
     stop = tuple(t for t in [lm.tokenizer.eos_token_id] if t is not None)
-    rollout = SingleTurn(lm.tokenizer, reward, SamplingConfig(cfg.max_new_tokens, cfg.temperature, stop, cfg.seed))
-    trainer = PolicyTrainer(lm.model, torch.optim.AdamW(lm.model.parameters(), lr=cfg.lr, fused=True), PolicyLossConfig(cfg.loss),
-                            temperature=cfg.temperature, max_tokens_per_micro=cfg.max_tokens_per_micro)
-    if (cfg.actors or cfg.engine == "vllm") and folder is None: raise ValueError("folder: actors and vLLM read the model from a folder; give one")
-    if folder is not None and not (Path(folder)/"model"/"config.json").exists(): save_lm(lm, Path(folder)/"model")
-    make = engine_factory(Path(folder)/"model", cfg) if folder is not None else None
-    if cfg.actors: pool = RolloutPool(make, cfg.actors, cfg.slots, dict(num_gpus=cfg.gpus_per_actor) if cfg.gpus_per_actor else dict(num_cpus=.5))
-    elif cfg.engine == "vllm": pool = InProcessPool(make(), cfg.slots)
-    else: pool = InProcessPool(HFEngine(lm.model, lm.tokenizer.pad_token_id, cfg.slots, cfg.use_cache, copy_model=True), cfg.slots)
-    c = AsyncController(source, rollout, trainer, pool, SampleBuffer(cfg.batch_size, cfg.async_ratio, cfg.group_size), cfg.sync_mode,
-                        checkpoint=None if folder is None else Path(folder)/"checkpoints", save_every=cfg.save_every, metrics=metrics,
-                        pad_id=lm.tokenizer.pad_token_id, probe_tol=1e-3 if cfg.dtype == "float32" else .1)
+    rollout = SingleTurn(
+        lm.tokenizer, reward, SamplingConfig(cfg.max_new_tokens, cfg.temperature, stop, cfg.seed)
+    )
+    trainer = PolicyTrainer(
+        lm.model,
+        torch.optim.AdamW(lm.model.parameters(), lr=cfg.lr, fused=True),
+        PolicyLossConfig(cfg.loss),
+        temperature=cfg.temperature,
+        max_tokens_per_micro=cfg.max_tokens_per_micro,
+    )
+    if (cfg.actors or cfg.engine == "vllm") and folder is None:
+        raise ValueError("folder: actors and vLLM read the model from a folder; give one")
+    if folder is not None and not (Path(folder) / "model" / "config.json").exists():
+        save_lm(lm, Path(folder) / "model")
+    make = engine_factory(Path(folder) / "model", cfg) if folder is not None else None
+    if cfg.actors:
+        pool = RolloutPool(
+            make,
+            cfg.actors,
+            cfg.slots,
+            dict(num_gpus=cfg.gpus_per_actor) if cfg.gpus_per_actor else dict(num_cpus=0.5),
+        )
+    elif cfg.engine == "vllm":
+        pool = InProcessPool(make(), cfg.slots)
+    else:
+        pool = InProcessPool(
+            HFEngine(
+                lm.model, lm.tokenizer.pad_token_id, cfg.slots, cfg.use_cache, copy_model=True
+            ),
+            cfg.slots,
+        )
+    c = AsyncController(
+        source,
+        rollout,
+        trainer,
+        pool,
+        SampleBuffer(cfg.batch_size, cfg.async_ratio, cfg.group_size),
+        cfg.sync_mode,
+        checkpoint=None if folder is None else Path(folder) / "checkpoints",
+        save_every=cfg.save_every,
+        metrics=metrics,
+        pad_id=lm.tokenizer.pad_token_id,
+        probe_tol=1e-3 if cfg.dtype == "float32" else 0.1,
+    )
     c.run(n_steps)
     return c

@@ -12,96 +12,127 @@ from torch import Tensor, nn
 
 # %% ../../nbs/smec/05_ads.ipynb #25ca9ea3
 def gumbel_noise(
-    dim:int,                    # How many
-    generator:torch.Generator,  # Source of randomness
-)->Tensor:                      # (dim,) Gumbel(0,1) values
+    dim: int,  # How many
+    generator: torch.Generator,  # Source of randomness
+) -> Tensor:  # (dim,) Gumbel(0,1) values
     "Gumbel noise from a generator"
     u = torch.rand(dim, generator=generator).clamp(1e-9, 1 - 1e-7)
     return -torch.log(-torch.log(u))
 
+
 def gumbel_topk_mask(
-    logits:Tensor,             # (D,) importances
-    k:int,                     # Dimensions to keep
-    tau:float=1.,              # Temperature of the backward pass
-    noise:Tensor|None=None,    # (D,) Gumbel noise; None takes none
-)->tuple[Tensor, Tensor]:      # (D,) mask: ones and zeros forward, soft backward; (k,) indices, ascending
+    logits: Tensor,  # (D,) importances
+    k: int,  # Dimensions to keep
+    tau: float = 1.0,  # Temperature of the backward pass
+    noise: Tensor | None = None,  # (D,) Gumbel noise; None takes none
+) -> tuple[
+    Tensor, Tensor
+]:  # (D,) mask: ones and zeros forward, soft backward; (k,) indices, ascending
     "Keep the k largest, with a straight-through gradient; ties by the lower index"
-    if logits.ndim != 1 or not 1 <= k <= len(logits): raise ValueError(f"k={k} must be between 1 and the number of logits, {tuple(logits.shape)}")
-    if tau <= 0: raise ValueError(f"tau={tau} must be positive")
+    if logits.ndim != 1 or not 1 <= k <= len(logits):
+        raise ValueError(f"k={k} must be between 1 and the number of logits, {tuple(logits.shape)}")
+    if tau <= 0:
+        raise ValueError(f"tau={tau} must be positive")
     noisy = logits if noise is None else logits + noise
     index = noisy.detach().sort(descending=True, stable=True).indices[:k].sort().values
-    hard = torch.zeros_like(logits).scatter(0, index, 1.)
-    z = torch.softmax(noisy/tau, 0)
-    return hard + k*(z - z.detach()), index
+    hard = torch.zeros_like(logits).scatter(0, index, 1.0)
+    z = torch.softmax(noisy / tau, 0)
+    return hard + k * (z - z.detach()), index
 
 # %% ../../nbs/smec/05_ads.ipynb #bfd5f1ed
 class DimensionSelector(nn.Module):
     "Learnable choice of `keep` out of `dim` dimensions"
-    def __init__(self,
-        dim:int,                       # Dimensions to choose from
-        keep:int,                      # Dimensions to keep
-        prior:Tensor|None=None,        # (dim,) starting importances; None is zero for all
-        tau:tuple[float, float]=(1., .3), # Temperature at the start and at the end of training
+
+    def __init__(
+        self,
+        dim: int,  # Dimensions to choose from
+        keep: int,  # Dimensions to keep
+        prior: Tensor | None = None,  # (dim,) starting importances; None is zero for all
+        tau: tuple[float, float] = (
+            1.0,
+            0.3,
+        ),  # Temperature at the start and at the end of training
     ):
         super().__init__()
-        if not 1 <= keep <= dim: raise ValueError(f"keep={keep} must be between 1 and dim={dim}")
-        if prior is not None and prior.shape != (dim,): raise ValueError(f"prior has shape {tuple(prior.shape)}; it needs ({dim},)")
+        if not 1 <= keep <= dim:
+            raise ValueError(f"keep={keep} must be between 1 and dim={dim}")
+        if prior is not None and prior.shape != (dim,):
+            raise ValueError(f"prior has shape {tuple(prior.shape)}; it needs ({dim},)")
         self.dim, self.keep, self.tau = dim, keep, tau
         self.logits = nn.Parameter(torch.zeros(dim) if prior is None else prior.clone().float())
 
-    def forward(self,
-        generator:torch.Generator,  # Source of the noise
-        done:float=0.,              # Share of training that is over
-    )->Tensor:                      # (dim,) mask
+    def forward(
+        self,
+        generator: torch.Generator,  # Source of the noise
+        done: float = 0.0,  # Share of training that is over
+    ) -> Tensor:  # (dim,) mask
         "A noisy mask for one training step"
-        tau = self.tau[0] + (self.tau[1] - self.tau[0])*min(max(done, 0.), 1.)
-        return gumbel_topk_mask(self.logits, self.keep, tau, gumbel_noise(self.dim, generator).to(self.logits.device))[0]
+        tau = self.tau[0] + (self.tau[1] - self.tau[0]) * min(max(done, 0.0), 1.0)
+        return gumbel_topk_mask(
+            self.logits, self.keep, tau, gumbel_noise(self.dim, generator).to(self.logits.device)
+        )[0]
 
     @property
-    def index(self)->Tensor: # (keep,) kept dimensions, ascending
+    def index(self) -> Tensor:  # (keep,) kept dimensions, ascending
         "The choice without noise"
         return gumbel_topk_mask(self.logits.detach(), self.keep)[1]
 
+
 def decreasing_prior(
-    dim:int,        # Dimensions
-    span:float=4.,  # Difference between the first and the last importance
-)->Tensor:          # (dim,) falling in a straight line
+    dim: int,  # Dimensions
+    span: float = 4.0,  # Difference between the first and the last importance
+) -> Tensor:  # (dim,) falling in a straight line
     "Importances that start from the rule 'keep the first'"
-    return torch.linspace(span/2, -span/2, dim)
+    return torch.linspace(span / 2, -span / 2, dim)
 
 # %% ../../nbs/smec/05_ads.ipynb #15ce65aa
 def ware_loop(
-    x:Tensor,  # (M,D) one side of each pair
-    y:Tensor,  # (M,D) the other side
-)->Tensor:     # (D,)
+    x: Tensor,  # (M,D) one side of each pair
+    y: Tensor,  # (M,D) the other side
+) -> Tensor:  # (D,)
     "The definition of `ware`: remove each dimension in turn"
     full = nn.functional.cosine_similarity(x, y)
     keep = lambda j: [i for i in range(x.shape[1]) if i != j]
-    error = lambda j: (nn.functional.cosine_similarity(x[:, keep(j)], y[:, keep(j)]) - full).abs()/full.abs().clamp(min=1e-3)
+    error = lambda j: (
+        (nn.functional.cosine_similarity(x[:, keep(j)], y[:, keep(j)]) - full).abs()
+        / full.abs().clamp(min=1e-3)
+    )
     return torch.stack([error(j).mean() for j in range(x.shape[1])])
 
+
 def ware(
-    x:Tensor,                  # (M,D) one side of each pair
-    y:Tensor,                  # (M,D) the other side
-    floor:float=1e-3,          # Similarities nearer to zero than this count as this
-    count:bool=False,          # Return the number of pairs at the floor as well
-)->"Tensor|tuple[Tensor, int]":# (D,) weighted average relative error; with `count`, and how many pairs were clamped
+    x: Tensor,  # (M,D) one side of each pair
+    y: Tensor,  # (M,D) the other side
+    floor: float = 1e-3,  # Similarities nearer to zero than this count as this
+    count: bool = False,  # Return the number of pairs at the floor as well
+) -> (
+    "Tensor|tuple[Tensor, int]"
+):  # (D,) weighted average relative error; with `count`, and how many pairs were clamped
     "Importance of each dimension by leave-one-out cosines"
-    if x.shape != y.shape or x.ndim != 2 or x.shape[1] < 2: raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} need one shape (M, D) with D >= 2")
-    uv, uu, vv = (x*y).sum(1, keepdim=True), (x*x).sum(1, keepdim=True), (y*y).sum(1, keepdim=True)
-    if not ((uu > 0) & (vv > 0)).all(): raise ValueError("x or y has a zero vector; its cosine is not defined")
-    full = uv/(uu*vv).sqrt()
-    rest = ((uu - x*x)*(vv - y*y)).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
-    w = (((uv - x*y)/rest - full).abs()/full.abs().clamp(min=floor)).mean(0)
+    if x.shape != y.shape or x.ndim != 2 or x.shape[1] < 2:
+        raise ValueError(
+            f"x {tuple(x.shape)} and y {tuple(y.shape)} need one shape (M, D) with D >= 2"
+        )
+    uv, uu, vv = (
+        (x * y).sum(1, keepdim=True),
+        (x * x).sum(1, keepdim=True),
+        (y * y).sum(1, keepdim=True),
+    )
+    if not ((uu > 0) & (vv > 0)).all():
+        raise ValueError("x or y has a zero vector; its cosine is not defined")
+    full = uv / (uu * vv).sqrt()
+    rest = ((uu - x * x) * (vv - y * y)).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+    w = (((uv - x * y) / rest - full).abs() / full.abs().clamp(min=floor)).mean(0)
     return (w, int((full.abs() < floor).sum())) if count else w
 
 # %% ../../nbs/smec/05_ads.ipynb #34adc374
 def achievement_rate(
-    index,       # (k,) dimensions kept
+    index,  # (k,) dimensions kept
     importance,  # (D,) importance of each dimension
-)->float:        # Share of `index` among the k most important, ties by the lower index
+) -> float:  # Share of `index` among the k most important, ties by the lower index
     "Agreement of a choice with a measure of importance"
     index, importance = torch.as_tensor(np.asarray(index)), torch.as_tensor(np.asarray(importance))
-    if len(set(index.tolist())) < len(index) or not len(index): raise ValueError("index must name different dimensions, at least one")
-    best = importance.sort(descending=True, stable=True).indices[:len(index)]
-    return len(set(best.tolist()) & set(index.tolist()))/len(index)
+    if len(set(index.tolist())) < len(index) or not len(index):
+        raise ValueError("index must name different dimensions, at least one")
+    best = importance.sort(descending=True, stable=True).indices[: len(index)]
+    return len(set(best.tolist()) & set(index.tolist())) / len(index)

@@ -20,149 +20,246 @@ from torch.nn import functional as F
 from ..core.ranking import as_relevance, exact_search, mean_metric, ndcg_at_k
 from ..core.scale import need, rng
 from .ads import DimensionSelector, decreasing_prior
-from .compressor import Compressor, PCACompressor, RandomProjection, Truncation, check_dims, evaluate, kinds, load_compressor
+from llmpapers.smec.compressor import (
+    Compressor,
+    PCACompressor,
+    RandomProjection,
+    Truncation,
+    check_dims,
+    evaluate,
+    kinds,
+    load_compressor,
+)
 from .data import unit
-from .losses import listwise_consistency_loss, prefix_scores, rank_loss, similarity_consistency_loss
+from llmpapers.smec.losses import (
+    listwise_consistency_loss,
+    prefix_scores,
+    rank_loss,
+    similarity_consistency_loss,
+)
 from .memory import CrossBatchMemory
 
 # %% ../../nbs/smec/04_compress.ipynb #ed9d3a28
 class _Data:
     "Training queries, documents and labels as tensors"
+
     def __init__(self, queries, docs, relevance, batch, seed):
-        self.q, self.d = (torch.from_numpy(np.array(unit(v, n), np.float32)) for v, n in ((queries, "queries"), (docs, "docs")))
-        if self.q.shape[1] != self.d.shape[1]: raise ValueError(f"queries have width {self.q.shape[1]} and docs {self.d.shape[1]}")
+        self.q, self.d = (
+            torch.from_numpy(np.array(unit(v, n), np.float32))
+            for v, n in ((queries, "queries"), (docs, "docs"))
+        )
+        if self.q.shape[1] != self.d.shape[1]:
+            raise ValueError(f"queries have width {self.q.shape[1]} and docs {self.d.shape[1]}")
         rel = as_relevance(relevance, len(self.d))
         self.owners = np.nonzero(np.diff(rel.indptr))[0]
-        if len(self.owners) < 2: raise ValueError("relevance has fewer than two queries with a relevant document")
+        if len(self.owners) < 2:
+            raise ValueError("relevance has fewer than two queries with a relevant document")
         self.rel, self.B, self.seed, self.perm = rel, min(batch, len(self.owners)), seed, (-1, None)
         self.plain = len(rel.docs) == len(self.owners) == len(np.unique(rel.docs))
         if not self.plain:
-            self.table = need("scipy.sparse").csr_matrix((rel.grades, rel.docs, rel.indptr), shape=(len(self.q), len(self.d)))
+            self.table = need("scipy.sparse").csr_matrix(
+                (rel.grades, rel.docs, rel.indptr), shape=(len(self.q), len(self.d))
+            )
+
 
 @patch
-def batch(self:_Data, step):
+def batch(self: _Data, step):
     "Queries, documents, labels (None: the identity) and document numbers of one step"
-    epoch, at = divmod(step, max(len(self.owners)//self.B, 1))
-    if self.perm[0] != epoch: self.perm = epoch, torch.randperm(len(self.owners), generator=rng(self.seed, "epoch", epoch)).numpy()
-    i, r = self.owners[self.perm[1][at*self.B:(at+1)*self.B]], self.rel
-    draw = torch.rand(len(i), generator=rng(self.seed, "positive", step)).numpy() if not self.plain else 0
-    j = r.docs[r.indptr[i] + (draw*(r.indptr[i+1] - r.indptr[i])).astype(int)] if not self.plain else r.docs[r.indptr[i]]
+    epoch, at = divmod(step, max(len(self.owners) // self.B, 1))
+    if self.perm[0] != epoch:
+        self.perm = (
+            epoch,
+            torch.randperm(len(self.owners), generator=rng(self.seed, "epoch", epoch)).numpy(),
+        )
+    i, r = self.owners[self.perm[1][at * self.B : (at + 1) * self.B]], self.rel
+    draw = (
+        torch.rand(len(i), generator=rng(self.seed, "positive", step)).numpy()
+        if not self.plain
+        else 0
+    )
+    j = (
+        r.docs[r.indptr[i] + (draw * (r.indptr[i + 1] - r.indptr[i])).astype(int)]
+        if not self.plain
+        else r.docs[r.indptr[i]]
+    )
     y = None if self.plain else torch.from_numpy(self.table[i][:, j].toarray())
     return self.q[i], self.d[j], y, torch.from_numpy(j)
 
 # %% ../../nbs/smec/04_compress.ipynb #94804a03
 class _Valid:
     "NDCG@10 of a matrix on held-back queries"
+
     def __init__(self, queries, docs, rel, seed, most=20_000):
         rel = as_relevance(rel, len(docs))
-        keep = np.union1d(np.unique(rel.docs), np.random.default_rng(seed).permutation(len(docs))[:most])
+        keep = np.union1d(
+            np.unique(rel.docs), np.random.default_rng(seed).permutation(len(docs))[:most]
+        )
         self.rel = rel._replace(docs=np.searchsorted(keep, rel.docs), n_docs=len(keep))
-        self.q, self.d = (torch.from_numpy(np.array(v, np.float32)) for v in (queries, np.asarray(docs)[keep]))
+        self.q, self.d = (
+            torch.from_numpy(np.array(v, np.float32)) for v in (queries, np.asarray(docs)[keep])
+        )
 
     def __call__(self, A):
         z = [F.normalize(v @ torch.as_tensor(A).T, dim=1).numpy() for v in (self.q, self.d)]
         return mean_metric(ndcg_at_k(exact_search(*z, 10), self.rel)).value
 
+
 def _hold_back(queries, docs, relevance, valid, seed):
     "Training queries and labels, and a _Valid or None"
     queries = np.asarray(queries)
     rel = as_relevance(np.arange(len(queries)) if relevance is None else relevance, len(docs))
-    if len(rel.indptr) - 1 != len(queries): raise ValueError(f"relevance has {len(rel.indptr)-1} rows for {len(queries)} queries")
-    if valid is False: return queries, rel, None
-    of = lambda v, i: v[rel.indptr[i]:rel.indptr[i+1]].tolist()
+    if len(rel.indptr) - 1 != len(queries):
+        raise ValueError(f"relevance has {len(rel.indptr) - 1} rows for {len(queries)} queries")
+    if valid is False:
+        return queries, rel, None
+    of = lambda v, i: v[rel.indptr[i] : rel.indptr[i + 1]].tolist()
     rows = lambda at: [dict(zip(of(rel.docs, i), of(rel.grades, i))) for i in at]
-    if valid is not None: return queries, rel, _Valid(valid[0], docs, valid[1], seed)
+    if valid is not None:
+        return queries, rel, _Valid(valid[0], docs, valid[1], seed)
     order = np.random.default_rng(seed).permutation(len(queries))
-    n = max(len(queries)//10, 1)
+    n = max(len(queries) // 10, 1)
     back, keep = np.sort(order[:n]), np.sort(order[n:])
-    return queries[keep], as_relevance(rows(keep), len(docs)), _Valid(queries[back], docs, rows(back), seed)
+    return (
+        queries[keep],
+        as_relevance(rows(keep), len(docs)),
+        _Valid(queries[back], docs, rows(back), seed),
+    )
 
 # %% ../../nbs/smec/04_compress.ipynb #3011f0d6
 class _Run:
     "An optimisation that can be stored and continued"
+
     def __init__(self, params, lr, file=None, extra=None):
-        self.params, self.opt, self.file, self.extra = params, torch.optim.Adam(params, lr), file, extra
+        self.params, self.opt, self.file, self.extra = (
+            params,
+            torch.optim.Adam(params, lr),
+            file,
+            extra,
+        )
         self.step, self.best, self.wait, self.log = 0, (-np.inf, None), 0, []
-        if file is not None and file.exists(): self.load()
+        if file is not None and file.exists():
+            self.load()
 
     def load(self):
         s = torch.load(self.file, weights_only=False)
         with torch.no_grad():
-            for p, v in zip(self.params, s["params"]): p.copy_(v)
-        self.opt.load_state_dict(s["opt"]); self.step, self.best, self.wait, self.log = s["step"], s["best"], s["wait"], s["log"]
-        if self.extra is not None: self.extra.restore(s["extra"])
+            for p, v in zip(self.params, s["params"]):
+                p.copy_(v)
+        self.opt.load_state_dict(s["opt"])
+        self.step, self.best, self.wait, self.log = s["step"], s["best"], s["wait"], s["log"]
+        if self.extra is not None:
+            self.extra.restore(s["extra"])
 
     def save(self):
-        tmp, state = self.file.with_suffix(".tmp"), dict(params=[p.detach() for p in self.params], opt=self.opt.state_dict())
-        torch.save(state | dict(step=self.step, best=self.best, wait=self.wait, log=self.log, extra=None if self.extra is None else self.extra.state()), tmp)
+        tmp, state = (
+            self.file.with_suffix(".tmp"),
+            dict(params=[p.detach() for p in self.params], opt=self.opt.state_dict()),
+        )
+        torch.save(
+            state
+            | dict(
+                step=self.step,
+                best=self.best,
+                wait=self.wait,
+                log=self.log,
+                extra=None if self.extra is None else self.extra.state(),
+            ),
+            tmp,
+        )
         os.replace(tmp, self.file)
 
 # %% ../../nbs/smec/04_compress.ipynb #b0c99b56
 def _optimise(run, loss_fn, steps, score=None, every=25, patience=4, on_step=None):
     "Minimise `loss_fn(step)`; the parameters of the best score, or the last ones"
     for step in range(run.step, steps):
-        if run.wait >= patience: break
-        run.opt.zero_grad(); loss = loss_fn(step); loss.backward(); run.opt.step()
-        if on_step: on_step(step, float(loss.detach()))
+        if run.wait >= patience:
+            break
+        run.opt.zero_grad()
+        loss = loss_fn(step)
+        loss.backward()
+        run.opt.step()
+        if on_step:
+            on_step(step, float(loss.detach()))
         run.step = step + 1
-        if run.step % every and run.step < steps: continue
+        if run.step % every and run.step < steps:
+            continue
         value = float(score()) if score else np.nan
         run.log.append((run.step, float(loss.detach()), value))
         if score:
             run.wait = 0 if value > run.best[0] else run.wait + 1
-            if value > run.best[0]: run.best = value, [p.detach().clone() for p in run.params]
-        if run.file is not None: run.save()
+            if value > run.best[0]:
+                run.best = value, [p.detach().clone() for p in run.params]
+        if run.file is not None:
+            run.save()
     return run.best[1] if run.best[1] is not None else [p.detach().clone() for p in run.params]
 
 # %% ../../nbs/smec/04_compress.ipynb #08206c18
 class Trained(Compressor):
     "Base of the compressors that learn from pairs"
-    def __init__(self,
-        dims:Sequence,          # Widths, the largest first
+
+    def __init__(
+        self,
+        dims: Sequence,  # Widths, the largest first
         *,
-        steps:int=500,          # Optimiser steps in total
-        batch_size:int=256,     # Pairs a step
-        lr:float=1e-3,          # Learning rate of Adam
-        scale:float=20.,        # Inverse temperature of the rank loss
-        init:str="pca",         # "identity", "pca" or "normal"
-        seed:int=0,             # Seed of everything random
-        fallback:bool=True,     # Keep PCA at a width where it is better on the held-back queries
-        early_stop:bool=True,   # Return the best state on the held-back queries
+        steps: int = 500,  # Optimiser steps in total
+        batch_size: int = 256,  # Pairs a step
+        lr: float = 1e-3,  # Learning rate of Adam
+        scale: float = 20.0,  # Inverse temperature of the rank loss
+        init: str = "pca",  # "identity", "pca" or "normal"
+        seed: int = 0,  # Seed of everything random
+        fallback: bool = True,  # Keep PCA at a width where it is better on the held-back queries
+        early_stop: bool = True,  # Return the best state on the held-back queries
     ):
         super().__init__(dims)
-        if init not in ("identity", "pca", "normal"): raise ValueError(f"init={init!r} must be 'identity', 'pca' or 'normal'")
+        if init not in ("identity", "pca", "normal"):
+            raise ValueError(f"init={init!r} must be 'identity', 'pca' or 'normal'")
         for n, v in dict(steps=steps, batch_size=batch_size, lr=lr, scale=scale).items():
-            if not v > 0: raise ValueError(f"{n}={v} must be positive")
-        self.options = dict(steps=steps, batch_size=batch_size, lr=lr, scale=scale, init=init, seed=seed, fallback=fallback, early_stop=early_stop)
+            if not v > 0:
+                raise ValueError(f"{n}={v} must be positive")
+        self.options = dict(
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            scale=scale,
+            init=init,
+            seed=seed,
+            fallback=fallback,
+            early_stop=early_stop,
+        )
 
-    def config(self)->dict: # Keyword arguments of the constructor
+    def config(self) -> dict:  # Keyword arguments of the constructor
         "Constructor arguments"
         return dict(dims=list(self.dims)) | self.options
 
 # %% ../../nbs/smec/04_compress.ipynb #9de2e3c8
 @patch
-def _start(self:Trained, docs):
+def _start(self: Trained, docs):
     "(D,D) first matrix, and the PCA basis"
     o, D = self.options, docs.shape[1]
     pca = PCACompressor((D,)).fit(None, docs).matrix(D)
-    if o["init"] == "normal": return torch.randn(D, D, generator=rng(o["seed"], "init"))/D**.5, pca
+    if o["init"] == "normal":
+        return torch.randn(D, D, generator=rng(o["seed"], "init")) / D**0.5, pca
     return torch.from_numpy(pca.copy()) if o["init"] == "pca" else torch.eye(D), pca
+
 
 def _digest(config, queries, docs):
     h = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for v in (queries, docs): h.update(str(v.shape).encode()); h.update(np.ascontiguousarray(v[::max(len(v)//100, 1)]).tobytes())
+    for v in (queries, docs):
+        h.update(str(v.shape).encode())
+        h.update(np.ascontiguousarray(v[:: max(len(v) // 100, 1)]).tobytes())
     return h.hexdigest()
 
 # %% ../../nbs/smec/04_compress.ipynb #a60686e1
 @patch
-def fit(self:Trained,
-    queries,                       # (Q,D) query embeddings, floating point
-    docs,                          # (C,D) document embeddings
-    relevance=None,                # Any form that `as_relevance` takes; None pairs query i with document i
-    valid=None,                    # (queries, relevance) over the same documents; None holds a tenth back, False does without
-    out=None,                      # Folder for checkpoints; a fit that was interrupted goes on from there
-    on_step:Callable|None=None,    # Called with (stage, step, loss)
-)->Trained:                        # Itself
+def fit(
+    self: Trained,
+    queries,  # (Q,D) query embeddings, floating point
+    docs,  # (C,D) document embeddings
+    relevance=None,  # Any form that `as_relevance` takes; None pairs query i with document i
+    valid=None,  # (queries, relevance) over the same documents; None holds a tenth back, False does without
+    out=None,  # Folder for checkpoints; a fit that was interrupted goes on from there
+    on_step: Callable | None = None,  # Called with (stage, step, loss)
+) -> Trained:  # Itself
     "Learn the matrix of every width"
     q, d = unit(queries, "queries").astype(np.float32), unit(docs, "docs").astype(np.float32)
     check_dims(self.dims, d.shape[1])
@@ -176,31 +273,35 @@ def fit(self:Trained,
 
 # %% ../../nbs/smec/04_compress.ipynb #fb338606
 @patch
-def _claim(self:Trained, out, queries, docs):
+def _claim(self: Trained, out, queries, docs):
     "The folder for checkpoints, made or found again"
-    if out is None: return None
+    if out is None:
+        return None
     folder, key = Path(out), _digest(self.config(), queries, docs)
     folder.mkdir(parents=True, exist_ok=True)
-    mark = folder/"fit.json"
-    if mark.exists() and json.loads(mark.read_text())["key"] != key: raise ValueError(f"out={folder.name!r} holds another fit; name an empty folder")
+    mark = folder / "fit.json"
+    if mark.exists() and json.loads(mark.read_text())["key"] != key:
+        raise ValueError(f"out={folder.name!r} holds another fit; name an empty folder")
     mark.write_text(json.dumps(dict(key=key)))
     return folder
 
 # %% ../../nbs/smec/04_compress.ipynb #32a7d73f
 @patch
-def _select(self:Trained, score, pca):
+def _select(self: Trained, score, pca):
     "Compare every width with PCA on the held-back queries"
     self.report = {}
     for d, (A, _) in self.maps.items() if score else ():
         r = dict(trained=score(A), pca=score(pca[:d]))
         r["kept"] = "pca" if self.options["fallback"] and r["pca"] > r["trained"] else "trained"
-        if r["kept"] == "pca": self.maps[d] = np.ascontiguousarray(pca[:d]), None
+        if r["kept"] == "pca":
+            self.maps[d] = np.ascontiguousarray(pca[:d]), None
         self.report[str(d)] = r
 
+
 @patch
-def _run(self:Trained, stage, params, loss, steps, score, extra=None, every=25):
+def _run(self: Trained, stage, params, loss, steps, score, extra=None, every=25):
     "One optimisation, with its checkpoint and history"
-    file = self.folder/f"stage{stage}.pt" if self.folder else None
+    file = self.folder / f"stage{stage}.pt" if self.folder else None
     hook = (lambda s, v: self.on_step(stage, s, v)) if self.on_step else None
     stop = score if self.options["early_stop"] else None
     run = _Run(params, self.options["lr"], file, extra)
@@ -211,146 +312,210 @@ def _run(self:Trained, stage, params, loss, steps, score, extra=None, every=25):
 # %% ../../nbs/smec/04_compress.ipynb #16e77575
 class MRL(Trained):
     "One matrix, the rank losses of all widths at once"
-    def _extra(self, zq, zd, q, d, W, W0): return 0.
+
+    def _extra(self, zq, zd, q, d, W, W0):
+        return 0.0
+
     def _learn(self, data, W0, score):
-        W, o = W0[:self.dims[0]].clone().requires_grad_(), self.options
+        W, o = W0[: self.dims[0]].clone().requires_grad_(), self.options
+
         def loss(step):
             q, d, y, _ = data.batch(step)
             zq, zd = q @ W.T, d @ W.T
-            return sum(rank_loss(prefix_scores(zq, zd, k), y, o["scale"]) for k in self.dims) + self._extra(zq, zd, q, d, W, W0)
-        ends = score and (lambda: np.mean([score(W.detach()[:k]) for k in self.dims[1:] or self.dims]))
+            return sum(
+                rank_loss(prefix_scores(zq, zd, k), y, o["scale"]) for k in self.dims
+            ) + self._extra(zq, zd, q, d, W, W0)
+
+        ends = score and (
+            lambda: np.mean([score(W.detach()[:k]) for k in self.dims[1:] or self.dims])
+        )
         best = self._run(0, [W], loss, o["steps"], ends, every=100)[0]
         return {k: best[:k].numpy() for k in self.dims}
 
 # %% ../../nbs/smec/04_compress.ipynb #ccf9c0aa
 class MatryoshkaAdaptor(MRL):
     "MRL with terms that keep similarities and vectors (Yoon et al. 2024), on one matrix"
+
     def _extra(self, zq, zd, q, d, W, W0):
-        full, res = q @ d.T, 0.
+        full, res = q @ d.T, 0.0
         near = (d @ d.T).fill_diagonal_(-2).topk(min(10, len(d) - 1), 1)
         for k in self.dims:
             u = F.normalize(zd[:, :k], dim=1)
             res = res + similarity_consistency_loss(full, prefix_scores(zq, zd, k))
             res = res + similarity_consistency_loss(near.values, (u @ u.T).gather(1, near.indices))
-        return res + (zd - d @ W0[:self.dims[0]].T).abs().mean()
+        return res + (zd - d @ W0[: self.dims[0]].T).abs().mean()
 
 # %% ../../nbs/smec/04_compress.ipynb #c109bdd5
 class SearchAdaptor(Trained):
     "One matrix for each width (Yoon et al. 2023), each trained for all steps"
+
     def _learn(self, data, W0, score):
         return {k: self._one(i, k, data, W0[:k], score) for i, k in enumerate(self.dims)}
+
     def _one(self, stage, k, data, W0, score):
         W, o = W0.clone().requires_grad_(), self.options
+
         def loss(step):
             q, d, y, _ = data.batch(step)
             zq, zd = q @ W.T, d @ W.T
             return rank_loss(prefix_scores(zq, zd, k), y, o["scale"]) + (zd - d @ W0.T).abs().mean()
-        return self._run(stage, [W], loss, o["steps"], score and (lambda: score(W.detach())), every=100)[0].numpy()
+
+        return self._run(
+            stage, [W], loss, o["steps"], score and (lambda: score(W.detach())), every=100
+        )[0].numpy()
 
 # %% ../../nbs/smec/04_compress.ipynb #3eb03664
 class SMEC(Trained):
     "Sequential Matryoshka compression with optional dimension selection and cross-batch memory"
-    def __init__(self,
-        dims:Sequence,                  # Widths, the largest first
+
+    def __init__(
+        self,
+        dims: Sequence,  # Widths, the largest first
         *,
-        mode:str="stacked",             # "stacked", "nested" or "cascade"
-        selection:str="prefix",         # "prefix" or "ads" (learned)
-        consistency:str|None=None,     # None, "absolute" (the paper's form) or "listwise"
-        memory:int=5000,                # Entries of the cross-batch memory
-        topk:int=10,                    # Neighbours a sample, for "absolute"
-        sample:int=512,                 # Entries a step, for "listwise"
-        anchors:int=64,                 # Samples of the batch that look up neighbours
-        alpha:float=.1,                 # Weight of the consistency term
-        supervised:bool=True,           # Use the rank loss; False learns from consistency alone
-        polish:bool=True,               # A step of its own for the last width
-        **options,                      # Further options of `Trained`
+        mode: str = "stacked",  # "stacked", "nested" or "cascade"
+        selection: str = "prefix",  # "prefix" or "ads" (learned)
+        consistency: str | None = None,  # None, "absolute" (the paper's form) or "listwise"
+        memory: int = 5000,  # Entries of the cross-batch memory
+        topk: int = 10,  # Neighbours a sample, for "absolute"
+        sample: int = 512,  # Entries a step, for "listwise"
+        anchors: int = 64,  # Samples of the batch that look up neighbours
+        alpha: float = 0.1,  # Weight of the consistency term
+        supervised: bool = True,  # Use the rank loss; False learns from consistency alone
+        polish: bool = True,  # A step of its own for the last width
+        **options,  # Further options of `Trained`
     ):
         super().__init__(dims, **options)
-        allowed = dict(mode=("stacked", "nested", "cascade"), selection=("prefix", "ads"), consistency=(None, "absolute", "listwise"))
+        allowed = dict(
+            mode=("stacked", "nested", "cascade"),
+            selection=("prefix", "ads"),
+            consistency=(None, "absolute", "listwise"),
+        )
         for (n, ok), v in zip(allowed.items(), (mode, selection, consistency)):
-            if v not in ok: raise ValueError(f"{n}={v!r} must be one of {ok}")
-        if consistency and topk > memory: raise ValueError(f"topk={topk} neighbours cannot come from memory={memory} entries")
-        if not supervised and not consistency: raise ValueError("supervised=False needs a consistency term")
-        self.options |= dict(mode=mode, selection=selection, consistency=consistency, memory=memory, topk=topk, sample=sample, anchors=anchors,
-                             alpha=alpha, supervised=supervised, polish=polish)
+            if v not in ok:
+                raise ValueError(f"{n}={v!r} must be one of {ok}")
+        if consistency and topk > memory:
+            raise ValueError(f"topk={topk} neighbours cannot come from memory={memory} entries")
+        if not supervised and not consistency:
+            raise ValueError("supervised=False needs a consistency term")
+        self.options |= dict(
+            mode=mode,
+            selection=selection,
+            consistency=consistency,
+            memory=memory,
+            topk=topk,
+            sample=sample,
+            anchors=anchors,
+            alpha=alpha,
+            supervised=supervised,
+            polish=polish,
+        )
 
 # %% ../../nbs/smec/04_compress.ipynb #a8e6d580
 @patch
-def _rank(self:SMEC, scores, y): return rank_loss(scores, y, self.options["scale"])
+def _rank(self: SMEC, scores, y):
+    return rank_loss(scores, y, self.options["scale"])
+
 
 @patch
-def _stage_loss(self:SMEC, step, stage, data, base, V, short, selector, memory, steps):
+def _stage_loss(self: SMEC, step, stage, data, base, V, short, selector, memory, steps):
     "Loss of one step: both widths, and the consistency term"
     o = self.options
-    q, d, y, ids = data.batch(10_000*stage + step)
+    q, d, y, ids = data.batch(10_000 * stage + step)
     out = lambda x: (x if base is None else x @ base.T) @ V.T
-    zq, zd, total = out(q), out(d), 0.
-    mask = selector(rng(o["seed"], "gumbel", stage, step), step/steps) if selector else None
-    cut = lambda z: z*mask if selector else z[..., :short]
+    zq, zd, total = out(q), out(d), 0.0
+    mask = selector(rng(o["seed"], "gumbel", stage, step), step / steps) if selector else None
+    cut = lambda z: z * mask if selector else z[..., :short]
     if o["supervised"]:
         total = self._rank(prefix_scores(zq, zd, len(V)), y)
-        if short < len(V): total = total + self._rank(F.normalize(cut(zq), dim=1) @ F.normalize(cut(zd), dim=1).T, y)
-    if o["consistency"] is None: return total
-    x, z, a = d[:o["anchors"]], zd[:o["anchors"]], ids[:o["anchors"]]
+        if short < len(V):
+            total = total + self._rank(
+                F.normalize(cut(zq), dim=1) @ F.normalize(cut(zd), dim=1).T, y
+            )
+    if o["consistency"] is None:
+        return total
+    x, z, a = d[: o["anchors"]], zd[: o["anchors"]], ids[: o["anchors"]]
     both = [lambda v: v] + ([cut] if short < len(V) else [])
-    total = total + o["alpha"]*sum(self._consistency(x, z, a, out, f, memory, (stage, step)) for f in both) + 0*z.sum()
+    total = (
+        total
+        + o["alpha"] * sum(self._consistency(x, z, a, out, f, memory, (stage, step)) for f in both)
+        + 0 * z.sum()
+    )
     memory.push(d, ids)
     return total
 
 # %% ../../nbs/smec/04_compress.ipynb #8a0029ed
 @patch
-def _consistency(self:SMEC, x, z, ids, out, cut, memory, at):
+def _consistency(self: SMEC, x, z, ids, out, cut, memory, at):
     "How far the short similarities are from the full ones, over entries of the memory"
     o = self.options
     if o["consistency"] == "absolute":
         f, hi, _ = memory.topk(x, o["topk"], exclude_ids=ids)
-        return similarity_consistency_loss(hi, F.cosine_similarity(cut(out(f)), cut(z)[:, None], dim=2)) if hi.shape[1] else 0.
-    if not len(memory): return 0.
+        return (
+            similarity_consistency_loss(
+                hi, F.cosine_similarity(cut(out(f)), cut(z)[:, None], dim=2)
+            )
+            if hi.shape[1]
+            else 0.0
+        )
+    if not len(memory):
+        return 0.0
     f, other = memory.sample(o["sample"], rng(o["seed"], "sample", *at))
     own, T = other == ids[:, None], 1e4
-    hi, lo = x @ F.normalize(f, dim=1).T, F.normalize(cut(z), dim=1) @ F.normalize(cut(out(f)), dim=1).T
-    return listwise_consistency_loss(hi - T*own, lo - T*own)
+    hi, lo = (
+        x @ F.normalize(f, dim=1).T,
+        F.normalize(cut(z), dim=1) @ F.normalize(cut(out(f)), dim=1).T,
+    )
+    return listwise_consistency_loss(hi - T * own, lo - T * own)
 
 # %% ../../nbs/smec/04_compress.ipynb #073188c4
 @patch
-def _learn(self:SMEC, data, W0, score):
+def _learn(self: SMEC, data, W0, score):
     "All transitions in order"
-    return self._transitions(data, self.dims, W0[:self.dims[0]].clone(), score, 0)
+    return self._transitions(data, self.dims, W0[: self.dims[0]].clone(), score, 0)
 
 # %% ../../nbs/smec/04_compress.ipynb #a0fa9ee8
 @patch
-def _transitions(self:SMEC, data, dims, rows, score, first):
+def _transitions(self: SMEC, data, dims, rows, score, first):
     "{width: matrix} for a ladder of widths that starts at `rows`"
     o, maps = self.options, {}
-    pairs = list(zip(dims, dims[1:])) + ([(dims[-1], dims[-1])] if o["polish"] or len(dims) == 1 else [])
-    steps = max(o["steps"]//len(pairs), 1)
+    pairs = list(zip(dims, dims[1:])) + (
+        [(dims[-1], dims[-1])] if o["polish"] or len(dims) == 1 else []
+    )
+    steps = max(o["steps"] // len(pairs), 1)
     for s, (a, b) in enumerate(pairs, first):
         full, index = self._stage(s, data, rows, b, score, steps)
         maps[a] = full.numpy()
         rows = full[index]
-        if o["mode"] == "nested":   # one matrix: the kept rows move to the front of all wider ones
+        if o["mode"] == "nested":  # one matrix: the kept rows move to the front of all wider ones
             rest = torch.ones(a).index_fill(0, index, 0).nonzero().squeeze(1)
-            for w in [w for w in maps if w >= a]: maps[w] = np.concatenate([full[torch.cat([index, rest])].numpy(), maps[w][a:]])
-    if dims[-1] not in maps: maps[dims[-1]] = rows.numpy()
+            for w in [w for w in maps if w >= a]:
+                maps[w] = np.concatenate([full[torch.cat([index, rest])].numpy(), maps[w][a:]])
+    if dims[-1] not in maps:
+        maps[dims[-1]] = rows.numpy()
     return maps
 
 # %% ../../nbs/smec/04_compress.ipynb #e0df5cd7
 @patch
-def _stage(self:SMEC, s, data, rows, short, score, steps):
+def _stage(self: SMEC, s, data, rows, short, score, steps):
     "Train one transition; the matrix of the wider vector, and the rows kept for the shorter"
     o, a = self.options, len(rows)
     base, V = (rows, torch.eye(a)) if o["mode"] == "cascade" else (None, rows.clone())
     V.requires_grad_()
     matrix = lambda: V.detach() if base is None else V.detach() @ base
-    sel = DimensionSelector(a, short, decreasing_prior(a) if o["init"] == "pca" else None) if o["selection"] == "ads" and short < a else None
+    sel = (
+        DimensionSelector(a, short, decreasing_prior(a) if o["init"] == "pca" else None)
+        if o["selection"] == "ads" and short < a
+        else None
+    )
     index = lambda: sel.index if sel else torch.arange(short)
     params = [V] + ([sel.logits] if sel else [])
     memory = CrossBatchMemory(o["memory"], data.d.shape[1]) if o["consistency"] else None
     loss = lambda step: self._stage_loss(step, s, data, base, V, short, sel, memory, steps)
     ends = score and (lambda: score(matrix()) + score(matrix()[index()]))
-    best = self._run(s, params, loss, steps, ends, memory, every=max(steps//4, 1))
+    best = self._run(s, params, loss, steps, ends, memory, every=max(steps // 4, 1))
     with torch.no_grad():
-        for p, v in zip(params, best): p.copy_(v)
+        for p, v in zip(params, best):
+            p.copy_(v)
     return matrix(), index()
 
 # %% ../../nbs/smec/04_compress.ipynb #948d0da4
@@ -358,23 +523,34 @@ kinds.update({c.__name__: c for c in (MRL, MatryoshkaAdaptor, SearchAdaptor, SME
 
 # %% ../../nbs/smec/04_compress.ipynb #dbd632db
 @patch
-def extend(self:SMEC,
-    dims:Sequence,       # New widths, all smaller than the present ones
-    queries,             # As in `fit`
-    docs,                # As in `fit`
-    relevance=None,      # As in `fit`
-    valid=None,          # As in `fit`
-)->SMEC:                 # Itself, with the new widths
+def extend(
+    self: SMEC,
+    dims: Sequence,  # New widths, all smaller than the present ones
+    queries,  # As in `fit`
+    docs,  # As in `fit`
+    relevance=None,  # As in `fit`
+    valid=None,  # As in `fit`
+) -> SMEC:  # Itself, with the new widths
     "Add smaller widths; every present width stays as it is, to the bit"
-    if self.options["mode"] == "nested": raise ValueError("mode='nested' shares its rows, so it cannot be extended without changing the present widths")
+    if self.options["mode"] == "nested":
+        raise ValueError(
+            "mode='nested' shares its rows, so it cannot be extended without changing the present widths"
+        )
     new = check_dims([*self.dims, *dims])
     q, d = unit(queries, "queries").astype(np.float32), unit(docs, "docs").astype(np.float32)
     q, rel, score = _hold_back(q, d, relevance, valid, self.options["seed"])
     self.folder = self.on_step = None
-    data, last = _Data(q, d, rel, self.options["batch_size"], self.options["seed"]), torch.from_numpy(self.maps[self.dims[-1]][0])
+    data, last = (
+        _Data(q, d, rel, self.options["batch_size"], self.options["seed"]),
+        torch.from_numpy(self.maps[self.dims[-1]][0]),
+    )
     before, report = dict(self.maps), dict(self.report)
-    maps = self._transitions(data, (self.dims[-1], *new[len(self.dims):]), last, score, len(self.dims))
-    self.maps = {k: (np.ascontiguousarray(maps[k], np.float32), None) for k in new[len(self.dims):]}
+    maps = self._transitions(
+        data, (self.dims[-1], *new[len(self.dims) :]), last, score, len(self.dims)
+    )
+    self.maps = {
+        k: (np.ascontiguousarray(maps[k], np.float32), None) for k in new[len(self.dims) :]
+    }
     self._select(score, PCACompressor((d.shape[1],)).fit(None, d).matrix(d.shape[1]))
     self.maps, self.report, self.dims = before | self.maps, report | self.report, new
     return self

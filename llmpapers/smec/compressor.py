@@ -26,45 +26,58 @@ from .data import unit
 
 # %% ../../nbs/smec/03_compressor.ipynb #cd34dc46
 def check_dims(
-    dims:Sequence,        # Widths, the largest first
-    width:int|None=None,  # Width of the input, if known
-)->tuple:                 # The same as a tuple
+    dims: Sequence,  # Widths, the largest first
+    width: int | None = None,  # Width of the input, if known
+) -> tuple:  # The same as a tuple
     "Widths that get smaller and fit the input, or an error that names the offender"
-    res = tuple(int(d) if isinstance(d, (int, np.integer)) and not isinstance(d, bool) else d for d in dims)
-    if not res: raise ValueError("dims is empty")
+    res = tuple(
+        int(d) if isinstance(d, (int, np.integer)) and not isinstance(d, bool) else d for d in dims
+    )
+    if not res:
+        raise ValueError("dims is empty")
     for d in res:
-        if not isinstance(d, int) or d < 1: raise ValueError(f"dims has {d!r}; widths are positive integers")
+        if not isinstance(d, int) or d < 1:
+            raise ValueError(f"dims has {d!r}; widths are positive integers")
     for a, b in zip(res, res[1:]):
-        if b >= a: raise ValueError(f"dims must get smaller, but {b} follows {a}")
-    if width is not None and res[0] > width: raise ValueError(f"dims has {res[0]}, more than the input's {width}")
+        if b >= a:
+            raise ValueError(f"dims must get smaller, but {b} follows {a}")
+    if width is not None and res[0] > width:
+        raise ValueError(f"dims has {res[0]}, more than the input's {width}")
     return res
 
 # %% ../../nbs/smec/03_compressor.ipynb #6f016060
 class Compressor:
     "Base of all compressors: one matrix per width, applied, saved and exported in the same way"
-    def __init__(self,
-        dims:Sequence,   # Widths, the largest first
+
+    def __init__(
+        self,
+        dims: Sequence,  # Widths, the largest first
     ):
         self.dims, self.maps, self.report, self.history = check_dims(dims), {}, {}, []
 
-    def matrix(self,
-        dim:int|None=None,  # Width; None is the smallest
-    )->np.ndarray:          # (dim,D) float32
+    def matrix(
+        self,
+        dim: int | None = None,  # Width; None is the smallest
+    ) -> np.ndarray:  # (dim,D) float32
         "The plain matrix of one width"
         return self._map(dim)[0]
 
     def _map(self, dim):
-        if not self.maps: raise RuntimeError(f"this {type(self).__name__} has not been fitted; call fit first or load a saved one")
+        if not self.maps:
+            raise RuntimeError(
+                f"this {type(self).__name__} has not been fitted; call fit first or load a saved one"
+            )
         dim = self.dims[-1] if dim is None else dim
-        if dim not in self.maps: raise ValueError(f"dim={dim} is not one of {self.dims}")
+        if dim not in self.maps:
+            raise ValueError(f"dim={dim} is not one of {self.dims}")
         return self.maps[dim]
 
-    def config(self)->dict: # Keyword arguments of the constructor
+    def config(self) -> dict:  # Keyword arguments of the constructor
         "What a saved file needs to make this object again"
         return dict(dims=list(self.dims))
 
     @property
-    def input_dim(self)->int: # D
+    def input_dim(self) -> int:  # D
         "Width of the input"
         return self.matrix().shape[1]
 
@@ -72,196 +85,290 @@ class Compressor:
 def _input(x, width):
     "Checked input, in single or double precision"
     x = np.asarray(x)
-    if not np.issubdtype(x.dtype, np.floating): raise TypeError(f"x has type {x.dtype}; embeddings must be floating point")
-    if x.ndim != 2 or x.shape[1] != width: raise ValueError(f"x has shape {x.shape}; it needs (n, {width})")
+    if not np.issubdtype(x.dtype, np.floating):
+        raise TypeError(f"x has type {x.dtype}; embeddings must be floating point")
+    if x.ndim != 2 or x.shape[1] != width:
+        raise ValueError(f"x has shape {x.shape}; it needs (n, {width})")
     x = x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
     size = np.einsum("ij,ij->i", x, x)
-    if not np.isfinite(size).all(): raise ValueError(f"x has NaN or infinite values in row {int(np.argmin(np.isfinite(size)))}")
-    if not size.all(): raise ValueError(f"x has a zero vector in row {int(np.argmin(size != 0))}; it has no direction to keep")
+    if not np.isfinite(size).all():
+        raise ValueError(f"x has NaN or infinite values in row {int(np.argmin(np.isfinite(size)))}")
+    if not size.all():
+        raise ValueError(
+            f"x has a zero vector in row {int(np.argmin(size != 0))}; it has no direction to keep"
+        )
     return x
 
 # %% ../../nbs/smec/03_compressor.ipynb #a337749b
 @patch
-def transform(self:Compressor,
-    x,                      # (n,D) vectors, floating point
-    dim:int|None=None,      # Width; None is the smallest
-    normalize:bool=True,    # Give rows length one
-)->np.ndarray:              # (n,dim) float32, or float64 for float64 input
+def transform(
+    self: Compressor,
+    x,  # (n,D) vectors, floating point
+    dim: int | None = None,  # Width; None is the smallest
+    normalize: bool = True,  # Give rows length one
+) -> np.ndarray:  # (n,dim) float32, or float64 for float64 input
     "Compress a matrix"
     A, b = self._map(dim)
     x = _input(x, A.shape[1])
     z = x @ A.T.astype(x.dtype)
-    if b is not None: z += b.astype(x.dtype)
-    if not normalize: return z
+    if b is not None:
+        z += b.astype(x.dtype)
+    if not normalize:
+        return z
     norm = np.sqrt(np.einsum("ij,ij->i", z, z))[:, None]
     return np.divide(z, norm, out=np.zeros_like(z), where=norm > 0)
 
 # %% ../../nbs/smec/03_compressor.ipynb #befdeae7
 @patch
-def encode(self:Compressor,
-    x,                   # (n,D) vectors, floating point
-    dim:int|None=None,   # Width; None is the smallest
-)->np.ndarray:           # (n,dim) unit vectors
+def encode(
+    self: Compressor,
+    x,  # (n,D) vectors, floating point
+    dim: int | None = None,  # Width; None is the smallest
+) -> np.ndarray:  # (n,dim) unit vectors
     "Compress vectors, ready for an inner-product index"
     return self.transform(x, dim)
 
 # %% ../../nbs/smec/03_compressor.ipynb #2cdd900e
 @patch
-def transform_file(self:Compressor,
-    source,                 # A `.npy` or `.parquet` file of vectors
-    target,                 # A `.npy` file to write
-    dim:int|None=None,      # Width; None is the smallest
-    block:int=65536,        # Rows at once
-)->np.ndarray:              # (n,dim) memory map of the written file
+def transform_file(
+    self: Compressor,
+    source,  # A `.npy` or `.parquet` file of vectors
+    target,  # A `.npy` file to write
+    dim: int | None = None,  # Width; None is the smallest
+    block: int = 65536,  # Rows at once
+) -> np.ndarray:  # (n,dim) memory map of the written file
     "Compress a file into a file, in blocks; the target appears only when it is whole"
     x, target = load_matrix(source, check=False), Path(target)
-    if target.suffix != ".npy": raise ValueError(f"target={target.name!r} must end in .npy")
-    if block < 1: raise ValueError(f"block={block} must be at least 1")
+    if target.suffix != ".npy":
+        raise ValueError(f"target={target.name!r} must end in .npy")
+    if block < 1:
+        raise ValueError(f"block={block} must be at least 1")
     part = target.with_suffix(".part.npy")
     out = np.lib.format.open_memmap(part, "w+", np.float32, (len(x), self._map(dim)[0].shape[0]))
     for i in range(0, len(x), block):
-        try: out[i:i+block] = self.transform(x[i:i+block], dim)
-        except ValueError as e: raise ValueError(f"source={Path(source).name!r}, rows from {i}: {e}") from e
-    out.flush(); del out
+        try:
+            out[i : i + block] = self.transform(x[i : i + block], dim)
+        except ValueError as e:
+            raise ValueError(f"source={Path(source).name!r}, rows from {i}: {e}") from e
+    out.flush()
+    del out
     os.replace(part, target)
     return np.load(target, mmap_mode="r")
 
 # %% ../../nbs/smec/03_compressor.ipynb #be067ee5
 kinds = {}
 
+
 @patch
-def save(self:Compressor,
-    path,     # File to write, usually `.safetensors`
-)->Path:      # The file
+def save(
+    self: Compressor,
+    path,  # File to write, usually `.safetensors`
+) -> Path:  # The file
     "Write the compressor to one file"
     self._map(None)
     path, tensors = Path(path), {}
     for d, (A, b) in self.maps.items():
         tensors[f"matrix.{d}"] = np.ascontiguousarray(A)
-        if b is not None: tensors[f"offset.{d}"] = np.ascontiguousarray(b)
-    meta = dict(kind=type(self).__name__, config=json.dumps(self.config()), report=json.dumps(self.report), digest=_checksum(tensors))
+        if b is not None:
+            tensors[f"offset.{d}"] = np.ascontiguousarray(b)
+    meta = dict(
+        kind=type(self).__name__,
+        config=json.dumps(self.config()),
+        report=json.dumps(self.report),
+        digest=_checksum(tensors),
+    )
     tmp = path.with_suffix(path.suffix + ".tmp")
-    save_file(tensors, tmp, metadata=meta); os.replace(tmp, path)
+    save_file(tensors, tmp, metadata=meta)
+    os.replace(tmp, path)
     return path
 
 # %% ../../nbs/smec/03_compressor.ipynb #5391ade4
 def _read(path):
     "Header and tensors of a file, checked"
-    if not path.is_file(): raise ValueError(f"path={path.name!r} is not a file")
+    if not path.is_file():
+        raise ValueError(f"path={path.name!r} is not a file")
     try:
-        with safe_open(path, "np") as f: meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as e: raise ValueError(f"path={path.name!r} is damaged or no safetensors file ({e})") from e
-    if meta.get("kind") not in kinds: raise ValueError(f"path={path.name!r} is no compressor that is known here; it says {meta.get('kind')!r}. "
-                                                       "Trained ones need llmpapers.smec.compress to be imported")
-    if _checksum(tensors) != meta.get("digest"): raise ValueError(f"path={path.name!r} is damaged: its tensors are not those that were saved")
+        with safe_open(path, "np") as f:
+            meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"path={path.name!r} is damaged or no safetensors file ({e})") from e
+    if meta.get("kind") not in kinds:
+        raise ValueError(
+            f"path={path.name!r} is no compressor that is known here; it says {meta.get('kind')!r}. "
+            "Trained ones need llmpapers.smec.compress to be imported"
+        )
+    if _checksum(tensors) != meta.get("digest"):
+        raise ValueError(
+            f"path={path.name!r} is damaged: its tensors are not those that were saved"
+        )
     return meta, tensors
 
-def _checksum(tensors): return hashlib.sha256(b"".join(tensors[k].tobytes() for k in sorted(tensors))).hexdigest()
+
+def _checksum(tensors):
+    return hashlib.sha256(b"".join(tensors[k].tobytes() for k in sorted(tensors))).hexdigest()
 
 # %% ../../nbs/smec/03_compressor.ipynb #43c5a6ab
 def load_compressor(
-    path,           # File from `Compressor.save`
-)->Compressor:      # The compressor, ready to transform
+    path,  # File from `Compressor.save`
+) -> Compressor:  # The compressor, ready to transform
     "Read a compressor, or say what is wrong with the file"
     meta, tensors = _read(Path(path))
     res = kinds[meta["kind"]](**json.loads(meta["config"]))
-    res.maps = {int(k.split(".")[1]): (v, tensors.get("offset." + k.split(".")[1])) for k, v in tensors.items() if k.startswith("matrix.")}
+    res.maps = {
+        int(k.split(".")[1]): (v, tensors.get("offset." + k.split(".")[1]))
+        for k, v in tensors.items()
+        if k.startswith("matrix.")
+    }
     res.report = json.loads(meta["report"])
     return res
 
 # %% ../../nbs/smec/03_compressor.ipynb #9fb9ceea
 @patch
-def to_onnx(self:Compressor,
-    path,                # File to write
-    dim:int|None=None,   # Width; None is the smallest
-)->Path:                 # The file
+def to_onnx(
+    self: Compressor,
+    path,  # File to write
+    dim: int | None = None,  # Width; None is the smallest
+) -> Path:  # The file
     "Export one width as an ONNX graph: input `x` (n,D), output `z` (n,dim) of unit rows"
-    onnx = need("onnx", "search"); h, (A, b) = onnx.helper, self._map(dim)
+    onnx = need("onnx", "search")
+    h, (A, b) = onnx.helper, self._map(dim)
     const = lambda name, v: onnx.numpy_helper.from_array(np.asarray(v), name)
-    init = [const("A", np.ascontiguousarray(A.T)), const("axis", np.array([1])), const("tiny", np.float32(1e-12))]
+    init = [
+        const("A", np.ascontiguousarray(A.T)),
+        const("axis", np.array([1])),
+        const("tiny", np.float32(1e-12)),
+    ]
     nodes = [h.make_node("MatMul", ["x", "A"], ["y0"])]
-    if b is not None: init.append(const("b", b)); nodes.append(h.make_node("Add", ["y0", "b"], ["y"]))
+    if b is not None:
+        init.append(const("b", b))
+        nodes.append(h.make_node("Add", ["y0", "b"], ["y"]))
     y = "y" if b is not None else "y0"
-    nodes += [h.make_node("ReduceL2", [y, "axis"], ["norm"]), h.make_node("Max", ["norm", "tiny"], ["safe"]), h.make_node("Div", [y, "safe"], ["z"])]
-    io = [h.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n", w]) for n, w in (("x", A.shape[1]), ("z", A.shape[0]))]
-    model = h.make_model(h.make_graph(nodes, "compressor", io[:1], io[1:], init), opset_imports=[h.make_opsetid("", 18)], ir_version=9)
-    onnx.checker.check_model(model); onnx.save(model, path)
+    nodes += [
+        h.make_node("ReduceL2", [y, "axis"], ["norm"]),
+        h.make_node("Max", ["norm", "tiny"], ["safe"]),
+        h.make_node("Div", [y, "safe"], ["z"]),
+    ]
+    io = [
+        h.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n", w])
+        for n, w in (("x", A.shape[1]), ("z", A.shape[0]))
+    ]
+    model = h.make_model(
+        h.make_graph(nodes, "compressor", io[:1], io[1:], init),
+        opset_imports=[h.make_opsetid("", 18)],
+        ir_version=9,
+    )
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
     return Path(path)
 
 # %% ../../nbs/smec/03_compressor.ipynb #8189bfb6
 @patch
-def to_sentence_transformers(self:Compressor,
-    dim:int|None=None,   # Width; None is the smallest
-)->list:                 # A dense layer and a normalisation, to be put behind an encoder's modules
+def to_sentence_transformers(
+    self: Compressor,
+    dim: int | None = None,  # Width; None is the smallest
+) -> list:  # A dense layer and a normalisation, to be put behind an encoder's modules
     "The compressor as modules of a sentence-transformers pipeline"
-    mods, (A, b) = need("sentence_transformers.sentence_transformer.modules", "search"), self._map(dim)
-    dense = mods.Dense(A.shape[1], A.shape[0], bias=b is not None, activation_function=torch.nn.Identity())
+    mods, (A, b) = (
+        need("sentence_transformers.sentence_transformer.modules", "search"),
+        self._map(dim),
+    )
+    dense = mods.Dense(
+        A.shape[1], A.shape[0], bias=b is not None, activation_function=torch.nn.Identity()
+    )
     with torch.no_grad():
         dense.linear.weight.copy_(torch.from_numpy(A))
-        if b is not None: dense.linear.bias.copy_(torch.from_numpy(b))
+        if b is not None:
+            dense.linear.bias.copy_(torch.from_numpy(b))
     return [dense, mods.Normalize()]
 
 # %% ../../nbs/smec/03_compressor.ipynb #f653fb08
 class Truncation(Compressor):
     "Keep the first coordinates"
-    def fit(self,
-        queries,           # Not used; None
-        docs,              # (C,D) vectors: only their width matters
-        relevance=None,    # Not used
-        valid=None,        # Not used
-    )->"Truncation":       # Itself
+
+    def fit(
+        self,
+        queries,  # Not used; None
+        docs,  # (C,D) vectors: only their width matters
+        relevance=None,  # Not used
+        valid=None,  # Not used
+    ) -> "Truncation":  # Itself
         "Set the width of the input"
-        D = np.asarray(docs).shape[1]; check_dims(self.dims, D)
+        D = np.asarray(docs).shape[1]
+        check_dims(self.dims, D)
         self.maps = {d: (np.eye(d, D, dtype=np.float32), None) for d in self.dims}
         return self
 
 # %% ../../nbs/smec/03_compressor.ipynb #54e835b7
 class RandomProjection(Compressor):
     "Random orthogonal directions"
-    def __init__(self,
-        dims:Sequence,   # Widths, the largest first
-        seed:int=0,      # Seed of the directions
+
+    def __init__(
+        self,
+        dims: Sequence,  # Widths, the largest first
+        seed: int = 0,  # Seed of the directions
     ):
-        super().__init__(dims); self.seed = seed
-    def config(self)->dict: # Keyword arguments of the constructor
+        super().__init__(dims)
+        self.seed = seed
+
+    def config(self) -> dict:  # Keyword arguments of the constructor
         "Constructor arguments"
         return dict(dims=list(self.dims), seed=self.seed)
-    def fit(self,
-        queries,           # Not used; None
-        docs,              # (C,D) vectors: only their width matters
-        relevance=None,    # Not used
-        valid=None,        # Not used
-    )->"RandomProjection": # Itself
+
+    def fit(
+        self,
+        queries,  # Not used; None
+        docs,  # (C,D) vectors: only their width matters
+        relevance=None,  # Not used
+        valid=None,  # Not used
+    ) -> "RandomProjection":  # Itself
         "Draw the directions"
-        D = np.asarray(docs).shape[1]; check_dims(self.dims, D)
-        Q = np.linalg.qr(np.random.default_rng(self.seed).standard_normal((D, D)))[0].astype(np.float32)
+        D = np.asarray(docs).shape[1]
+        check_dims(self.dims, D)
+        Q = np.linalg.qr(np.random.default_rng(self.seed).standard_normal((D, D)))[0].astype(
+            np.float32
+        )
         self.maps = {d: (np.ascontiguousarray(Q[:d]), None) for d in self.dims}
         return self
 
 # %% ../../nbs/smec/03_compressor.ipynb #c6348a39
 class PCACompressor(Compressor):
     "Principal components of the documents"
-    def __init__(self,
-        dims:Sequence,       # Widths, the largest first
-        center:bool=False,   # Subtract the mean, as scikit-learn does
+
+    def __init__(
+        self,
+        dims: Sequence,  # Widths, the largest first
+        center: bool = False,  # Subtract the mean, as scikit-learn does
     ):
-        super().__init__(dims); self.center = center
-    def config(self)->dict: # Keyword arguments of the constructor
+        super().__init__(dims)
+        self.center = center
+
+    def config(self) -> dict:  # Keyword arguments of the constructor
         "Constructor arguments"
         return dict(dims=list(self.dims), center=self.center)
-    def fit(self,
-        queries,           # Not used; None
-        docs,              # (C,D) vectors, floating point
-        relevance=None,    # Not used
-        valid=None,        # Not used
-    )->"PCACompressor":    # Itself
+
+    def fit(
+        self,
+        queries,  # Not used; None
+        docs,  # (C,D) vectors, floating point
+        relevance=None,  # Not used
+        valid=None,  # Not used
+    ) -> "PCACompressor":  # Itself
         "Eigenvectors of the covariance of the documents"
-        x = np.asarray(docs, np.float64); check_dims(self.dims, x.shape[1])
+        x = np.asarray(docs, np.float64)
+        check_dims(self.dims, x.shape[1])
         unit(x, "docs")
         mean = x.mean(0)
         U = np.linalg.eigh((x - mean).T @ (x - mean))[1][:, ::-1].T
-        U *= np.sign(U[np.arange(len(U)), np.abs(U).argmax(1)])[:, None]   # the sign of a component is free: fix it
-        self.maps = {d: (np.ascontiguousarray(U[:d], np.float32), (-U[:d] @ mean).astype(np.float32) if self.center else None) for d in self.dims}
+        U *= np.sign(U[np.arange(len(U)), np.abs(U).argmax(1)])[
+            :, None
+        ]  # the sign of a component is free: fix it
+        self.maps = {
+            d: (
+                np.ascontiguousarray(U[:d], np.float32),
+                (-U[:d] @ mean).astype(np.float32) if self.center else None,
+            )
+            for d in self.dims
+        }
         return self
 
 # %% ../../nbs/smec/03_compressor.ipynb #58dfd130
@@ -269,22 +376,27 @@ kinds.update({c.__name__: c for c in (Truncation, RandomProjection, PCACompresso
 
 # %% ../../nbs/smec/03_compressor.ipynb #56aee087
 def evaluate(
-    compressor:Compressor,  # Fitted
-    problem,                # A `Retrieval`
-    which:str="test",       # "train", "valid" or "test"
-)->dict:                    # Width -> NDCG@10 over the full corpus
+    compressor: Compressor,  # Fitted
+    problem,  # A `Retrieval`
+    which: str = "test",  # "train", "valid" or "test"
+) -> dict:  # Width -> NDCG@10 over the full corpus
     "Quality of every width on one split"
     q, rel = problem.part(which)
-    search = lambda d: exact_search(compressor.transform(q, d), compressor.transform(problem.docs, d), 10)
+    search = lambda d: exact_search(
+        compressor.transform(q, d), compressor.transform(problem.docs, d), 10
+    )
     return {d: mean_metric(ndcg_at_k(search(d), rel)).value for d in compressor.dims}
 
 # %% ../../nbs/smec/03_compressor.ipynb #6bfb5d49
 def to_int8(
-    x,                           # (n,d) vectors
-    limit=None,                  # (d,) largest magnitudes; None takes those of `x`
-)->tuple[np.ndarray, np.ndarray]:# (n,d) int8 codes, and the limits, for queries or for going back
+    x,  # (n,d) vectors
+    limit=None,  # (d,) largest magnitudes; None takes those of `x`
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (n,d) int8 codes, and the limits, for queries or for going back
     "Round every coordinate to eight bits"
     x = np.asarray(x, np.float32)
     limit = np.maximum(np.abs(x).max(0), 1e-12) if limit is None else np.asarray(limit, np.float32)
-    if limit.shape != x.shape[1:]: raise ValueError(f"limit has shape {limit.shape}; it needs {x.shape[1:]}")
-    return np.rint(np.clip(x/limit, -1, 1)*127).astype(np.int8), limit
+    if limit.shape != x.shape[1:]:
+        raise ValueError(f"limit has shape {limit.shape}; it needs {x.shape[1:]}")
+    return np.rint(np.clip(x / limit, -1, 1) * 127).astype(np.int8), limit

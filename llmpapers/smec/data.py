@@ -27,262 +27,369 @@ import numpy as np
 
 from ..core.artifacts import artifact
 from ..core.embed import embed_texts, load_matrix
-from ..core.ranking import Mean, Relevance, as_relevance, exact_search, mean_metric, ndcg_at_k
+from llmpapers.core.ranking import (
+    Mean,
+    Relevance,
+    as_relevance,
+    exact_search,
+    mean_metric,
+    ndcg_at_k,
+)
 from ..core.scale import need
 
 # %% ../../nbs/smec/01_data.ipynb #847cdcbf
 def cosine_scores(
-    queries,      # (Q,d) query vectors, floating point
-    docs,         # (C,d) document vectors
-)->np.ndarray:    # (Q,C) cosines; ValueError for a zero vector
+    queries,  # (Q,d) query vectors, floating point
+    docs,  # (C,d) document vectors
+) -> np.ndarray:  # (Q,C) cosines; ValueError for a zero vector
     "Cosine of every query with every document"
     return unit(queries, "queries") @ unit(docs, "docs").T
 
+
 def unit(
-    x,                # (n,d) vectors, floating point
-    name:str="x",     # What to call them in an error
-)->np.ndarray:        # (n,d) the same directions with length one
+    x,  # (n,d) vectors, floating point
+    name: str = "x",  # What to call them in an error
+) -> np.ndarray:  # (n,d) the same directions with length one
     "Vectors of length one, or an error that says which cannot have it"
     x = np.asarray(x)
-    if not np.issubdtype(x.dtype, np.floating): raise TypeError(f"{name} has type {x.dtype}; embeddings must be floating point")
-    if x.ndim != 2: raise ValueError(f"{name} has shape {x.shape}; it needs (rows, width)")
+    if not np.issubdtype(x.dtype, np.floating):
+        raise TypeError(f"{name} has type {x.dtype}; embeddings must be floating point")
+    if x.ndim != 2:
+        raise ValueError(f"{name} has shape {x.shape}; it needs (rows, width)")
     norm = np.linalg.norm(x, axis=1, keepdims=True)
     fine = np.isfinite(norm[:, 0])
-    if not fine.all(): raise ValueError(f"{name} has NaN or infinite values in row {int(np.argmin(fine))}")
-    if not norm.all(): raise ValueError(f"{name} has a zero vector in row {int(np.argmin(norm[:, 0] != 0))}; its cosine is not defined")
-    return x/norm
+    if not fine.all():
+        raise ValueError(f"{name} has NaN or infinite values in row {int(np.argmin(fine))}")
+    if not norm.all():
+        raise ValueError(
+            f"{name} has a zero vector in row {int(np.argmin(norm[:, 0] != 0))}; its cosine is not defined"
+        )
+    return x / norm
 
 # %% ../../nbs/smec/01_data.ipynb #1ecc4762
 @dataclass(frozen=True)
 class Retrieval:
     "A retrieval problem with its split by query"
-    queries:np.ndarray      # (Q,D) query embeddings
-    docs:np.ndarray         # (C,D) document embeddings; the corpus of every split
-    relevance:Relevance     # Which documents each query wants
-    name:str                # What it is
-    train:np.ndarray        # Numbers of the training queries
-    valid:np.ndarray        # Numbers of the validation queries
-    test:np.ndarray         # Numbers of the test queries
 
-    def part(self,
-        which:str,  # "train", "valid" or "test"
-    )->tuple:       # Query embeddings and their relevance
+    queries: np.ndarray  # (Q,D) query embeddings
+    docs: np.ndarray  # (C,D) document embeddings; the corpus of every split
+    relevance: Relevance  # Which documents each query wants
+    name: str  # What it is
+    train: np.ndarray  # Numbers of the training queries
+    valid: np.ndarray  # Numbers of the validation queries
+    test: np.ndarray  # Numbers of the test queries
+
+    def part(
+        self,
+        which: str,  # "train", "valid" or "test"
+    ) -> tuple:  # Query embeddings and their relevance
         "The queries of one split and what they want"
         at, r = getattr(self, which), self.relevance
-        rows = [np.arange(r.indptr[i], r.indptr[i+1]) for i in at]
+        rows = [np.arange(r.indptr[i], r.indptr[i + 1]) for i in at]
         take = np.concatenate(rows) if rows else np.zeros(0, int)
         ptr = np.concatenate([[0], np.cumsum([len(x) for x in rows])]).astype(np.int64)
         return self.queries[at], Relevance(ptr, r.docs[take], r.grades[take], r.n_docs)
 
 # %% ../../nbs/smec/01_data.ipynb #a2f8d22c
 def split_queries(
-    relevance:Relevance,                 # Who wants what
-    sizes:Sequence=(.6, .1, .3),         # Shares of train, validation, test
-    seed:int=0,                          # Which split
-    by_document:bool=True,               # Keep queries that share a document together; False for class labels
-)->tuple:                                # Three arrays of query numbers
+    relevance: Relevance,  # Who wants what
+    sizes: Sequence = (0.6, 0.1, 0.3),  # Shares of train, validation, test
+    seed: int = 0,  # Which split
+    by_document: bool = True,  # Keep queries that share a document together; False for class labels
+) -> tuple:  # Three arrays of query numbers
     "Split queries at random, disjoint in their relevant documents"
     n = len(relevance.indptr) - 1
     if len(sizes) != 3 or min(sizes) <= 0 or sum(sizes) > 1 + 1e-9:
-        raise ValueError(f"sizes={tuple(sizes)} must be three positive shares that sum to at most one")
+        raise ValueError(
+            f"sizes={tuple(sizes)} must be three positive shares that sum to at most one"
+        )
     owner, group = np.repeat(np.arange(n), np.diff(relevance.indptr)), np.arange(n)
     if by_document:
         sparse, graph = need("scipy.sparse"), need("scipy.sparse.csgraph")
-        edges = sparse.coo_matrix((np.ones(len(owner)), (owner, n + relevance.docs)), shape=(n + relevance.n_docs,)*2)
+        edges = sparse.coo_matrix(
+            (np.ones(len(owner)), (owner, n + relevance.docs)), shape=(n + relevance.n_docs,) * 2
+        )
         group = graph.connected_components(edges, directed=False)[1][:n]
     names = np.unique(group)
     place = np.random.default_rng(seed).permutation(len(names))[np.searchsorted(names, group)]
-    cuts = np.floor(np.cumsum(sizes)*len(names) + 1e-9)
+    cuts = np.floor(np.cumsum(sizes) * len(names) + 1e-9)
     parts = tuple(np.nonzero((place >= a) & (place < b))[0] for a, b in zip([0, *cuts[:2]], cuts))
-    if min(map(len, parts)) == 0: raise ValueError(f"sizes={tuple(sizes)} leave a part empty: {[len(p) for p in parts]} of {n} queries")
+    if min(map(len, parts)) == 0:
+        raise ValueError(
+            f"sizes={tuple(sizes)} leave a part empty: {[len(p) for p in parts]} of {n} queries"
+        )
     return parts
 
 # %% ../../nbs/smec/01_data.ipynb #1e47577a
 def make_retrieval(
-    queries,                      # (Q,D) embeddings
-    docs,                         # (C,D) embeddings
-    relevance,                    # Any form that `as_relevance` takes
-    name:str="own data",          # What it is
-    sizes:Sequence=(.6, .1, .3),  # Shares of train, validation, test
-    seed:int=0,                   # Seed of the split
-    by_document:bool=True,        # As in `split_queries`
-)->Retrieval:                     # The problem, checked
+    queries,  # (Q,D) embeddings
+    docs,  # (C,D) embeddings
+    relevance,  # Any form that `as_relevance` takes
+    name: str = "own data",  # What it is
+    sizes: Sequence = (0.6, 0.1, 0.3),  # Shares of train, validation, test
+    seed: int = 0,  # Seed of the split
+    by_document: bool = True,  # As in `split_queries`
+) -> Retrieval:  # The problem, checked
     "A retrieval problem from embeddings and judgements"
-    q, d = np.ascontiguousarray(queries, dtype=np.float32), np.ascontiguousarray(docs, dtype=np.float32)
-    unit(q, "queries"); unit(d, "docs")
-    if q.shape[1] != d.shape[1]: raise ValueError(f"queries have width {q.shape[1]} and docs {d.shape[1]}")
+    q, d = (
+        np.ascontiguousarray(queries, dtype=np.float32),
+        np.ascontiguousarray(docs, dtype=np.float32),
+    )
+    unit(q, "queries")
+    unit(d, "docs")
+    if q.shape[1] != d.shape[1]:
+        raise ValueError(f"queries have width {q.shape[1]} and docs {d.shape[1]}")
     rel = as_relevance(relevance, len(d))
-    if len(rel.indptr) - 1 != len(q): raise ValueError(f"relevance has {len(rel.indptr) - 1} rows for {len(q)} queries")
+    if len(rel.indptr) - 1 != len(q):
+        raise ValueError(f"relevance has {len(rel.indptr) - 1} rows for {len(q)} queries")
     return Retrieval(q, d, rel, name, *split_queries(rel, sizes, seed, by_document))
 
 # %% ../../nbs/smec/01_data.ipynb #c31960a4
 def docstring_pair(
-    doc:str,     # A docstring
-)->tuple|None:   # (first paragraph, rest without examples), or None if it is too short to make a pair
+    doc: str,  # A docstring
+) -> (
+    tuple | None
+):  # (first paragraph, rest without examples), or None if it is too short to make a pair
     "Query and document from one docstring"
     parts = re.split(r"\n\s*\n", doc.strip(), maxsplit=1)
-    if len(parts) < 2: return None
+    if len(parts) < 2:
+        return None
     lines, skip = [], False
     for s in map(str.strip, parts[1].splitlines()):
-        if s.startswith((">>>", "...")): skip = True
-        elif not (skip and s): skip = False; lines.append(s)
+        if s.startswith((">>>", "...")):
+            skip = True
+        elif not (skip and s):
+            skip = False
+            lines.append(s)
     query, body = " ".join(parts[0].split()), " ".join(" ".join(lines).split())
     return (query, body[:700]) if 20 <= len(query) <= 200 and len(body) >= 200 else None
 
 # %% ../../nbs/smec/01_data.ipynb #bab492c5
-def docstring_list()->tuple: # {package: (distribution, version, licence)} and [(module, [(name, hash)])]
+def docstring_list() -> (
+    tuple
+):  # {package: (distribution, version, licence)} and [(module, [(name, hash)])]
     "The fixed list of docstrings"
-    text = importlib.resources.files("llmpapers").joinpath("data/smec/docstrings.txt").read_text(encoding="utf-8")
+    text = (
+        importlib.resources.files("llmpapers")
+        .joinpath("data/smec/docstrings.txt")
+        .read_text(encoding="utf-8")
+    )
     lines = [l.split() for l in text.splitlines() if l and not l.startswith("#")]
     packages = {l[1]: tuple(l[2:5]) for l in lines if l[0] == "@"}
     return packages, [(l[0], [tuple(e.split("=")) for e in l[1:]]) for l in lines if l[0] != "@"]
 
+
 def docstrings_of(
-    module:str,  # Dotted name of a module, which is found but not imported
-)->list:         # (qualified name, docstring) of classes and functions in it, in order; empty if it is not installed
+    module: str,  # Dotted name of a module, which is found but not imported
+) -> list:  # (qualified name, docstring) of classes and functions in it, in order; empty if it is not installed
     "Docstrings of a module, read from its source"
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top)
-    if spec is None or not spec.origin: return []
+    if spec is None or not spec.origin:
+        return []
     base = Path(spec.origin).parent.joinpath(*rest)
-    file = base.with_suffix(".py") if base.with_suffix(".py").is_file() else base/"__init__.py"
-    if not file.is_file(): return []
-    with warnings.catch_warnings():   # old escapes in other people's strings
-        warnings.simplefilter("ignore"); tree = ast.parse(file.read_text(encoding="utf-8"))
+    file = base.with_suffix(".py") if base.with_suffix(".py").is_file() else base / "__init__.py"
+    if not file.is_file():
+        return []
+    with warnings.catch_warnings():  # old escapes in other people's strings
+        warnings.simplefilter("ignore")
+        tree = ast.parse(file.read_text(encoding="utf-8"))
     return list(_walk(tree, ""))
+
 
 def _walk(node, prefix):
     for c in node.body:
-        if not isinstance(c, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): continue
+        if not isinstance(c, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
         name = f"{prefix}.{c.name}" if prefix else c.name
-        if doc := ast.get_docstring(c): yield name, doc
-        if isinstance(c, ast.ClassDef): yield from _walk(c, name)
+        if doc := ast.get_docstring(c):
+            yield name, doc
+        if isinstance(c, ast.ClassDef):
+            yield from _walk(c, name)
 
 # %% ../../nbs/smec/01_data.ipynb #fd15cd42
 class Pairs(NamedTuple):
     "Texts that belong together"
-    names:list     # Module and qualified name
-    queries:list   # First paragraphs
-    docs:list      # The rest of each
-    changed:int    # Names passed over because the installed text is another
+
+    names: list  # Module and qualified name
+    queries: list  # First paragraphs
+    docs: list  # The rest of each
+    changed: int  # Names passed over because the installed text is another
 
 # %% ../../nbs/smec/01_data.ipynb #3318a6fd
 def docstring_pairs(
-    limit:int=4000,  # How many pairs
-)->Pairs:            # The first `limit` pairs of the fixed list
+    limit: int = 4000,  # How many pairs
+) -> Pairs:  # The first `limit` pairs of the fixed list
     "Pairs of first paragraph and body from installed packages"
     packages, listed = docstring_list()
     total = sum(len(e) for _, e in listed)
-    if not 1 <= limit <= total: raise ValueError(f"limit={limit} must be between 1 and {total}")
+    if not 1 <= limit <= total:
+        raise ValueError(f"limit={limit} must be between 1 and {total}")
     res, changed = Pairs([], [], [], 0), 0
     for module, entries in listed:
-        have = {(n, hashlib.sha256("\n".join(p).encode()).hexdigest()[:6]): p for n, d in docstrings_of(module) if (p := docstring_pair(d))}
+        have = {
+            (n, hashlib.sha256("\n".join(p).encode()).hexdigest()[:6]): p
+            for n, d in docstrings_of(module)
+            if (p := docstring_pair(d))
+        }
         for key in entries:
-            if len(res.names) == limit: break
-            if key not in have: changed += 1; continue
-            for column, v in zip(res, (f"{module}.{key[0]}", *have[key])): column.append(v)
-        if len(res.names) == limit: break
+            if len(res.names) == limit:
+                break
+            if key not in have:
+                changed += 1
+                continue
+            for column, v in zip(res, (f"{module}.{key[0]}", *have[key])):
+                column.append(v)
+        if len(res.names) == limit:
+            break
     if len(res.names) < limit:
-        raise ValueError(f"limit={limit}: only {len(res.names)} of the listed texts are installed unchanged ({_versions(packages)})")
-    if changed: warnings.warn(f"{changed} listed docstrings are missing or changed and were passed over ({_versions(packages)})", stacklevel=2)
+        raise ValueError(
+            f"limit={limit}: only {len(res.names)} of the listed texts are installed unchanged ({_versions(packages)})"
+        )
+    if changed:
+        warnings.warn(
+            f"{changed} listed docstrings are missing or changed and were passed over ({_versions(packages)})",
+            stacklevel=2,
+        )
     return res._replace(changed=changed)
+
 
 def _versions(packages):
     "Packages whose version is not the listed one"
+
     def now(dist):
-        try: return version(dist).split("+")[0]
-        except PackageNotFoundError: return "not installed"
-    other = [f"{dist} {now(dist)} instead of {v}" for dist, v, _ in packages.values() if now(dist) != v]
+        try:
+            return version(dist).split("+")[0]
+        except PackageNotFoundError:
+            return "not installed"
+
+    other = [
+        f"{dist} {now(dist)} instead of {v}" for dist, v, _ in packages.values() if now(dist) != v
+    ]
     return ", ".join(other) or "all versions are the listed ones"
 
 # %% ../../nbs/smec/01_data.ipynb #a70450ba
 def docstring_retrieval(
-    limit:int=4000,        # Documents
-    model="minilm",        # As in `embed_texts`
-    max_length:int=64,     # Tokens that are read of a document
-    seed:int=0,            # Seed of the split
-    sizes:Sequence=(.6, .1, .3), # Shares of train, validation, test
-)->Retrieval:              # Embedded and split
+    limit: int = 4000,  # Documents
+    model="minilm",  # As in `embed_texts`
+    max_length: int = 64,  # Tokens that are read of a document
+    seed: int = 0,  # Seed of the split
+    sizes: Sequence = (0.6, 0.1, 0.3),  # Shares of train, validation, test
+) -> Retrieval:  # Embedded and split
     "The docstring problem, embedded once"
+
     def build(folder):
         p = docstring_pairs(limit)
-        (folder/"pairs.json").write_text(json.dumps(p._asdict()), encoding="utf-8")
+        (folder / "pairs.json").write_text(json.dumps(p._asdict()), encoding="utf-8")
+
     packages, _ = docstring_list()
     now = _versions(packages)
     entry = artifact("docstrings", dict(limit=limit, versions=now), build, code=(docstring_pair,))
-    p = Pairs(**json.loads((entry/"pairs.json").read_text(encoding="utf-8")))
+    p = Pairs(**json.loads((entry / "pairs.json").read_text(encoding="utf-8")))
     d, q = (embed_texts(t, model, max_length) for t in (p.docs, p.queries))
     return make_retrieval(q, d, np.arange(limit), f"docstrings, {limit}", sizes, seed)
 
 # %% ../../nbs/smec/01_data.ipynb #5898c099
 def digits_retrieval(
-    seed:int=0,   # Seed of the split
-)->Retrieval:     # 1,797 images: 900 queries, the rest the gallery; 64 dimensions
+    seed: int = 0,  # Seed of the split
+) -> Retrieval:  # 1,797 images: 900 queries, the rest the gallery; 64 dimensions
     "Find images of the same digit (scikit-learn's 8 by 8 digits)"
     x, y = need("sklearn.datasets", "search").load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(x))
     q, g = order[:900], order[900:]
     x = (x - x[g].mean(0)).astype(np.float32)
     rel = (y[q][:, None] == y[g][None]).astype(np.int8)
-    return make_retrieval(x[q], x[g], rel, "digits", (.6, .1, .3), seed, by_document=False)
+    return make_retrieval(x[q], x[g], rel, "digits", (0.6, 0.1, 0.3), seed, by_document=False)
 
 # %% ../../nbs/smec/01_data.ipynb #20fc1bc0
 def planted_retrieval(
-    n:int=1000,          # Query-document pairs
-    dim:int=64,          # Width
-    signal:int=8,        # Coordinates that a query shares with its document
-    noise:float=1.,      # Standard deviation of the other coordinates
-    seed:int=0,          # Seed of everything
-)->tuple:                # The problem, and the (signal,) informative coordinates in ascending order
+    n: int = 1000,  # Query-document pairs
+    dim: int = 64,  # Width
+    signal: int = 8,  # Coordinates that a query shares with its document
+    noise: float = 1.0,  # Standard deviation of the other coordinates
+    seed: int = 0,  # Seed of everything
+) -> tuple:  # The problem, and the (signal,) informative coordinates in ascending order
     "A problem whose informative coordinates are known"
-    if not 1 <= signal <= dim: raise ValueError(f"signal={signal} must be between 1 and dim={dim}")
+    if not 1 <= signal <= dim:
+        raise ValueError(f"signal={signal} must be between 1 and dim={dim}")
     g = np.random.default_rng(seed)
     where = np.sort(g.permutation(dim)[:signal])
-    q, d = (noise*g.standard_normal((n, dim)) for _ in range(2))
+    q, d = (noise * g.standard_normal((n, dim)) for _ in range(2))
     shared = g.standard_normal((n, signal))
-    q[:, where], d[:, where] = (shared + .3*g.standard_normal((n, signal)) for _ in range(2))
+    q[:, where], d[:, where] = (shared + 0.3 * g.standard_normal((n, signal)) for _ in range(2))
     return make_retrieval(q, d, np.arange(n), "planted", seed=seed), where
 
 # %% ../../nbs/smec/01_data.ipynb #cfe1967e
 class TextRetrieval(NamedTuple):
     "A retrieval problem before it is embedded"
-    queries:list          # Query texts
-    docs:list             # Document texts, title and body
-    relevance:list        # {document number: grade} of each query
+
+    queries: list  # Query texts
+    docs: list  # Document texts, title and body
+    relevance: list  # {document number: grade} of each query
+
 
 def load_beir(
-    name:str,            # BEIR folder, folder or hub id in MTEB's format, e.g. "mteb/nfcorpus"
-    split:str="test",    # Judgements to read
-)->TextRetrieval:        # Texts and judgements; only queries that have judgements
+    name: str,  # BEIR folder, folder or hub id in MTEB's format, e.g. "mteb/nfcorpus"
+    split: str = "test",  # Judgements to read
+) -> TextRetrieval:  # Texts and judgements; only queries that have judgements
     "A data set in BEIR's or MTEB's format"
-    corpus, queries, qrels = _beir_files(Path(name), split) if (Path(name)/"corpus.jsonl").is_file() else _mteb(name, split)
+    corpus, queries, qrels = (
+        _beir_files(Path(name), split)
+        if (Path(name) / "corpus.jsonl").is_file()
+        else _mteb(name, split)
+    )
     at = {str(r["_id"]): i for i, r in enumerate(corpus)}
-    if len(at) < len(corpus): raise ValueError(f"name={name!r} has a document id twice")
+    if len(at) < len(corpus):
+        raise ValueError(f"name={name!r} has a document id twice")
     by_query = {}
     for q, c, g in qrels:
-        if c not in at: raise ValueError(f"name={name!r}: the judgements name document {c!r}, which the corpus lacks")
+        if c not in at:
+            raise ValueError(
+                f"name={name!r}: the judgements name document {c!r}, which the corpus lacks"
+            )
         by_query.setdefault(q, {})[at[c]] = float(g)
     text = {str(r["_id"]): r["text"] for r in queries}
-    if lost := [q for q in by_query if q not in text]: raise ValueError(f"name={name!r}: the judgements name query {lost[0]!r}, which the queries lack")
+    if lost := [q for q in by_query if q not in text]:
+        raise ValueError(
+            f"name={name!r}: the judgements name query {lost[0]!r}, which the queries lack"
+        )
     docs = [" ".join(v for v in (r.get("title"), r["text"]) if v) for r in corpus]
     return TextRetrieval([text[q] for q in by_query], docs, list(by_query.values()))
 
 # %% ../../nbs/smec/01_data.ipynb #0998d5a3
 def _beir_files(folder, split):
-    rows = lambda f: [json.loads(l) for l in (folder/f).read_text(encoding="utf-8").splitlines() if l.strip()]
-    file = folder/"qrels"/f"{split}.tsv"
-    for f in (folder/"queries.jsonl", file):
-        if not f.is_file(): raise ValueError(f"name={folder.name!r} has no {f.relative_to(folder)}")
-    with open(file, encoding="utf-8", newline="") as f: table = list(csv.reader(f, delimiter="\t"))
-    if not table or any(len(r) != 3 for r in table): raise ValueError(f"qrels/{split}.tsv must have three columns: query, document, grade")
-    return rows("corpus.jsonl"), rows("queries.jsonl"), table[1:] if not table[0][2].lstrip("-").isdigit() else table
+    rows = lambda f: [
+        json.loads(l) for l in (folder / f).read_text(encoding="utf-8").splitlines() if l.strip()
+    ]
+    file = folder / "qrels" / f"{split}.tsv"
+    for f in (folder / "queries.jsonl", file):
+        if not f.is_file():
+            raise ValueError(f"name={folder.name!r} has no {f.relative_to(folder)}")
+    with open(file, encoding="utf-8", newline="") as f:
+        table = list(csv.reader(f, delimiter="\t"))
+    if not table or any(len(r) != 3 for r in table):
+        raise ValueError(f"qrels/{split}.tsv must have three columns: query, document, grade")
+    return (
+        rows("corpus.jsonl"),
+        rows("queries.jsonl"),
+        table[1:] if not table[0][2].lstrip("-").isdigit() else table,
+    )
+
 
 def _mteb(name, split):
     load = need("datasets").load_dataset
-    try: corpus, queries, qrels = (load(name, c) for c in ("corpus", "queries", "default"))
+    try:
+        corpus, queries, qrels = (load(name, c) for c in ("corpus", "queries", "default"))
     except (OSError, ValueError) as e:
-        raise ValueError(f"name={name!r} is neither a BEIR folder nor a data set with the configurations corpus, queries and "
-                         f"default ({type(e).__name__})") from e
+        raise ValueError(
+            f"name={name!r} is neither a BEIR folder nor a data set with the configurations corpus, queries and "
+            f"default ({type(e).__name__})"
+        ) from e
     only = lambda d: next(iter(d.values()))
-    if split not in qrels: raise ValueError(f"split={split!r} has no judgements; there are {', '.join(qrels)}")
-    return list(only(corpus)), list(only(queries)), [(str(r["query-id"]), str(r["corpus-id"]), r["score"]) for r in qrels[split]]
+    if split not in qrels:
+        raise ValueError(f"split={split!r} has no judgements; there are {', '.join(qrels)}")
+    return (
+        list(only(corpus)),
+        list(only(queries)),
+        [(str(r["query-id"]), str(r["corpus-id"]), r["score"]) for r in qrels[split]],
+    )

@@ -15,109 +15,139 @@ from torch.nn import functional as F
 
 # %% ../../nbs/smec/02_losses.ipynb #4d1578e2
 def rank_loss_loop(
-    scores:Tensor,       # (Q,C) scores
-    relevance:Tensor,    # (Q,C) grades
-    scale:float=1.,      # Inverse temperature
-)->Tensor:               # Sum over all triples
+    scores: Tensor,  # (Q,C) scores
+    relevance: Tensor,  # (Q,C) grades
+    scale: float = 1.0,  # Inverse temperature
+) -> Tensor:  # Sum over all triples
     "The definition of `rank_loss` with `reduction='sum'` as three loops"
     total = scores.new_zeros(())
     for i in range(scores.shape[0]):
         for j in range(scores.shape[1]):
             for k in range(scores.shape[1]):
                 if relevance[i, j] > relevance[i, k]:
-                    total = total + (relevance[i, j] - relevance[i, k])*F.softplus(scale*(scores[i, k] - scores[i, j]))
+                    total = total + (relevance[i, j] - relevance[i, k]) * F.softplus(
+                        scale * (scores[i, k] - scores[i, j])
+                    )
     return total
 
 # %% ../../nbs/smec/02_losses.ipynb #08fcab33
 def _pairs(scores, relevance):
-    if scores.ndim != 2: raise ValueError(f"scores has shape {tuple(scores.shape)}; it needs (queries, documents)")
+    if scores.ndim != 2:
+        raise ValueError(f"scores has shape {tuple(scores.shape)}; it needs (queries, documents)")
     if relevance is None and scores.shape[0] > scores.shape[1]:
-        raise ValueError(f"scores has shape {tuple(scores.shape)}; without relevance, query i wants document i")
+        raise ValueError(
+            f"scores has shape {tuple(scores.shape)}; without relevance, query i wants document i"
+        )
     if relevance is not None and relevance.shape != scores.shape:
-        raise ValueError(f"relevance {tuple(relevance.shape)} and scores {tuple(scores.shape)} differ")
+        raise ValueError(
+            f"relevance {tuple(relevance.shape)} and scores {tuple(scores.shape)} differ"
+        )
+
 
 def rank_loss(
-    scores:Tensor,                # (Q,C) scores, queries in rows
-    relevance:Tensor|None=None,   # (Q,C) grades; None means that query i wants document i alone
-    scale:float=1.,               # Inverse temperature; 1 as in the paper
-    reduction:str="mean",         # "mean" over triples, or "sum" as in the paper
-)->Tensor:                        # Scalar; 0 (with a graph) if no document is more relevant than another
+    scores: Tensor,  # (Q,C) scores, queries in rows
+    relevance: Tensor | None = None,  # (Q,C) grades; None means that query i wants document i alone
+    scale: float = 1.0,  # Inverse temperature; 1 as in the paper
+    reduction: str = "mean",  # "mean" over triples, or "sum" as in the paper
+) -> Tensor:  # Scalar; 0 (with a graph) if no document is more relevant than another
     "Pairwise logistic ranking loss"
     _pairs(scores, relevance)
-    if reduction not in ("mean", "sum"): raise ValueError(f"reduction={reduction!r} must be 'mean' or 'sum'")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r} must be 'mean' or 'sum'")
     if relevance is None:
         n, own = len(scores), torch.arange(len(scores), device=scores.device)
-        loss = F.softplus(scale*(scores - scores[own, own][:, None]))
+        loss = F.softplus(scale * (scores - scores[own, own][:, None]))
         loss = loss.sum() - loss[own, own].sum()
-        return loss if reduction == "sum" else loss/max(n*(scores.shape[1] - 1), 1)
+        return loss if reduction == "sum" else loss / max(n * (scores.shape[1] - 1), 1)
     i, j = (relevance > relevance.amin(1, keepdim=True)).nonzero(as_tuple=True)
     weight = (relevance[i, j][:, None] - relevance[i]).clamp(min=0).to(scores.dtype)
-    loss = (weight*F.softplus(scale*(scores[i] - scores[i, j][:, None]))).sum()
-    return loss if reduction == "sum" else loss/(weight > 0).sum().clamp(min=1)
+    loss = (weight * F.softplus(scale * (scores[i] - scores[i, j][:, None]))).sum()
+    return loss if reduction == "sum" else loss / (weight > 0).sum().clamp(min=1)
 
 # %% ../../nbs/smec/02_losses.ipynb #773be900
 def mse_loss(
-    scores:Tensor,               # (Q,C) cosines
-    relevance:Tensor|None=None,  # (Q,C) grades; None as in `rank_loss`
-)->Tensor:                       # Scalar
+    scores: Tensor,  # (Q,C) cosines
+    relevance: Tensor | None = None,  # (Q,C) grades; None as in `rank_loss`
+) -> Tensor:  # Scalar
     "Squared error of the cosine against the label, grades divided by the largest"
     _pairs(scores, relevance)
-    if relevance is None: y = torch.eye(*scores.shape, dtype=scores.dtype, device=scores.device)
-    else: y = relevance.to(scores.dtype)/relevance.max().clamp(min=1)
+    if relevance is None:
+        y = torch.eye(*scores.shape, dtype=scores.dtype, device=scores.device)
+    else:
+        y = relevance.to(scores.dtype) / relevance.max().clamp(min=1)
     return F.mse_loss(scores, y)
 
+
 def ce_loss(
-    scores:Tensor,               # (Q,C) cosines
-    relevance:Tensor|None=None,  # (Q,C) grades; None as in `rank_loss`
-    scale:float=20.,             # Inverse temperature
-)->Tensor:                       # Scalar
+    scores: Tensor,  # (Q,C) cosines
+    relevance: Tensor | None = None,  # (Q,C) grades; None as in `rank_loss`
+    scale: float = 20.0,  # Inverse temperature
+) -> Tensor:  # Scalar
     "In-batch softmax cross-entropy"
     _pairs(scores, relevance)
-    if relevance is None: return F.cross_entropy(scale*scores, torch.arange(len(scores), device=scores.device))
+    if relevance is None:
+        return F.cross_entropy(scale * scores, torch.arange(len(scores), device=scores.device))
     y = relevance.to(scores.dtype)
     some = y.sum(1) > 0
-    return F.cross_entropy(scale*scores[some], y[some]/y[some].sum(1, keepdim=True)) if some.any() else scores.sum()*0
+    return (
+        F.cross_entropy(scale * scores[some], y[some] / y[some].sum(1, keepdim=True))
+        if some.any()
+        else scores.sum() * 0
+    )
 
 # %% ../../nbs/smec/02_losses.ipynb #5334bbec
 def similarity_consistency_loss(
-    hi:Tensor,                       # (B,k) similarities of the full vectors
-    lo:Tensor,                       # (B,k) similarities of the short ones
-    reduction:str="mean",            # "mean" or "sum"
-)->Tensor:                           # Scalar; 0 with a graph for k = 0
+    hi: Tensor,  # (B,k) similarities of the full vectors
+    lo: Tensor,  # (B,k) similarities of the short ones
+    reduction: str = "mean",  # "mean" or "sum"
+) -> Tensor:  # Scalar; 0 with a graph for k = 0
     "Absolute difference of similarities: the paper's loss without labels"
-    if hi.shape != lo.shape: raise ValueError(f"hi {tuple(hi.shape)} and lo {tuple(lo.shape)} differ")
-    if reduction not in ("mean", "sum"): raise ValueError(f"reduction={reduction!r} must be 'mean' or 'sum'")
+    if hi.shape != lo.shape:
+        raise ValueError(f"hi {tuple(hi.shape)} and lo {tuple(lo.shape)} differ")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r} must be 'mean' or 'sum'")
     d = (hi - lo).abs()
     return d.sum() if reduction == "sum" or not d.numel() else d.mean()
 
+
 def listwise_consistency_loss(
-    hi:Tensor,                # (B,k) similarities of the full vectors
-    lo:Tensor,                # (B,k) similarities of the short ones
-    temperature:float=.05,    # Softness of both distributions
-)->Tensor:                    # Scalar; 0 with a graph for k = 0
+    hi: Tensor,  # (B,k) similarities of the full vectors
+    lo: Tensor,  # (B,k) similarities of the short ones
+    temperature: float = 0.05,  # Softness of both distributions
+) -> Tensor:  # Scalar; 0 with a graph for k = 0
     "Divergence between the neighbour distributions of full and short vectors"
-    if hi.shape != lo.shape: raise ValueError(f"hi {tuple(hi.shape)} and lo {tuple(lo.shape)} differ")
-    if temperature <= 0: raise ValueError(f"temperature={temperature} must be positive")
-    if not lo.numel(): return lo.sum()
-    return F.kl_div(F.log_softmax(lo/temperature, 1), F.log_softmax(hi/temperature, 1), log_target=True, reduction="batchmean")
+    if hi.shape != lo.shape:
+        raise ValueError(f"hi {tuple(hi.shape)} and lo {tuple(lo.shape)} differ")
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} must be positive")
+    if not lo.numel():
+        return lo.sum()
+    return F.kl_div(
+        F.log_softmax(lo / temperature, 1),
+        F.log_softmax(hi / temperature, 1),
+        log_target=True,
+        reduction="batchmean",
+    )
 
 # %% ../../nbs/smec/02_losses.ipynb #434f197d
 def prefix_scores(
-    zq:Tensor,   # (Q,N) outputs for queries
-    zd:Tensor,   # (C,N) outputs for documents
-    d:int,       # Width
-)->Tensor:       # (Q,C) cosines of the first `d` outputs
+    zq: Tensor,  # (Q,N) outputs for queries
+    zd: Tensor,  # (C,N) outputs for documents
+    d: int,  # Width
+) -> Tensor:  # (Q,C) cosines of the first `d` outputs
     "Cosines at one width, normalised after the cut"
-    if not 1 <= d <= zq.shape[1]: raise ValueError(f"d={d} must be between 1 and {zq.shape[1]}")
+    if not 1 <= d <= zq.shape[1]:
+        raise ValueError(f"d={d} must be between 1 and {zq.shape[1]}")
     return F.normalize(zq[:, :d], dim=1) @ F.normalize(zd[:, :d], dim=1).T
 
+
 def row_gradient_norms(
-    W:Tensor,                      # (N,M) adapter
-    q:Tensor,                      # (B,M) queries
-    d:Tensor,                      # (B,M) documents, row i is wanted by query i
-    dims:Sequence,                 # Widths, or tuples of widths whose losses are added
-    loss:Callable=rank_loss,       # Takes (Q,C) scores
-)->dict:                           # Width -> (N,) norm of the gradient of each row of W
+    W: Tensor,  # (N,M) adapter
+    q: Tensor,  # (B,M) queries
+    d: Tensor,  # (B,M) documents, row i is wanted by query i
+    dims: Sequence,  # Widths, or tuples of widths whose losses are added
+    loss: Callable = rank_loss,  # Takes (Q,C) scores
+) -> dict:  # Width -> (N,) norm of the gradient of each row of W
     "Gradient of the loss at each width, row by row"
     res = {}
     for w in dims:
@@ -129,17 +159,20 @@ def row_gradient_norms(
 
 # %% ../../nbs/smec/02_losses.ipynb #ffaaebc2
 def gradient_variance(
-    W:Tensor,                  # (N,M) adapter
-    batches:Sequence,          # (queries, documents) of each batch, (B,M) each
-    widths:Sequence,           # Widths whose losses are added
-    loss:Callable=rank_loss,   # Takes (Q,C) scores
-    rows:int|None=None,        # Rows that count; None takes all
-)->float:                      # Mean over the weights of the variance over batches
+    W: Tensor,  # (N,M) adapter
+    batches: Sequence,  # (queries, documents) of each batch, (B,M) each
+    widths: Sequence,  # Widths whose losses are added
+    loss: Callable = rank_loss,  # Takes (Q,C) scores
+    rows: int | None = None,  # Rows that count; None takes all
+) -> float:  # Mean over the weights of the variance over batches
     "Variance of the gradient over batches"
-    if len(batches) < 2: raise ValueError(f"batches has {len(batches)} entries; a variance needs at least two")
+    if len(batches) < 2:
+        raise ValueError(f"batches has {len(batches)} entries; a variance needs at least two")
     grads = []
     for q, d in batches:
         V = W.detach().clone().requires_grad_()
         zq, zd = q @ V.T, d @ V.T
-        grads.append(torch.autograd.grad(sum(loss(prefix_scores(zq, zd, w)) for w in widths), V)[0][:rows])
+        grads.append(
+            torch.autograd.grad(sum(loss(prefix_scores(zq, zd, w)) for w in widths), V)[0][:rows]
+        )
     return float(torch.stack(grads).var(0).mean())

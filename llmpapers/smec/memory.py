@@ -14,29 +14,40 @@ from fastcore.basics import patch
 # %% ../../nbs/smec/06_memory.ipynb #e22fa2a0
 class CrossBatchMemory:
     "First-in first-out queue of features with exact nearest neighbours"
-    def __init__(self,
-        capacity:int,       # Most entries it holds
-        dim:int,            # Width of a feature
-        device="cpu",       # Where the features live
+
+    def __init__(
+        self,
+        capacity: int,  # Most entries it holds
+        dim: int,  # Width of a feature
+        device="cpu",  # Where the features live
     ):
-        if capacity < 1 or dim < 1: raise ValueError(f"capacity={capacity} and dim={dim} must be at least 1")
+        if capacity < 1 or dim < 1:
+            raise ValueError(f"capacity={capacity} and dim={dim} must be at least 1")
         self.capacity, self.dim, self.n, self.at = int(capacity), int(dim), 0, 0
         self.x, self.u = (torch.zeros(capacity, dim, device=device) for _ in range(2))
         self.ids, self.next_id = torch.full((capacity,), -1, dtype=torch.long, device=device), 0
 
-    def __len__(self): return self.n
+    def __len__(self):
+        return self.n
 
-    def push(self,
-        x:Tensor,               # (B,D) features; of more than `capacity` the newest (last) are kept
-        ids:Tensor|None=None,   # (B,) ids, not negative; None numbers them on
-    )->None:
+    def push(
+        self,
+        x: Tensor,  # (B,D) features; of more than `capacity` the newest (last) are kept
+        ids: Tensor | None = None,  # (B,) ids, not negative; None numbers them on
+    ) -> None:
         "Append features, writing over the oldest"
-        if x.ndim != 2 or x.shape[1] != self.dim: raise ValueError(f"x has shape {tuple(x.shape)}; it needs (rows, {self.dim})")
-        if not torch.isfinite(x).all() or (x == 0).all(1).any(): raise ValueError("x has NaN, infinite values or a zero vector")
-        if ids is None: ids = torch.arange(self.next_id, self.next_id + len(x))
-        if ids.shape != (len(x),) or (ids < 0).any(): raise ValueError(f"ids has shape {tuple(ids.shape)}; it needs one id >= 0 for each of the {len(x)} rows")
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it needs (rows, {self.dim})")
+        if not torch.isfinite(x).all() or (x == 0).all(1).any():
+            raise ValueError("x has NaN, infinite values or a zero vector")
+        if ids is None:
+            ids = torch.arange(self.next_id, self.next_id + len(x))
+        if ids.shape != (len(x),) or (ids < 0).any():
+            raise ValueError(
+                f"ids has shape {tuple(ids.shape)}; it needs one id >= 0 for each of the {len(x)} rows"
+            )
         self.next_id = max(self.next_id, int(ids.max()) + 1) if len(ids) else self.next_id
-        x, ids = x.detach()[-self.capacity:].to(self.x), ids[-self.capacity:].to(self.ids)
+        x, ids = x.detach()[-self.capacity :].to(self.x), ids[-self.capacity :].to(self.ids)
         place = (self.at + torch.arange(len(x), device=self.x.device)) % self.capacity
         self.x[place], self.u[place], self.ids[place] = x, F.normalize(x, dim=1), ids
         self.at, self.n = (self.at + len(x)) % self.capacity, min(self.capacity, self.n + len(x))
@@ -44,47 +55,55 @@ class CrossBatchMemory:
 # %% ../../nbs/smec/06_memory.ipynb #702b88d1
 @patch
 def topk(
-    self:CrossBatchMemory,
-    x:Tensor,                      # (B,D) features to look up
-    k:int,                         # Neighbours; fewer come back while the queue is short
-    exclude_ids:Tensor|None=None,  # (B,) the id that each row must not find
-)->tuple[Tensor, Tensor, Tensor]:  # Features (B,k,D), cosines (B,k), ids (B,k); nearest first
+    self: CrossBatchMemory,
+    x: Tensor,  # (B,D) features to look up
+    k: int,  # Neighbours; fewer come back while the queue is short
+    exclude_ids: Tensor | None = None,  # (B,) the id that each row must not find
+) -> tuple[Tensor, Tensor, Tensor]:  # Features (B,k,D), cosines (B,k), ids (B,k); nearest first
     "The most similar entries of each row"
-    if not 1 <= k <= self.capacity: raise ValueError(f"k={k} must be between 1 and capacity={self.capacity}")
-    if x.ndim != 2 or x.shape[1] != self.dim: raise ValueError(f"x has shape {tuple(x.shape)}; it needs (rows, {self.dim})")
-    scores = F.normalize(x.detach().to(self.u), dim=1) @ self.u[:self.n].T
+    if not 1 <= k <= self.capacity:
+        raise ValueError(f"k={k} must be between 1 and capacity={self.capacity}")
+    if x.ndim != 2 or x.shape[1] != self.dim:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it needs (rows, {self.dim})")
+    scores = F.normalize(x.detach().to(self.u), dim=1) @ self.u[: self.n].T
     room = self.n
     if exclude_ids is not None and self.n:
-        own = self.ids[:self.n] == exclude_ids.to(self.ids)[:, None]
+        own = self.ids[: self.n] == exclude_ids.to(self.ids)[:, None]
         scores, room = scores.masked_fill(own, -torch.inf), self.n - int(own.sum(1).max())
     k = min(k, room)
-    best, at = scores.topk(k, dim=1) if k else (scores[:, :0], torch.zeros(len(x), 0, dtype=torch.long))
+    best, at = (
+        scores.topk(k, dim=1) if k else (scores[:, :0], torch.zeros(len(x), 0, dtype=torch.long))
+    )
     return self.x[at], best, self.ids[at]
 
 # %% ../../nbs/smec/06_memory.ipynb #0f131c85
 @patch
 def sample(
-    self:CrossBatchMemory,
-    n:int,                      # Entries wanted; all of them if there are fewer
-    generator:torch.Generator,  # Source of randomness
-)->tuple[Tensor, Tensor]:       # Features (m,D) and ids (m,)
+    self: CrossBatchMemory,
+    n: int,  # Entries wanted; all of them if there are fewer
+    generator: torch.Generator,  # Source of randomness
+) -> tuple[Tensor, Tensor]:  # Features (m,D) and ids (m,)
     "Random entries, each at most once"
-    if n < 1: raise ValueError(f"n={n} must be at least 1")
+    if n < 1:
+        raise ValueError(f"n={n} must be at least 1")
     at = torch.randperm(self.n, generator=generator)[:n].to(self.x.device)
     return self.x[at], self.ids[at]
 
+
 @patch
-def state(
-    self:CrossBatchMemory)->dict: # Everything that `restore` needs
+def state(self: CrossBatchMemory) -> dict:  # Everything that `restore` needs
     "The queue as plain tensors and numbers"
-    return dict(x=self.x[:self.n].clone(), ids=self.ids[:self.n].clone(), at=self.at, next_id=self.next_id)
+    return dict(
+        x=self.x[: self.n].clone(), ids=self.ids[: self.n].clone(), at=self.at, next_id=self.next_id
+    )
+
 
 @patch
 def restore(
-    self:CrossBatchMemory,
-    saved:dict,  # From `state`
-)->None:
+    self: CrossBatchMemory,
+    saved: dict,  # From `state`
+) -> None:
     "Continue from a saved state"
     self.n, self.at, self.next_id = len(saved["x"]), saved["at"], saved["next_id"]
-    self.x[:self.n], self.ids[:self.n] = saved["x"], saved["ids"]
-    self.u[:self.n] = F.normalize(saved["x"], dim=1)
+    self.x[: self.n], self.ids[: self.n] = saved["x"], saved["ids"]
+    self.u[: self.n] = F.normalize(saved["x"], dim=1)

@@ -16,66 +16,104 @@ import torch
 from ..core.artifacts import artifact
 from ..core.scale import need
 from .compress import SMEC, MatryoshkaAdaptor, MRL, SearchAdaptor
-from .compressor import Compressor, PCACompressor, RandomProjection, Truncation, kinds, load_compressor
+from llmpapers.smec.compressor import (
+    Compressor,
+    PCACompressor,
+    RandomProjection,
+    Truncation,
+    kinds,
+    load_compressor,
+)
 from .losses import ce_loss
 
 # %% ../../nbs/smec/07_results.ipynb #ab00fbc3
 class SentenceTransformersMRL(MRL):
     "sentence-transformers' `MatryoshkaLoss` around `MultipleNegativesRankingLoss`, on cached vectors"
+
     def _learn(self, data, W0, score):
-        dense, loss_fn = st_matryoshka(W0[:self.dims[0]], self.dims, self.options["scale"])
+        dense, loss_fn = st_matryoshka(W0[: self.dims[0]], self.dims, self.options["scale"])
+
         def loss(step):
             q, d, _, _ = data.batch(step)
             return loss_fn([dict(sentence_embedding=q), dict(sentence_embedding=d)], None)
+
         W = dense.linear.weight
-        ends = score and (lambda: np.mean([score(W.detach()[:k]) for k in self.dims[1:] or self.dims]))
+        ends = score and (
+            lambda: np.mean([score(W.detach()[:k]) for k in self.dims[1:] or self.dims])
+        )
         best = self._run(0, [W], loss, self.options["steps"], ends, every=100)[0]
         return {k: best[:k].numpy() for k in self.dims}
 
+
 def st_matryoshka(
-    W0,               # (d,D) first matrix, a tensor
-    dims:Sequence,    # Widths
-    scale:float=20.,  # Inverse temperature
-)->tuple:             # The dense layer that is trained, and the loss: called with [query features, document features], None
+    W0,  # (d,D) first matrix, a tensor
+    dims: Sequence,  # Widths
+    scale: float = 20.0,  # Inverse temperature
+) -> tuple:  # The dense layer that is trained, and the loss: called with [query features, document features], None
     "A dense layer in a sentence-transformers model under `MatryoshkaLoss`"
-    st, mods = need("sentence_transformers", "search"), need("sentence_transformers.sentence_transformer.modules", "search")
+    st, mods = (
+        need("sentence_transformers", "search"),
+        need("sentence_transformers.sentence_transformer.modules", "search"),
+    )
     losses = need("sentence_transformers.sentence_transformer.losses", "search")
-    dense = mods.Dense(W0.shape[1], W0.shape[0], bias=False, activation_function=torch.nn.Identity())
-    with torch.no_grad(): dense.linear.weight.copy_(W0)
+    dense = mods.Dense(
+        W0.shape[1], W0.shape[0], bias=False, activation_function=torch.nn.Identity()
+    )
+    with torch.no_grad():
+        dense.linear.weight.copy_(W0)
     model = st.SentenceTransformer(modules=[dense], device="cpu")
-    return dense, losses.MatryoshkaLoss(model, losses.MultipleNegativesRankingLoss(model, scale=scale), matryoshka_dims=list(dims))
+    return dense, losses.MatryoshkaLoss(
+        model, losses.MultipleNegativesRankingLoss(model, scale=scale), matryoshka_dims=list(dims)
+    )
 
 # %% ../../nbs/smec/07_results.ipynb #61d610f6
 class SMRLSoftmax(SMEC):
     "Sequential training with the in-batch softmax loss in place of the rank loss"
-    def _rank(self, scores, y): return ce_loss(scores, y, self.options["scale"])
+
+    def _rank(self, scores, y):
+        return ce_loss(scores, y, self.options["scale"])
+
 
 kinds.update({c.__name__: c for c in (SentenceTransformersMRL, SMRLSoftmax)})
 
 # %% ../../nbs/smec/07_results.ipynb #55261f37
 def arms(
-    dims:Sequence,      # Widths, the largest first
-    steps:int=400,      # Optimiser steps of every trained arm
-    seed:int=0,         # Seed
-    **options,          # Further options of the trained arms
-)->dict:                # Name -> compressor, not fitted
+    dims: Sequence,  # Widths, the largest first
+    steps: int = 400,  # Optimiser steps of every trained arm
+    seed: int = 0,  # Seed
+    **options,  # Further options of the trained arms
+) -> dict:  # Name -> compressor, not fitted
     "All compressors that are compared, by name"
     kw = dict(steps=steps, seed=seed) | options
-    return {"truncation": Truncation(dims), "random": RandomProjection(dims, seed), "PCA": PCACompressor(dims), "Search-Adaptor": SearchAdaptor(dims, **kw),
-            "MRL": MRL(dims, **kw), "MatryoshkaLoss": SentenceTransformersMRL(dims, **kw), "Matryoshka-Adaptor": MatryoshkaAdaptor(dims, **kw),
-            "SMRL": SMEC(dims, **kw), "SMRL + ADS": SMEC(dims, selection="ads", **kw), "SMRL + S-XBM": SMEC(dims, consistency="absolute", **kw),
-            "SMRL, softmax": SMRLSoftmax(dims, **kw), "SMEC": SMEC(dims, selection="ads", consistency="absolute", **kw)}
+    return {
+        "truncation": Truncation(dims),
+        "random": RandomProjection(dims, seed),
+        "PCA": PCACompressor(dims),
+        "Search-Adaptor": SearchAdaptor(dims, **kw),
+        "MRL": MRL(dims, **kw),
+        "MatryoshkaLoss": SentenceTransformersMRL(dims, **kw),
+        "Matryoshka-Adaptor": MatryoshkaAdaptor(dims, **kw),
+        "SMRL": SMEC(dims, **kw),
+        "SMRL + ADS": SMEC(dims, selection="ads", **kw),
+        "SMRL + S-XBM": SMEC(dims, consistency="absolute", **kw),
+        "SMRL, softmax": SMRLSoftmax(dims, **kw),
+        "SMEC": SMEC(dims, selection="ads", consistency="absolute", **kw),
+    }
 
 # %% ../../nbs/smec/07_results.ipynb #520e11ef
 def fit_once(
-    c:Compressor,    # Not fitted
-    p,               # A `Retrieval`
-    train=None,      # (queries, relevance); None takes the training part of `p`
-)->Compressor:       # Fitted, from the cache if it was fitted before
+    c: Compressor,  # Not fitted
+    p,  # A `Retrieval`
+    train=None,  # (queries, relevance); None takes the training part of `p`
+) -> Compressor:  # Fitted, from the cache if it was fitted before
     "Fit a compressor on a problem, at most once"
     q, rel = p.part("train") if train is None else train
     h = hashlib.sha256()
-    for v in (q, p.docs, rel.indptr, rel.docs, rel.grades, p.valid): h.update(np.ascontiguousarray(v).tobytes())
+    for v in (q, p.docs, rel.indptr, rel.docs, rel.grades, p.valid):
+        h.update(np.ascontiguousarray(v).tobytes())
     recipe = dict(kind=type(c).__name__, config=c.config(), data=h.hexdigest())
-    def build(folder): c.fit(q, p.docs, rel, valid=p.part("valid")).save(folder/"c.safetensors")
-    return load_compressor(Path(artifact("smec_fit", recipe, build))/"c.safetensors")
+
+    def build(folder):
+        c.fit(q, p.docs, rel, valid=p.part("valid")).save(folder / "c.safetensors")
+
+    return load_compressor(Path(artifact("smec_fit", recipe, build)) / "c.safetensors")

@@ -24,262 +24,430 @@ from torch.func import functional_call
 def _scores(m, lam):
     "Inner products in double precision, largest subtracted; their dtype; the temperature"
     m, lam = torch.as_tensor(m), float(lam)
-    if not m.is_floating_point(): m = m.to(torch.get_default_dtype())
-    if m.ndim < 1 or m.shape[-1] < 1: raise ValueError(f"m has shape {tuple(m.shape)}; it needs one value per task on the last axis")
+    if not m.is_floating_point():
+        m = m.to(torch.get_default_dtype())
+    if m.ndim < 1 or m.shape[-1] < 1:
+        raise ValueError(
+            f"m has shape {tuple(m.shape)}; it needs one value per task on the last axis"
+        )
     if (bad := ~torch.isfinite(m)).any():
-        raise ValueError(f"m of task {int(bad.nonzero()[0, -1])} is NaN or infinite; look at the gradients of that task")
-    if not lam >= 0: raise ValueError(f"lam={lam} must be at least 0: 0 takes the best task, inf is uniform")
+        raise ValueError(
+            f"m of task {int(bad.nonzero()[0, -1])} is NaN or infinite; look at the gradients of that task"
+        )
+    if not lam >= 0:
+        raise ValueError(f"lam={lam} must be at least 0: 0 takes the best task, inf is uniform")
     return m.double() - m.double().amax(-1, keepdim=True), m.dtype, lam
 
-def _best(d): return (d == 0).double()/(d == 0).sum(-1, keepdim=True)
+
+def _best(d):
+    return (d == 0).double() / (d == 0).sum(-1, keepdim=True)
+
 
 def entropy_weights(
-    m:Tensor,   # [...,K] inner product of each task's gradient with the validation gradient
-    lam:float,  # Temperature, same unit as `m`; 0 takes the best task (ties shared), inf is uniform
-)->Tensor:      # [...,K] weights, non-negative, summing to one
+    m: Tensor,  # [...,K] inner product of each task's gradient with the validation gradient
+    lam: float,  # Temperature, same unit as `m`; 0 takes the best task (ties shared), inf is uniform
+) -> Tensor:  # [...,K] weights, non-negative, summing to one
     "Weights that maximise agreement plus `lam` times entropy"
     d, dtype, lam = _scores(m, lam)
-    if lam == 0: return _best(d).to(dtype)
-    if math.isinf(lam): return torch.full_like(d, 1/d.shape[-1]).to(dtype)
-    return (d/lam).softmax(-1).to(dtype)
+    if lam == 0:
+        return _best(d).to(dtype)
+    if math.isinf(lam):
+        return torch.full_like(d, 1 / d.shape[-1]).to(dtype)
+    return (d / lam).softmax(-1).to(dtype)
 
 # %% ../../nbs/vamo/01_alignment.ipynb #06bccc14
 def project_simplex(
-    v:Tensor, # [...,K] any vectors
-)->Tensor:    # [...,K] nearest points of the simplex
+    v: Tensor,  # [...,K] any vectors
+) -> Tensor:  # [...,K] nearest points of the simplex
     "Euclidean projection onto the probability simplex"
-    d, dtype, _ = _scores(v, 0.)
+    d, dtype, _ = _scores(v, 0.0)
     u = d.sort(-1, descending=True).values
     css, k = u.cumsum(-1) - 1, torch.arange(1, d.shape[-1] + 1, device=d.device, dtype=d.dtype)
-    rho = (u*k > css).sum(-1, keepdim=True)
-    return (d - css.gather(-1, rho - 1)/rho).clamp_min(0).to(dtype)
+    rho = (u * k > css).sum(-1, keepdim=True)
+    return (d - css.gather(-1, rho - 1) / rho).clamp_min(0).to(dtype)
+
 
 def alignment_report(
-    m:Tensor,   # [...,K] inner products
-    lam:float,  # Temperature
-)->dict:        # `w` [...,K]; `wm` = <w,m>, `best`, `mean` of m, `entropy` of w in nats, `value` = wm + lam*entropy, all [...]
+    m: Tensor,  # [...,K] inner products
+    lam: float,  # Temperature
+) -> dict:  # `w` [...,K]; `wm` = <w,m>, `best`, `mean` of m, `entropy` of w in nats, `value` = wm + lam*entropy, all [...]
     "Weights and what they achieve"
-    w = entropy_weights(m, lam); m = torch.as_tensor(m, dtype=w.dtype)
-    wm, H = (w*m).sum(-1), -torch.special.xlogy(w, w).sum(-1)
-    bonus = torch.where(H > 0, H*lam, 0.) if math.isinf(lam) else H*lam
+    w = entropy_weights(m, lam)
+    m = torch.as_tensor(m, dtype=w.dtype)
+    wm, H = (w * m).sum(-1), -torch.special.xlogy(w, w).sum(-1)
+    bonus = torch.where(H > 0, H * lam, 0.0) if math.isinf(lam) else H * lam
     return dict(w=w, wm=wm, best=m.amax(-1), mean=m.mean(-1), entropy=H, value=wm + bonus)
 
 # %% ../../nbs/vamo/01_alignment.ipynb #10976bce
 methods = ("jvp", "double", "stack", "vmap", "fd")
+
 
 def _check_losses(losses):
     if not isinstance(losses, Tensor) or losses.ndim != 1 or not len(losses):
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"the losses must be a tensor of shape [K], one per task, not {got}")
     if (bad := ~torch.isfinite(losses.detach())).any():
-        k = int(bad.nonzero()[0, 0]); raise ValueError(f"the loss of task {k} is {losses[k].item()}; nothing was updated")
+        k = int(bad.nonzero()[0, 0])
+        raise ValueError(f"the loss of task {k} is {losses[k].item()}; nothing was updated")
     return losses
 
+
 def _unused():
-    return ValueError("no loss depends on the parameters in direction; losses_fn must use the dictionary it is given, e.g. functional_call(model, params, x)")
+    return ValueError(
+        "no loss depends on the parameters in direction; losses_fn must use the dictionary it is given, e.g. functional_call(model, params, x)"
+    )
+
 
 def _by_jvp(losses_fn, params, direction):
     rest = {k: p for k, p in params.items() if k not in direction and p.requires_grad}
-    if sum(p.numel() for p in rest.values()) > sum(d.numel() for d in direction.values()): rest = {}
-    tangents = direction | {k: torch.zeros_like(p) for k, p in rest.items()}  # torch is slower where one operand of two has no tangent
+    if sum(p.numel() for p in rest.values()) > sum(d.numel() for d in direction.values()):
+        rest = {}
+    tangents = direction | {
+        k: torch.zeros_like(p) for k, p in rest.items()
+    }  # torch is slower where one operand of two has no tangent
     with fwd.dual_level():
-        duals = {k: fwd.make_dual(p, tangents[k]) if k in tangents else p for k, p in params.items()}
+        duals = {
+            k: fwd.make_dual(p, tangents[k]) if k in tangents else p for k, p in params.items()
+        }
         losses, m = fwd.unpack_dual(_check_losses(losses_fn(duals)))
-    if m is None: raise _unused()
+    if m is None:
+        raise _unused()
     return losses, m.detach(), None
 
+
 def _by_double(losses_fn, params, direction):
-    losses = _check_losses(losses_fn(params)); u = torch.ones_like(losses, requires_grad=True)
-    if not losses.requires_grad: raise _unused()
-    G = torch.autograd.grad(losses, [params[k] for k in direction], grad_outputs=u, create_graph=True, allow_unused=True)
+    losses = _check_losses(losses_fn(params))
+    u = torch.ones_like(losses, requires_grad=True)
+    if not losses.requires_grad:
+        raise _unused()
+    G = torch.autograd.grad(
+        losses, [params[k] for k in direction], grad_outputs=u, create_graph=True, allow_unused=True
+    )
     used = [(x, d) for x, d in zip(G, direction.values()) if x is not None and x.requires_grad]
-    if not used: raise _unused()
-    m, = torch.autograd.grad([x for x, _ in used], u, grad_outputs=[d for _, d in used], retain_graph=True)
+    if not used:
+        raise _unused()
+    (m,) = torch.autograd.grad(
+        [x for x, _ in used], u, grad_outputs=[d for _, d in used], retain_graph=True
+    )
     return losses, m.detach(), None
 
 # %% ../../nbs/vamo/01_alignment.ipynb #24b787bf
 def _by_stack(losses_fn, params, direction):
-    losses = _check_losses(losses_fn(params)); m, sq, zero = [], [], losses.new_zeros(())
-    if not losses.requires_grad: raise _unused()
+    losses = _check_losses(losses_fn(params))
+    m, sq, zero = [], [], losses.new_zeros(())
+    if not losses.requires_grad:
+        raise _unused()
     for l in losses:
-        G = torch.autograd.grad(l, [params[k] for k in direction], retain_graph=True, allow_unused=True)
+        G = torch.autograd.grad(
+            l, [params[k] for k in direction], retain_graph=True, allow_unused=True
+        )
         used = [(x, d) for x, d in zip(G, direction.values()) if x is not None]
-        m.append(sum(((x*d).sum() for x, d in used), zero)); sq.append(sum((x.square().sum() for x, _ in used), zero))
+        m.append(sum(((x * d).sum() for x, d in used), zero))
+        sq.append(sum((x.square().sum() for x, _ in used), zero))
     return losses, torch.stack(m), torch.stack(sq).sqrt()
+
 
 def _by_vmap(losses_fn, params, direction):
     losses = _check_losses(losses_fn(params))
-    if not losses.requires_grad: raise _unused()
+    if not losses.requires_grad:
+        raise _unused()
     eye = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-    G = torch.autograd.grad(losses, [params[k] for k in direction], grad_outputs=eye, is_grads_batched=True, retain_graph=True, allow_unused=True)
+    G = torch.autograd.grad(
+        losses,
+        [params[k] for k in direction],
+        grad_outputs=eye,
+        is_grads_batched=True,
+        retain_graph=True,
+        allow_unused=True,
+    )
     used = [(x.flatten(1), d.flatten()) for x, d in zip(G, direction.values()) if x is not None]
-    if not used: raise _unused()
-    return losses, sum(x@d for x, d in used), sum(x.square().sum(1) for x, _ in used).sqrt()
+    if not used:
+        raise _unused()
+    return losses, sum(x @ d for x, d in used), sum(x.square().sum(1) for x, _ in used).sqrt()
+
 
 def _by_fd(losses_fn, params, direction, model=None):
-    keep = _Kept(model, params.values()); losses = _check_losses(losses_fn(params))
+    keep = _Kept(model, params.values())
+    losses = _check_losses(losses_fn(params))
     norm = torch.stack([d.double().square().sum() for d in direction.values()]).sum().sqrt().item()
-    if norm == 0: return losses, torch.zeros_like(losses.detach()), None
-    size = torch.stack([params[k].detach().double().square().sum() for k in direction]).sum().sqrt().item()
-    h = torch.finfo(losses.dtype).eps**(1/3)*max(1., size)/norm; ends, after = [], _Kept(model, params.values())
+    if norm == 0:
+        return losses, torch.zeros_like(losses.detach()), None
+    size = (
+        torch.stack([params[k].detach().double().square().sum() for k in direction])
+        .sum()
+        .sqrt()
+        .item()
+    )
+    h = torch.finfo(losses.dtype).eps ** (1 / 3) * max(1.0, size) / norm
+    ends, after = [], _Kept(model, params.values())
     with torch.no_grad():
         for sign in (1, -1):
-            keep.rewind(); ends.append(_check_losses(losses_fn({k: p + sign*h*direction[k] if k in direction else p for k, p in params.items()})))
-        keep.rewind(); same_draw(losses, losses_fn(params)); after.rewind()
-    return losses, (ends[0] - ends[1])/(2*h), None
+            keep.rewind()
+            ends.append(
+                _check_losses(
+                    losses_fn(
+                        {
+                            k: p + sign * h * direction[k] if k in direction else p
+                            for k, p in params.items()
+                        }
+                    )
+                )
+            )
+        keep.rewind()
+        same_draw(losses, losses_fn(params))
+        after.rewind()
+    return losses, (ends[0] - ends[1]) / (2 * h), None
 
 # %% ../../nbs/vamo/01_alignment.ipynb #1b669d26
 class _Kept:
     "Random state, buffers and training flags as they were"
+
     def __init__(self, model, tensors=()):
         self.devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
         self.buffers = [] if model is None else [(b, b.detach().clone()) for b in model.buffers()]
         self.flags = [] if model is None else [(x, x.training) for x in model.modules()]
-        self.cpu, self.cuda = torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in self.devices]
+        self.cpu, self.cuda = (
+            torch.get_rng_state(),
+            [torch.cuda.get_rng_state(i) for i in self.devices],
+        )
 
     def rewind(self):
         torch.set_rng_state(self.cpu)
-        for i, x in zip(self.devices, self.cuda): torch.cuda.set_rng_state(x, i)
-        for b, old in self.buffers: b.data.copy_(old)  # .data: a graph that is still needed must not see a new version
+        for i, x in zip(self.devices, self.cuda):
+            torch.cuda.set_rng_state(x, i)
+        for b, old in self.buffers:
+            b.data.copy_(old)  # .data: a graph that is still needed must not see a new version
 
     def reset_flags(self):
-        for x, flag in self.flags: x.training = flag
+        for x, flag in self.flags:
+            x.training = flag
+
 
 def same_draw(
-    first:Tensor,  # [K] losses of one pass
-    second:Tensor, # [K] losses of another pass at the same parameters
-    tol:float=1e-5 # Accepted relative difference
-)->None:
+    first: Tensor,  # [K] losses of one pass
+    second: Tensor,  # [K] losses of another pass at the same parameters
+    tol: float = 1e-5,  # Accepted relative difference
+) -> None:
     "Raise if two passes at the same parameters saw different random draws"
     first, second = first.detach(), second.detach()
-    off = (first - second).abs()/first.abs().clamp_min(1e-12)
+    off = (first - second).abs() / first.abs().clamp_min(1e-12)
     if (off > tol).any():
-        k = int(off.argmax()); raise RuntimeError(f"task {k} had a loss of {first[k].item():.6g} in one pass and {second[k].item():.6g} in the next: "
-            "the closure draws new noise on each call; draw it once per iteration and pass it in")
+        k = int(off.argmax())
+        raise RuntimeError(
+            f"task {k} had a loss of {first[k].item():.6g} in one pass and {second[k].item():.6g} in the next: "
+            "the closure draws new noise on each call; draw it once per iteration and pass it in"
+        )
 
 # %% ../../nbs/vamo/01_alignment.ipynb #7bc53c73
 _told = set()
 
+
 def _unsupported(e):
     "Is this PyTorch saying that an operation lacks a derivative, rather than a fault of the closure?"
-    return isinstance(e, NotImplementedError) or any(t in str(e) for t in ("is not implemented", "does not support it", "not implemented for"))
+    return isinstance(e, NotImplementedError) or any(
+        t in str(e) for t in ("is not implemented", "does not support it", "not implemented for")
+    )
+
 
 def _align(losses_fn, params, direction, method, model, norms=False, graph=True):
     "Losses with their graph, agreements, norms or None, and the method that worked"
-    ways = dict(jvp=_by_jvp, double=_by_double, stack=_by_stack, vmap=_by_vmap, fd=lambda *a: _by_fd(*a, model))
-    if method != "auto" and method not in ways: raise ValueError(f"method={method!r} must be 'auto' or one of {', '.join(methods)}")
+    ways = dict(
+        jvp=_by_jvp,
+        double=_by_double,
+        stack=_by_stack,
+        vmap=_by_vmap,
+        fd=lambda *a: _by_fd(*a, model),
+    )
+    if method != "auto" and method not in ways:
+        raise ValueError(f"method={method!r} must be 'auto' or one of {', '.join(methods)}")
     if norms and method not in ("auto", "stack", "vmap"):
-        raise ValueError(f"method={method!r} gives no gradient norms, which normalize='cos' needs; use 'stack' or 'vmap'")
+        raise ValueError(
+            f"method={method!r} gives no gradient norms, which normalize='cos' needs; use 'stack' or 'vmap'"
+        )
     order = [method] if method != "auto" else ["stack"] if norms else ["jvp", "double", "stack"]
     kept = _Kept(model, params.values())
     for i, name in enumerate(order):
         try:
-            with torch.set_grad_enabled(graph or name != "jvp"): losses, m, sizes = ways[name](losses_fn, params, direction)
+            with torch.set_grad_enabled(graph or name != "jvp"):
+                losses, m, sizes = ways[name](losses_fn, params, direction)
         except (NotImplementedError, RuntimeError) as e:
-            if i == len(order) - 1 or not _unsupported(e): raise
+            if i == len(order) - 1 or not _unsupported(e):
+                raise
             why = str(e).splitlines()[0]
             if why not in _told:
-                _told.add(why); warnings.warn(f"method {name!r} is not possible here ({why}); falling back to {order[i+1]!r}", stacklevel=4)
-            kept.rewind(); kept.reset_flags(); continue
+                _told.add(why)
+                warnings.warn(
+                    f"method {name!r} is not possible here ({why}); falling back to {order[i + 1]!r}",
+                    stacklevel=4,
+                )
+            kept.rewind()
+            kept.reset_flags()
+            continue
         _check_losses(losses)
-        if (bad := ~torch.isfinite(m)).any(): raise ValueError(f"the agreement of task {int(bad.nonzero()[0, 0])} is not finite; nothing was updated")
+        if (bad := ~torch.isfinite(m)).any():
+            raise ValueError(
+                f"the agreement of task {int(bad.nonzero()[0, 0])} is not finite; nothing was updated"
+            )
         return losses, m, sizes, name
+
+
 def _usable(params, direction):
     "The entries of `direction` that take part: known, shaped as the parameter, not None, not frozen"
-    if unknown := sorted(set(direction) - set(params)): raise ValueError(f"direction has {', '.join(unknown[:3])}, which params does not have")
+    if unknown := sorted(set(direction) - set(params)):
+        raise ValueError(f"direction has {', '.join(unknown[:3])}, which params does not have")
     some = any(p.requires_grad for p in params.values())
-    res = {k: d.detach().to(params[k].dtype) for k, d in direction.items() if d is not None and (params[k].requires_grad or not some)}
+    res = {
+        k: d.detach().to(params[k].dtype)
+        for k, d in direction.items()
+        if d is not None and (params[k].requires_grad or not some)
+    }
     for k, d in res.items():
-        if d.shape != params[k].shape: raise ValueError(f"direction[{k!r}] has shape {tuple(d.shape)}, the parameter {tuple(params[k].shape)}")
-    if not res: raise ValueError("direction has no entry for a trainable parameter")
+        if d.shape != params[k].shape:
+            raise ValueError(
+                f"direction[{k!r}] has shape {tuple(d.shape)}, the parameter {tuple(params[k].shape)}"
+            )
+    if not res:
+        raise ValueError("direction has no entry for a trainable parameter")
     return res
 
 # %% ../../nbs/vamo/01_alignment.ipynb #36e26623
 def task_alignments(
-    losses_fn:Callable,     # Takes the dictionary of parameters, returns the losses [K]
-    params:dict,            # Name -> tensor; frozen ones are constants (if none requires a gradient, all take part)
-    direction:dict,         # Name -> tensor such as the validation gradient; a missing or None entry counts as zero
-    method:str="auto",      # "auto", "jvp", "double", "vmap", "stack" or "fd"
-    model:nn.Module=None,   # Module that the closure calls, so that its buffers and training flags are put back
-)->tuple[Tensor, Tensor]:   # Losses [K] and inner products of their gradients with `direction` [K]
+    losses_fn: Callable,  # Takes the dictionary of parameters, returns the losses [K]
+    params: dict,  # Name -> tensor; frozen ones are constants (if none requires a gradient, all take part)
+    direction: dict,  # Name -> tensor such as the validation gradient; a missing or None entry counts as zero
+    method: str = "auto",  # "auto", "jvp", "double", "vmap", "stack" or "fd"
+    model: nn.Module = None,  # Module that the closure calls, so that its buffers and training flags are put back
+) -> tuple[Tensor, Tensor]:  # Losses [K] and inner products of their gradients with `direction` [K]
     "Inner product of every task's gradient with one direction, without touching `.grad`"
     params, direction = dict(params), _usable(params, direction)
-    params = {k: p.detach().requires_grad_() if k in direction else p.detach() for k, p in params.items()}
+    params = {
+        k: p.detach().requires_grad_() if k in direction else p.detach() for k, p in params.items()
+    }
     kept = _Kept(model, params.values())
-    try: losses, m, _, _ = _align(losses_fn, params, direction, method, model, graph=False)
-    finally: kept.rewind(); kept.reset_flags()
+    try:
+        losses, m, _, _ = _align(losses_fn, params, direction, method, model, graph=False)
+    finally:
+        kept.rewind()
+        kept.reset_flags()
     return losses.detach(), m
 
 # %% ../../nbs/vamo/01_alignment.ipynb #aeb7946b
 class AlignedWeighter:
     "Turns the agreements of each step into task weights"
-    def __init__(self,
-        lam:float,             # Temperature, in the unit of the score
-        normalize:str="none",  # "none" (paper), "val", "rms" or "cos"
-        ema:float=0.,          # Share of the past in the averaged score, 0 to below 1
-        floor:float=0.,        # Smallest weight of a task, at most 1/K
-        mode:str="entropy",    # "entropy" or "sparsemax"
-        abstain:str=None,      # None, "skip" (zero weights, no step) or "uniform", where <w,m> <= 0
-        val_ema:float=.9,      # Share of the past in the denominator of "val"
+
+    def __init__(
+        self,
+        lam: float,  # Temperature, in the unit of the score
+        normalize: str = "none",  # "none" (paper), "val", "rms" or "cos"
+        ema: float = 0.0,  # Share of the past in the averaged score, 0 to below 1
+        floor: float = 0.0,  # Smallest weight of a task, at most 1/K
+        mode: str = "entropy",  # "entropy" or "sparsemax"
+        abstain: str = None,  # None, "skip" (zero weights, no step) or "uniform", where <w,m> <= 0
+        val_ema: float = 0.9,  # Share of the past in the denominator of "val"
     ):
-        _scores([0.], lam)
-        choices = dict(normalize=("none", "val", "rms", "cos"), mode=("entropy", "sparsemax"), abstain=(None, "skip", "uniform"))
+        _scores([0.0], lam)
+        choices = dict(
+            normalize=("none", "val", "rms", "cos"),
+            mode=("entropy", "sparsemax"),
+            abstain=(None, "skip", "uniform"),
+        )
         for name, value in (("normalize", normalize), ("mode", mode), ("abstain", abstain)):
-            if value not in choices[name]: raise ValueError(f"{name}={value!r} must be one of {choices[name]}")
-        for name, value, top in (("ema", ema, .999999), ("val_ema", val_ema, .999999), ("floor", floor, 1.)):
-            if not 0 <= value <= top: raise ValueError(f"{name}={value} must be between 0 and {top}")
+            if value not in choices[name]:
+                raise ValueError(f"{name}={value!r} must be one of {choices[name]}")
+        for name, value, top in (
+            ("ema", ema, 0.999999),
+            ("val_ema", val_ema, 0.999999),
+            ("floor", floor, 1.0),
+        ):
+            if not 0 <= value <= top:
+                raise ValueError(f"{name}={value} must be between 0 and {top}")
         self.lam, self.normalize, self.ema, self.floor = float(lam), normalize, ema, floor
-        self.mode, self.abstain, self.val_ema, self.n, self.score, self.gval_sq = mode, abstain, val_ema, 0, None, 0.
+        self.mode, self.abstain, self.val_ema, self.n, self.score, self.gval_sq = (
+            mode,
+            abstain,
+            val_ema,
+            0,
+            None,
+            0.0,
+        )
 
 # %% ../../nbs/vamo/01_alignment.ipynb #80f6e802
 @patch
-def _normalized(self:AlignedWeighter, m, gval_sq, norms):
+def _normalized(self: AlignedWeighter, m, gval_sq, norms):
     "Score of this step"
-    if self.normalize == "none": return m
-    if self.normalize == "rms": return m/m.square().mean().sqrt().clamp_min(1e-150)
-    if gval_sq is None: raise ValueError(f"normalize={self.normalize!r} needs gval_sq, the squared norm of the validation gradient")
+    if self.normalize == "none":
+        return m
+    if self.normalize == "rms":
+        return m / m.square().mean().sqrt().clamp_min(1e-150)
+    if gval_sq is None:
+        raise ValueError(
+            f"normalize={self.normalize!r} needs gval_sq, the squared norm of the validation gradient"
+        )
     if self.normalize == "val":
-        self.gval_sq = self.val_ema*self.gval_sq + (1 - self.val_ema)*float(gval_sq)
-        return m/(self.gval_sq/(1 - self.val_ema**(self.n + 1)) + 1e-12)
-    if norms is None: raise ValueError("normalize='cos' needs norms [K], the norms of the task gradients")
-    size = torch.as_tensor(norms).detach().double()*float(gval_sq)**.5
-    return torch.where(size > 0, m/size.clamp_min(1e-150), 0.)
+        self.gval_sq = self.val_ema * self.gval_sq + (1 - self.val_ema) * float(gval_sq)
+        return m / (self.gval_sq / (1 - self.val_ema ** (self.n + 1)) + 1e-12)
+    if norms is None:
+        raise ValueError("normalize='cos' needs norms [K], the norms of the task gradients")
+    size = torch.as_tensor(norms).detach().double() * float(gval_sq) ** 0.5
+    return torch.where(size > 0, m / size.clamp_min(1e-150), 0.0)
+
 
 @patch
-def _weights(self:AlignedWeighter, score, m, K):
-    if self.mode == "sparsemax" and 0 < self.lam < math.inf: w = project_simplex(((score - score.max())/self.lam).clamp_min(-1e30))
-    else: w = entropy_weights(score, self.lam)
-    w = (1 - K*self.floor)*w + self.floor
-    if self.abstain is None or (w*m).sum() > 0: return w
-    return torch.zeros_like(w) if self.abstain == "skip" else torch.full_like(w, 1/K)
+def _weights(self: AlignedWeighter, score, m, K):
+    if self.mode == "sparsemax" and 0 < self.lam < math.inf:
+        w = project_simplex(((score - score.max()) / self.lam).clamp_min(-1e30))
+    else:
+        w = entropy_weights(score, self.lam)
+    w = (1 - K * self.floor) * w + self.floor
+    if self.abstain is None or (w * m).sum() > 0:
+        return w
+    return torch.zeros_like(w) if self.abstain == "skip" else torch.full_like(w, 1 / K)
 
 # %% ../../nbs/vamo/01_alignment.ipynb #3d949475
 @patch
-def update(self:AlignedWeighter,
-    m:Tensor,               # [K] agreements of this step
-    gval_sq:float=None,     # Squared norm of the validation gradient, for "val" and "cos"
-    norms:Tensor=None,      # [K] norms of the task gradients, for "cos"
-)->Tensor:                  # [K] weights; sum to one, or all zero where `abstain="skip"` acted
+def update(
+    self: AlignedWeighter,
+    m: Tensor,  # [K] agreements of this step
+    gval_sq: float = None,  # Squared norm of the validation gradient, for "val" and "cos"
+    norms: Tensor = None,  # [K] norms of the task gradients, for "cos"
+) -> Tensor:  # [K] weights; sum to one, or all zero where `abstain="skip"` acted
     "Weights for this step"
-    m = torch.as_tensor(m).detach(); dtype = m.dtype if m.is_floating_point() else torch.get_default_dtype()
-    if m.ndim != 1: raise ValueError(f"m has shape {tuple(m.shape)}; a weighter takes one step's agreements [K]")
-    K = len(m); _scores(m, 0.)
-    if self.floor*K > 1 + 1e-9: raise ValueError(f"floor={self.floor} is more than 1/K for K={K}")
-    if self.score is not None and len(self.score) != K: raise ValueError(f"m has {K} tasks, earlier steps had {len(self.score)}; use a new weighter")
+    m = torch.as_tensor(m).detach()
+    dtype = m.dtype if m.is_floating_point() else torch.get_default_dtype()
+    if m.ndim != 1:
+        raise ValueError(
+            f"m has shape {tuple(m.shape)}; a weighter takes one step's agreements [K]"
+        )
+    K = len(m)
+    _scores(m, 0.0)
+    if self.floor * K > 1 + 1e-9:
+        raise ValueError(f"floor={self.floor} is more than 1/K for K={K}")
+    if self.score is not None and len(self.score) != K:
+        raise ValueError(
+            f"m has {K} tasks, earlier steps had {len(self.score)}; use a new weighter"
+        )
     now = self._normalized(m.double(), gval_sq, norms)
-    self.score = self.ema*(torch.zeros_like(now) if self.score is None else self.score.to(now)) + (1 - self.ema)*now
+    self.score = (
+        self.ema * (torch.zeros_like(now) if self.score is None else self.score.to(now))
+        + (1 - self.ema) * now
+    )
     self.n += 1
-    return self._weights(self.score/(1 - self.ema**self.n), m.double(), K).to(dtype)
+    return self._weights(self.score / (1 - self.ema**self.n), m.double(), K).to(dtype)
+
 
 @patch
-def state_dict(self:AlignedWeighter)->dict: # `n` steps seen, running `score` [K] and `gval_sq`
+def state_dict(self: AlignedWeighter) -> dict:  # `n` steps seen, running `score` [K] and `gval_sq`
     "What has to be saved with a checkpoint"
-    return dict(n=self.n, score=None if self.score is None else self.score.clone(), gval_sq=self.gval_sq)
+    return dict(
+        n=self.n, score=None if self.score is None else self.score.clone(), gval_sq=self.gval_sq
+    )
+
 
 @patch
-def load_state_dict(self:AlignedWeighter,
-    state:dict, # From `state_dict`
-)->None:
+def load_state_dict(
+    self: AlignedWeighter,
+    state: dict,  # From `state_dict`
+) -> None:
     "Go on from a checkpoint"
     self.n, self.gval_sq = int(state["n"]), float(state["gval_sq"])
     self.score = None if state["score"] is None else torch.as_tensor(state["score"]).clone()
@@ -287,33 +455,52 @@ def load_state_dict(self:AlignedWeighter,
 # %% ../../nbs/vamo/01_alignment.ipynb #4fcc3141
 class StepInfo(NamedTuple):
     "What one step did"
-    losses:Tensor            # [K] training losses before the step
-    val_loss:Tensor          # [] validation loss before the step
-    m:Tensor                 # [K] agreements
-    w:Tensor                 # [K] weights
-    predicted_delta:float    # First-order change of the validation loss by this step
-    entropy:float=0.         # Entropy of the weights, in nats
-    skipped:bool=False       # True where the weighter abstained and no step was taken
-    method:str="jvp"         # How the agreements were computed
+
+    losses: Tensor  # [K] training losses before the step
+    val_loss: Tensor  # [] validation loss before the step
+    m: Tensor  # [K] agreements
+    w: Tensor  # [K] weights
+    predicted_delta: float  # First-order change of the validation loss by this step
+    entropy: float = 0.0  # Entropy of the weights, in nats
+    skipped: bool = False  # True where the weighter abstained and no step was taken
+    method: str = "jvp"  # How the agreements were computed
 
 # %% ../../nbs/vamo/01_alignment.ipynb #32ef4b1a
 class _Call(nn.Module):
     "A closure of the model as a module, so that parameters can be exchanged in it"
-    def __init__(self, model, f): super().__init__(); self.model, self.f = model, f
-    def forward(self): return self.f(self.model)
+
+    def __init__(self, model, f):
+        super().__init__()
+        self.model, self.f = model, f
+
+    def forward(self):
+        return self.f(self.model)
+
 
 def _in_scope(model, params, scope):
     "Names of the parameters in the inner product"
-    if scope == "all": return list(params)
+    if scope == "all":
+        return list(params)
     if scope == "shared":
         if not hasattr(model, "shared_parameters"):
-            raise ValueError("scope='shared' needs a method model.shared_parameters(); or pass name prefixes, e.g. scope=('trunk.',)")
+            raise ValueError(
+                "scope='shared' needs a method model.shared_parameters(); or pass name prefixes, e.g. scope=('trunk.',)"
+            )
         names = [k for k, p in params.items() if any(p is q for q in model.shared_parameters())]
-    elif callable(scope): names = [k for k in params if scope(k)]
-    elif isinstance(scope, (tuple, list)): names = [k for k in params if k.startswith(tuple(scope))]
-    else: raise ValueError(f"scope={scope!r} must be 'all', 'shared', name prefixes, or a function of the name")
-    if not names: raise ValueError(f"scope={scope!r} selects no trainable parameter; there are {', '.join(list(params)[:4])} ...")
+    elif callable(scope):
+        names = [k for k in params if scope(k)]
+    elif isinstance(scope, (tuple, list)):
+        names = [k for k in params if k.startswith(tuple(scope))]
+    else:
+        raise ValueError(
+            f"scope={scope!r} must be 'all', 'shared', name prefixes, or a function of the name"
+        )
+    if not names:
+        raise ValueError(
+            f"scope={scope!r} selects no trainable parameter; there are {', '.join(list(params)[:4])} ..."
+        )
     return names
+
 
 def _ids(x):
     "A flat set of sample ids"
@@ -325,44 +512,72 @@ def _val_gradient(model, val_loss, params, kept):
     "Validation loss and its gradient by name; the state of the model and of the generator is put back"
     loss = val_loss(model)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise ValueError("val_loss must return one number, the mean of the validation losses or that of the target task")
-    if not torch.isfinite(loss): raise ValueError(f"the validation loss is {loss.item()}; nothing was updated")
-    if not loss.requires_grad: raise ValueError("val_loss does not depend on the model's parameters; was it computed without gradients?")
+        raise ValueError(
+            "val_loss must return one number, the mean of the validation losses or that of the target task"
+        )
+    if not torch.isfinite(loss):
+        raise ValueError(f"the validation loss is {loss.item()}; nothing was updated")
+    if not loss.requires_grad:
+        raise ValueError(
+            "val_loss does not depend on the model's parameters; was it computed without gradients?"
+        )
     g = torch.autograd.grad(loss.reshape(()), list(params.values()), allow_unused=True)
-    kept.rewind(); kept.reset_flags()
+    kept.rewind()
+    kept.reset_flags()
     return loss.detach(), {k: x for k, x in zip(params, g) if x is not None}
 
 # %% ../../nbs/vamo/01_alignment.ipynb #11936185
 _fallback = weakref.WeakKeyDictionary()
 
+
 def vamo_step(
-    model:nn.Module,                  # Any module
-    optimizer:torch.optim.Optimizer,  # Over its parameters
-    train_losses:Callable,            # Model -> training losses [K]; draws of noise through the global generator, or fixed outside
-    val_loss:Callable,                # Model -> validation loss [], on other and later samples
-    weighter:AlignedWeighter,         # Holds the temperature
-    scope="all",                      # "all", "shared" (uses `model.shared_parameters()`), name prefixes, or name -> bool
-    method:str="auto",                # As in `task_alignments`
-    clip:float=None,                  # Largest gradient norm
-    train_ids:Iterable=None,          # Ids of the training samples, to warn of overlap
-    val_ids:Iterable=None,            # Ids of the validation samples
-)->StepInfo:                          # What was measured and done
+    model: nn.Module,  # Any module
+    optimizer: torch.optim.Optimizer,  # Over its parameters
+    train_losses: Callable,  # Model -> training losses [K]; draws of noise through the global generator, or fixed outside
+    val_loss: Callable,  # Model -> validation loss [], on other and later samples
+    weighter: AlignedWeighter,  # Holds the temperature
+    scope="all",  # "all", "shared" (uses `model.shared_parameters()`), name prefixes, or name -> bool
+    method: str = "auto",  # As in `task_alignments`
+    clip: float = None,  # Largest gradient norm
+    train_ids: Iterable = None,  # Ids of the training samples, to warn of overlap
+    val_ids: Iterable = None,  # Ids of the validation samples
+) -> StepInfo:  # What was measured and done
     "One optimiser step on the validation-aligned mixture of task losses"
     if train_ids is not None and val_ids is not None and (both := _ids(train_ids) & _ids(val_ids)):
-        warnings.warn(f"{len(both)} validation sample(s) are training samples of this step: their noise counts as agreement; "
-                      "validate on held-out samples", stacklevel=2)
+        warnings.warn(
+            f"{len(both)} validation sample(s) are training samples of this step: their noise counts as agreement; "
+            "validate on held-out samples",
+            stacklevel=2,
+        )
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     kept = _Kept(model, params.values())
     val, g = _val_gradient(model, val_loss, params, kept)
     used = {k: g[k] for k in _in_scope(model, params, scope) if k in g}
-    if not used: raise ValueError(f"the validation loss does not depend on the parameters of scope={scope!r}")
+    if not used:
+        raise ValueError(
+            f"the validation loss does not depend on the parameters of scope={scope!r}"
+        )
     call = _Call(model, train_losses)
-    run = lambda p: train_losses(model) if p is params else functional_call(call, {f"model.{k}": v for k, v in p.items()}, ())
+    run = lambda p: (
+        train_losses(model)
+        if p is params
+        else functional_call(call, {f"model.{k}": v for k, v in p.items()}, ())
+    )
     cos = weighter.normalize == "cos"
-    losses, m, norms, how = _align(run, params, used, _fallback.get(model, "auto") if method == "auto" and not cos else method, model, cos)
-    if method == "auto" and not cos and how != "jvp": _fallback[model] = how
+    losses, m, norms, how = _align(
+        run,
+        params,
+        used,
+        _fallback.get(model, "auto") if method == "auto" and not cos else method,
+        model,
+        cos,
+    )
+    if method == "auto" and not cos and how != "jvp":
+        _fallback[model] = how
     kept.reset_flags()
-    w = weighter.update(m, float(torch.stack(torch._foreach_norm(list(used.values()))).square().sum()), norms)
+    w = weighter.update(
+        m, float(torch.stack(torch._foreach_norm(list(used.values()))).square().sum()), norms
+    )
     return _update(optimizer, params, losses, val, m, w, g, clip, how)
 
 # %% ../../nbs/vamo/01_alignment.ipynb #5f5042bf
@@ -370,10 +585,13 @@ def _update(optimizer, params, losses, val, m, w, g, clip, how):
     "The backward of the weighted loss and the step"
     optimizer.zero_grad(set_to_none=True)
     H = float(-torch.special.xlogy(w, w).sum())
-    if not w.any(): return StepInfo(losses.detach(), val, m, w, 0., H, True, how)
+    if not w.any():
+        return StepInfo(losses.detach(), val, m, w, 0.0, H, True, how)
     losses.backward(w.to(losses))
-    if clip is not None: nn.utils.clip_grad_norm_(list(params.values()), clip, error_if_nonfinite=True)
-    now = [params[k].detach() for k in g]; before = [p.clone() for p in now]
+    if clip is not None:
+        nn.utils.clip_grad_norm_(list(params.values()), clip, error_if_nonfinite=True)
+    now = [params[k].detach() for k in g]
+    before = [p.clone() for p in now]
     optimizer.step()
     moved = torch._foreach_mul(torch._foreach_sub(now, before), list(g.values()))
     delta = float(torch.stack([x.sum() for x in moved]).sum())

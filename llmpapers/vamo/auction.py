@@ -28,178 +28,260 @@ _all_ = ["ResponseCurve", "gsp_auction", "run_auctions", "score"]
 
 kinds = ("bcb", "cpa", "roi", "both")
 
+
 @dataclass(frozen=True)
 class TaskSpec:
     "What an advertiser buys and which constraint it puts on the price"
-    name:str            # Shown in tables
-    conversion:int      # Index of the conversion type it buys
-    kind:str="bcb"      # One of `kinds`: budget only, cost per conversion, return on spend, both
-    cpa:float|None=None # Largest cost per conversion (`cpa`, `both`)
-    roi:float|None=None # Least worth of orders per money spent (`roi`, `both`)
+
+    name: str  # Shown in tables
+    conversion: int  # Index of the conversion type it buys
+    kind: str = "bcb"  # One of `kinds`: budget only, cost per conversion, return on spend, both
+    cpa: float | None = None  # Largest cost per conversion (`cpa`, `both`)
+    roi: float | None = None  # Least worth of orders per money spent (`roi`, `both`)
 
     def __post_init__(self):
-        if self.kind not in kinds: raise ValueError(f"kind={self.kind!r} is not one of {', '.join(kinds)}")
-        for name, used in (("cpa", self.kind in ("cpa", "both")), ("roi", self.kind in ("roi", "both"))):
+        if self.kind not in kinds:
+            raise ValueError(f"kind={self.kind!r} is not one of {', '.join(kinds)}")
+        for name, used in (
+            ("cpa", self.kind in ("cpa", "both")),
+            ("roi", self.kind in ("roi", "both")),
+        ):
             v = getattr(self, name)
-            if used and not (v is not None and math.isfinite(v) and v > 0): raise ValueError(f"{name}={v} must be positive for kind {self.kind!r}")
-            if not used and v is not None: raise ValueError(f"{name}={v} has no meaning for kind {self.kind!r}; leave it out")
+            if used and not (v is not None and math.isfinite(v) and v > 0):
+                raise ValueError(f"{name}={v} must be positive for kind {self.kind!r}")
+            if not used and v is not None:
+                raise ValueError(f"{name}={v} has no meaning for kind {self.kind!r}; leave it out")
 
     @property
-    def counts_worth(self)->bool: # Does the value to maximise count the worth of orders?
+    def counts_worth(self) -> bool:  # Does the value to maximise count the worth of orders?
         "True for `roi`"
         return self.kind == "roi"
 
 # %% ../../nbs/vamo/03_auction.ipynb #238ff9e2
-default_tasks = (TaskSpec("store", 0), TaskSpec("direct", 1, "cpa", cpa=110.), TaskSpec("cart", 2, "roi", roi=.14),
-                 TaskSpec("store, both limits", 0, "both", cpa=320., roi=.12))
+default_tasks = (
+    TaskSpec("store", 0),
+    TaskSpec("direct", 1, "cpa", cpa=110.0),
+    TaskSpec("cart", 2, "roi", roi=0.14),
+    TaskSpec("store, both limits", 0, "both", cpa=320.0, roi=0.12),
+)
+
 
 @dataclass(frozen=True)
 class MarketConfig:
     "Sizes, rhythm and shift of a market"
-    days:int=14                                   # Days that exist
-    steps:int=48                                  # Steps of a day, T
-    volume:float=6000.                            # Mean impressions of a day, V
-    rivals:int=12                                 # Competitors in each auction; the strongest `slots` of them are kept
-    exposure:tuple=(1., .8, .6)                   # Probability that a slot is seen if the one above was
-    reserve:float=.02                             # Least bid and price; rivals bid about 1
-    rates:tuple=(.002, .006, .02)                 # Mean probability of each conversion type
-    worths:tuple=(40., 15., 4.)                   # Mean worth of an order of each conversion type
-    swing:tuple=(.5, .3, .4)                      # Strength of the daily rhythm of each type's values, below 1
-    phase:tuple=(38., 22., 30.)                   # Step at which each type's values peak
-    quality:tuple=(.6, .5, .3)                    # Correlation of each type's values with the quality of the impression
-    rhythm:float=1.                               # Strength of the daily rhythm of traffic; 0 is flat
-    pulse:float=0.                                # Strength of a planted rhythm of prices inside the day
-    pulse_period:float=6.                         # Its period in steps
-    phase_drift:float=0.                          # Steps a day by which values peak later
-    price_drift:float=0.                          # Growth of log prices a day
-    volatility:float=.15                          # Standard deviation of the daily shock of the level
-    wobble:float=.1                               # Standard deviation of log prices between blocks of four steps
-    regime_day:int|None=None                      # First day of another regime
-    regime_phase:float=12.                        # Steps by which values peak later in that regime
-    regime_price:float=.25                        # Log prices in that regime
-    tasks:tuple=default_tasks                     # The advertisers' requirements
 
-    def still(self)->"MarketConfig": # The same without day-to-day change
+    days: int = 14  # Days that exist
+    steps: int = 48  # Steps of a day, T
+    volume: float = 6000.0  # Mean impressions of a day, V
+    rivals: int = 12  # Competitors in each auction; the strongest `slots` of them are kept
+    exposure: tuple = (1.0, 0.8, 0.6)  # Probability that a slot is seen if the one above was
+    reserve: float = 0.02  # Least bid and price; rivals bid about 1
+    rates: tuple = (0.002, 0.006, 0.02)  # Mean probability of each conversion type
+    worths: tuple = (40.0, 15.0, 4.0)  # Mean worth of an order of each conversion type
+    swing: tuple = (0.5, 0.3, 0.4)  # Strength of the daily rhythm of each type's values, below 1
+    phase: tuple = (38.0, 22.0, 30.0)  # Step at which each type's values peak
+    quality: tuple = (
+        0.6,
+        0.5,
+        0.3,
+    )  # Correlation of each type's values with the quality of the impression
+    rhythm: float = 1.0  # Strength of the daily rhythm of traffic; 0 is flat
+    pulse: float = 0.0  # Strength of a planted rhythm of prices inside the day
+    pulse_period: float = 6.0  # Its period in steps
+    phase_drift: float = 0.0  # Steps a day by which values peak later
+    price_drift: float = 0.0  # Growth of log prices a day
+    volatility: float = 0.15  # Standard deviation of the daily shock of the level
+    wobble: float = 0.1  # Standard deviation of log prices between blocks of four steps
+    regime_day: int | None = None  # First day of another regime
+    regime_phase: float = 12.0  # Steps by which values peak later in that regime
+    regime_price: float = 0.25  # Log prices in that regime
+    tasks: tuple = default_tasks  # The advertisers' requirements
+
+    def still(self) -> "MarketConfig":  # The same without day-to-day change
         "Switch every shift knob off"
-        return replace(self, phase_drift=0., price_drift=0., volatility=0., wobble=0., regime_day=None)
+        return replace(
+            self, phase_drift=0.0, price_drift=0.0, volatility=0.0, wobble=0.0, regime_day=None
+        )
 
 # %% ../../nbs/vamo/03_auction.ipynb #96aaa211
 @patch
-def check(self:MarketConfig)->"MarketConfig": # Itself
+def check(self: MarketConfig) -> "MarketConfig":  # Itself
     "Refuse sizes that make no market"
     k = len(self.rates)
-    if self.days < 1 or self.steps < 4 or self.volume <= 0 or self.rivals < 0: raise ValueError("days >= 1, steps >= 4, volume > 0, rivals >= 0 are needed")
-    if any(len(getattr(self, f)) != k for f in ("worths", "swing", "phase", "quality")): raise ValueError("worths, swing, phase, quality: one number per type")
-    if not all(0 < r < 1 and 0 <= s < 1 and 0 <= q <= 1 for r, s, q in zip(self.rates, self.swing, self.quality)):
+    if self.days < 1 or self.steps < 4 or self.volume <= 0 or self.rivals < 0:
+        raise ValueError("days >= 1, steps >= 4, volume > 0, rivals >= 0 are needed")
+    if any(len(getattr(self, f)) != k for f in ("worths", "swing", "phase", "quality")):
+        raise ValueError("worths, swing, phase, quality: one number per type")
+    if not all(
+        0 < r < 1 and 0 <= s < 1 and 0 <= q <= 1
+        for r, s, q in zip(self.rates, self.swing, self.quality)
+    ):
         raise ValueError("rates must lie in (0, 1), swing in [0, 1) and quality in [0, 1]")
-    if not self.exposure or not all(0 < e <= 1 for e in self.exposure): raise ValueError(f"exposure={self.exposure} must have values in (0, 1]")
-    if not all(0 <= t.conversion < k for t in self.tasks) or not self.tasks: raise ValueError(f"every task needs a conversion type below {k}")
-    if min(self.reserve, self.volatility, self.wobble) < 0 or not 0 <= self.rhythm <= 1: raise ValueError("reserve, volatility, wobble >= 0, 0 <= rhythm <= 1")
+    if not self.exposure or not all(0 < e <= 1 for e in self.exposure):
+        raise ValueError(f"exposure={self.exposure} must have values in (0, 1]")
+    if not all(0 <= t.conversion < k for t in self.tasks) or not self.tasks:
+        raise ValueError(f"every task needs a conversion type below {k}")
+    if min(self.reserve, self.volatility, self.wobble) < 0 or not 0 <= self.rhythm <= 1:
+        raise ValueError("reserve, volatility, wobble >= 0, 0 <= rhythm <= 1")
     return self
+
 
 class Day(NamedTuple):
     "Impressions of one day in order of arrival"
-    step:Tensor    # (N,) step of each impression
-    values:Tensor  # (N,K) probability of each conversion type
-    worth:Tensor   # (N,K) worth of an order, if there is one
-    rivals:Tensor  # (N,S) strongest rivals, descending
-    counts:Tensor  # (T,) impressions of each step
+
+    step: Tensor  # (N,) step of each impression
+    values: Tensor  # (N,K) probability of each conversion type
+    worth: Tensor  # (N,K) worth of an order, if there is one
+    rivals: Tensor  # (N,S) strongest rivals, descending
+    counts: Tensor  # (T,) impressions of each step
 
 # %% ../../nbs/vamo/03_auction.ipynb #7d3c52d1
 class Market:
     "Days of impressions and rivals, drawn when they are asked for"
-    def __init__(self,
-        config:MarketConfig=MarketConfig(), # Sizes, rhythm and shift
-        seed:int=0,                         # Same seed, same market
+
+    def __init__(
+        self,
+        config: MarketConfig = MarketConfig(),  # Sizes, rhythm and shift
+        seed: int = 0,  # Same seed, same market
     ):
-        self.config, self.seed, self.tasks, self.T = config.check(), seed, config.tasks, config.steps
+        self.config, self.seed, self.tasks, self.T = (
+            config.check(),
+            seed,
+            config.tasks,
+            config.steps,
+        )
         self.exposure = tuple(np.cumprod(config.exposure).tolist())
         self._days, self._curves = {}, {}
         eps, level = torch.randn(config.days, generator=rng(seed, "level")), []
-        for e in eps.tolist(): level.append(.6*level[-1] + config.volatility*e if level else config.volatility*e/math.sqrt(1 - .36))
+        for e in eps.tolist():
+            level.append(
+                0.6 * level[-1] + config.volatility * e
+                if level
+                else config.volatility * e / math.sqrt(1 - 0.36)
+            )
         self.level = torch.tensor(level)
 
-    def __repr__(self): return f"Market({self.config.days} days, {len(self.tasks)} tasks, seed={self.seed})"
+    def __repr__(self):
+        return f"Market({self.config.days} days, {len(self.tasks)} tasks, seed={self.seed})"
+
 
 @patch
-def profile(self:Market)->Tensor: # (T,) share of the day's traffic in each step
+def profile(self: Market) -> Tensor:  # (T,) share of the day's traffic in each step
     "Daily profile of traffic: midday and evening peaks, a quiet night"
-    t, r = torch.arange(self.T)/self.T, self.config.rhythm
-    rho = .25 + torch.exp(-((t - .52)/.11)**2) + 1.2*torch.exp(-((t - .85)/.08)**2)
-    rho = (1 - r) + r*rho/rho.mean()
-    return rho/rho.sum()
+    t, r = torch.arange(self.T) / self.T, self.config.rhythm
+    rho = (
+        0.25 + torch.exp(-(((t - 0.52) / 0.11) ** 2)) + 1.2 * torch.exp(-(((t - 0.85) / 0.08) ** 2))
+    )
+    rho = (1 - r) + r * rho / rho.mean()
+    return rho / rho.sum()
 
 # %% ../../nbs/vamo/03_auction.ipynb #d5c10819
 @patch
-def day(self:Market,
-    d:int, # Day, from 0
-)->Day:    # Its impressions
+def day(
+    self: Market,
+    d: int,  # Day, from 0
+) -> Day:  # Its impressions
     "Draw a day, or recall it"
     c = self.config
-    if not 0 <= d < c.days: raise ValueError(f"day={d} does not exist; the market has days 0 to {c.days - 1}")
-    if d in self._days: return self._days[d]
+    if not 0 <= d < c.days:
+        raise ValueError(f"day={d} does not exist; the market has days 0 to {c.days - 1}")
+    if d in self._days:
+        return self._days[d]
     g, T, new = rng(self.seed, "day", d), self.T, c.regime_day is not None and d >= c.regime_day
     randn = lambda *size: torch.randn(*size, generator=g)
-    counts = torch.poisson(c.volume*self.profile()*torch.exp(self.level[d]/2), generator=g).long().clamp(min=8)
+    counts = (
+        torch.poisson(c.volume * self.profile() * torch.exp(self.level[d] / 2), generator=g)
+        .long()
+        .clamp(min=8)
+    )
     step = torch.repeat_interleave(torch.arange(T), counts)
     N, K = len(step), len(c.rates)
     z, q = randn(N, 1), torch.tensor(c.quality)
-    late = torch.tensor(c.phase) + c.phase_drift*d + new*c.regime_phase
-    shape = 1 + torch.tensor(c.swing)*torch.cos(2*math.pi*(torch.arange(T)[:, None] - late)/T)
-    values = (torch.tensor(c.rates)*shape[step]*torch.exp(.8*(q.sqrt()*z + (1 - q).sqrt()*randn(N, K)) - .32)).clamp(max=1.)
-    worth = torch.tensor(c.worths)*torch.exp(.5*randn(N, K) - .125)
-    wobble = c.wobble*randn(math.ceil(T/4)).repeat_interleave(4)[:T]
-    price = self.level[d] + c.price_drift*d + new*c.regime_price + wobble + c.pulse*torch.cos(2*math.pi*torch.arange(T)/c.pulse_period)
-    S, field = len(c.exposure), torch.exp(price[step][:, None] + .3*z + .5*randn(N, c.rivals) - .17)
-    rivals = torch.nn.functional.pad(field.topk(min(S, c.rivals), 1).values, (0, max(0, S - c.rivals)))
+    late = torch.tensor(c.phase) + c.phase_drift * d + new * c.regime_phase
+    shape = 1 + torch.tensor(c.swing) * torch.cos(
+        2 * math.pi * (torch.arange(T)[:, None] - late) / T
+    )
+    values = (
+        torch.tensor(c.rates)
+        * shape[step]
+        * torch.exp(0.8 * (q.sqrt() * z + (1 - q).sqrt() * randn(N, K)) - 0.32)
+    ).clamp(max=1.0)
+    worth = torch.tensor(c.worths) * torch.exp(0.5 * randn(N, K) - 0.125)
+    wobble = c.wobble * randn(math.ceil(T / 4)).repeat_interleave(4)[:T]
+    price = (
+        self.level[d]
+        + c.price_drift * d
+        + new * c.regime_price
+        + wobble
+        + c.pulse * torch.cos(2 * math.pi * torch.arange(T) / c.pulse_period)
+    )
+    S, field = (
+        len(c.exposure),
+        torch.exp(price[step][:, None] + 0.3 * z + 0.5 * randn(N, c.rivals) - 0.17),
+    )
+    rivals = torch.nn.functional.pad(
+        field.topk(min(S, c.rivals), 1).values, (0, max(0, S - c.rivals))
+    )
     self._days[d] = Day(step, values, worth, rivals, counts)
     return self._days[d]
 
 # %% ../../nbs/vamo/03_auction.ipynb #ff6ad0b0
 @patch
-def curves(self:Market,
-    d:int,     # Day
-    task:int,  # Index into `tasks`
-)->list:       # T response curves; cost, value to maximise, and the other of conversions and worth
+def curves(
+    self: Market,
+    d: int,  # Day
+    task: int,  # Index into `tasks`
+) -> list:  # T response curves; cost, value to maximise, and the other of conversions and worth
     "Response curves of a task on a day, built once"
-    if not 0 <= task < len(self.tasks): raise ValueError(f"task={task} does not exist; the market has {len(self.tasks)}")
+    if not 0 <= task < len(self.tasks):
+        raise ValueError(f"task={task} does not exist; the market has {len(self.tasks)}")
     if (d, task) not in self._curves:
         x, spec = self.day(d), self.tasks[task]
         conv = x.values[:, spec.conversion].double()
-        pair = (conv, conv*x.worth[:, spec.conversion])
+        pair = (conv, conv * x.worth[:, spec.conversion])
         v, w = reversed(pair) if spec.counts_worth else pair
         parts = zip(*(torch.split(t, x.counts.tolist()) for t in (v, x.rivals, w)))
-        self._curves[d, task] = [ResponseCurve(a, b, self.exposure, self.config.reserve, c) for a, b, c in parts]
+        self._curves[d, task] = [
+            ResponseCurve(a, b, self.exposure, self.config.reserve, c) for a, b, c in parts
+        ]
     return self._curves[d, task]
 
 # %% ../../nbs/vamo/03_auction.ipynb #617b7d93
 class StepResult(NamedTuple):
     "What one step came to, in expectation over exposure"
-    cost:Tensor   # (B,) money spent, at most what was left
-    value:Tensor  # (B,) value won
-    worth:Tensor  # (B,) the other quantity
-    slots:Tensor  # (B,S) impressions won at each slot
+
+    cost: Tensor  # (B,) money spent, at most what was left
+    value: Tensor  # (B,) value won
+    worth: Tensor  # (B,) the other quantity
+    slots: Tensor  # (B,S) impressions won at each slot
+
 
 def _spend(curve, a, remaining):
     x = curve.totals(a)
     cost = torch.minimum(x[:, 0], remaining)
-    x = x[:, 1:]*torch.where(x[:, 0] > 0, cost/x[:, 0], 1.)[:, None]
+    x = x[:, 1:] * torch.where(x[:, 0] > 0, cost / x[:, 0], 1.0)[:, None]
     return StepResult(cost, x[:, 0], x[:, 1], x[:, 2:])
 
 # %% ../../nbs/vamo/03_auction.ipynb #823a2ee1
 @patch
-def step(self:Market,
-    day:int,           # Day
-    t:int,             # Step of the day
-    task:int,          # Index into `tasks`
-    a:Tensor,          # (B,) multipliers
-    remaining:Tensor,  # (B,) money left
-)->StepResult:         # Cost, value, worth and slots of each bidder
+def step(
+    self: Market,
+    day: int,  # Day
+    t: int,  # Step of the day
+    task: int,  # Index into `tasks`
+    a: Tensor,  # (B,) multipliers
+    remaining: Tensor,  # (B,) money left
+) -> StepResult:  # Cost, value, worth and slots of each bidder
     "One step for any number of independent bidders"
     a, remaining = torch.as_tensor(a).double(), torch.as_tensor(remaining).double()
-    if a.shape != remaining.shape or a.ndim != 1: raise ValueError(f"a {tuple(a.shape)} and remaining {tuple(remaining.shape)} must both be (B,)")
-    if not (remaining >= 0).all(): raise ValueError("remaining must not be negative or NaN")
-    if not 0 <= t < self.T: raise ValueError(f"t={t} is not a step; the day has {self.T}")
+    if a.shape != remaining.shape or a.ndim != 1:
+        raise ValueError(
+            f"a {tuple(a.shape)} and remaining {tuple(remaining.shape)} must both be (B,)"
+        )
+    if not (remaining >= 0).all():
+        raise ValueError("remaining must not be negative or NaN")
+    if not 0 <= t < self.T:
+        raise ValueError(f"t={t} is not a step; the day has {self.T}")
     return _spend(self.curves(day, task)[t], a, remaining)
 
 # %% ../../nbs/vamo/03_auction.ipynb #54cf63e1
@@ -207,14 +289,18 @@ def _split(spec, x):
     "Conversions and worth from columns (cost, value, worth) of a task"
     return (x[..., 2], x[..., 1]) if spec.counts_worth else (x[..., 1], x[..., 2])
 
+
 def _feasible(spec, x, cpa, slack=1e-12):
     "Rows of totals that keep the task's limits"
     conv, worth = _split(spec, x)
     ok = torch.ones(x.shape[:-1], dtype=torch.bool)
     cpa = spec.cpa if cpa is None else cpa
-    if cpa is not None: ok &= x[..., 0] <= cpa*conv*(1 + slack)
-    if spec.roi is not None: ok &= worth*(1 + slack) >= spec.roi*x[..., 0]
+    if cpa is not None:
+        ok &= x[..., 0] <= cpa * conv * (1 + slack)
+    if spec.roi is not None:
+        ok &= worth * (1 + slack) >= spec.roi * x[..., 0]
     return ok
+
 
 def _whole_day(market, day, task):
     "Thresholds and totals of a day under a constant multiplier"
@@ -225,109 +311,164 @@ def _whole_day(market, day, task):
 
 # %% ../../nbs/vamo/03_auction.ipynb #c2dcd97b
 def hindsight(
-    market,                     # A `Market`, or logs opened by `load_auctionnet`
-    day:int,                    # Day
-    task:int,                   # Index into the market's tasks
-    budget:Tensor,              # (B,) budgets
-    cpa:float|None=None,        # Another limit on the cost per conversion; None takes the task's
-)->tuple[Tensor, Tensor]:       # (B,) best constant multiplier, 0 where nothing is affordable; (B,) value it wins
+    market,  # A `Market`, or logs opened by `load_auctionnet`
+    day: int,  # Day
+    task: int,  # Index into the market's tasks
+    budget: Tensor,  # (B,) budgets
+    cpa: float | None = None,  # Another limit on the cost per conversion; None takes the task's
+) -> tuple[
+    Tensor, Tensor
+]:  # (B,) best constant multiplier, 0 where nothing is affordable; (B,) value it wins
     "Best constant multiplier of a day that keeps budget and limits, and its value"
     budget = torch.as_tensor(budget, dtype=torch.double)
-    if budget.ndim != 1 or not (budget >= 0).all(): raise ValueError("budget must be a vector (B,), not negative or NaN")
+    if budget.ndim != 1 or not (budget >= 0).all():
+        raise ValueError("budget must be a vector (B,), not negative or NaN")
     theta, table = _whole_day(market, day, task)
-    if not len(theta): return torch.zeros_like(budget), torch.zeros_like(budget)
+    if not len(theta):
+        return torch.zeros_like(budget), torch.zeros_like(budget)
     last = torch.ones(len(theta), dtype=torch.bool)
-    last[:-1] = theta[1:] > theta[:-1]              # equal thresholds are won together
+    last[:-1] = theta[1:] > theta[:-1]  # equal thresholds are won together
     ok = _feasible(market.tasks[task], table, cpa) & last
     best = torch.where(ok, torch.arange(len(theta)), -1).cummax(0).values
-    at = torch.searchsorted(table[:, 0].cummax(0).values, budget*(1 + 1e-12), right=True) - 1
+    at = torch.searchsorted(table[:, 0].cummax(0).values, budget * (1 + 1e-12), right=True) - 1
     at = torch.where(at >= 0, best[at.clamp(min=0)], -1)
-    pick = lambda x: torch.where(at >= 0, x[at.clamp(min=0)], 0.)
+    pick = lambda x: torch.where(at >= 0, x[at.clamp(min=0)], 0.0)
     return pick(theta), pick(table[:, 1])
 
 # %% ../../nbs/vamo/03_auction.ipynb #9b0923bc
-state_names = ("time", "budget left", "last spend", "price", "win rate", "traffic", "last action", "slack")
+state_names = (
+    "time",
+    "budget left",
+    "last spend",
+    "price",
+    "win rate",
+    "traffic",
+    "last action",
+    "slack",
+)
+
 
 def _slack(spec, spent, value, worth):
     "How far the constraint is from its limit, in [-1, 1]; 0 without one or before anything was spent"
     x = torch.stack([spent, value, worth], -1)
     conv, worth = _split(spec, x)
     room = [torch.full_like(spent, torch.inf)]
-    if spec.cpa is not None: room.append((spec.cpa*conv - spent)/(spec.cpa*conv).clamp(min=1e-9))
-    if spec.roi is not None: room.append((worth - spec.roi*spent)/(spec.roi*spent).clamp(min=1e-9))
+    if spec.cpa is not None:
+        room.append((spec.cpa * conv - spent) / (spec.cpa * conv).clamp(min=1e-9))
+    if spec.roi is not None:
+        room.append((worth - spec.roi * spent) / (spec.roi * spent).clamp(min=1e-9))
     room = torch.stack(room).amin(0)
-    return torch.where((spent > 0) & (room < torch.inf), room.clamp(-1, 1), 0.)
+    return torch.where((spent > 0) & (room < torch.inf), room.clamp(-1, 1), 0.0)
+
 
 class Reference(NamedTuple):
     "What is known of yesterday"
-    a:Tensor        # (B,) best constant multiplier
-    price:Tensor    # (B,) its price per value
-    traffic:float   # Mean impressions of a step
+
+    a: Tensor  # (B,) best constant multiplier
+    price: Tensor  # (B,) its price per value
+    traffic: float  # Mean impressions of a step
 
 # %% ../../nbs/vamo/03_auction.ipynb #e1eefe02
 @dataclass
 class Trajectories:
     "B days of one task, closed loop"
-    states:Tensor   # (B,T,8) float32, see `state_names`
-    actions:Tensor  # (B,T) float32, log of multiplier over reference
-    rewards:Tensor  # (B,T) value won
-    cost:Tensor     # (B,T) money spent
-    worth:Tensor    # (B,T) the other quantity: worth of orders, or conversions for a `roi` task
-    budget:Tensor   # (B,)
-    a_ref:Tensor    # (B,) reference multiplier
-    day:Tensor      # (B,) day
-    task:Tensor     # (B,) task
 
-    def __len__(self): return len(self.budget)
-    def __getitem__(self, at): return Trajectories(*(getattr(self, f)[at] for f in self.__dataclass_fields__))
+    states: Tensor  # (B,T,8) float32, see `state_names`
+    actions: Tensor  # (B,T) float32, log of multiplier over reference
+    rewards: Tensor  # (B,T) value won
+    cost: Tensor  # (B,T) money spent
+    worth: Tensor  # (B,T) the other quantity: worth of orders, or conversions for a `roi` task
+    budget: Tensor  # (B,)
+    a_ref: Tensor  # (B,) reference multiplier
+    day: Tensor  # (B,) day
+    task: Tensor  # (B,) task
+
+    def __len__(self):
+        return len(self.budget)
+
+    def __getitem__(self, at):
+        return Trajectories(*(getattr(self, f)[at] for f in self.__dataclass_fields__))
 
     @staticmethod
     def cat(
-        parts:Sequence["Trajectories"], # Of the same number of steps
-    )->"Trajectories":                  # All of them in order
+        parts: Sequence["Trajectories"],  # Of the same number of steps
+    ) -> "Trajectories":  # All of them in order
         "Join several"
-        return Trajectories(*(torch.cat([getattr(p, f) for p in parts]) for f in Trajectories.__dataclass_fields__))
+        return Trajectories(
+            *(torch.cat([getattr(p, f) for p in parts]) for f in Trajectories.__dataclass_fields__)
+        )
 
 # %% ../../nbs/vamo/03_auction.ipynb #ab9d0bb1
 def yesterday(
-    market,         # A market
-    day:int,        # Today, at least 1
-    task:int,       # Index into the market's tasks
-    budget:Tensor,  # (B,) budgets
-)->Reference:       # Multiplier, price and traffic of the day before
+    market,  # A market
+    day: int,  # Today, at least 1
+    task: int,  # Index into the market's tasks
+    budget: Tensor,  # (B,) budgets
+) -> Reference:  # Multiplier, price and traffic of the day before
     "Reference of a day: the best constant multiplier of the day before"
-    if day < 1: raise ValueError(f"day={day} has no yesterday; start at day 1, or pass a_ref")
+    if day < 1:
+        raise ValueError(f"day={day} has no yesterday; start at day 1, or pass a_ref")
     a, _ = hindsight(market, day - 1, task, budget)
     theta, table = _whole_day(market, day - 1, task)
-    if not len(theta): raise ValueError(f"task {task} can win nothing on day {day - 1}; there is no reference multiplier")
+    if not len(theta):
+        raise ValueError(
+            f"task {task} can win nothing on day {day - 1}; there is no reference multiplier"
+        )
     a = torch.where(a > 0, a, theta[0])
     row = table[torch.searchsorted(theta, a, right=True) - 1]
-    return Reference(a, row[:, 0]/row[:, 1].clamp(min=1e-300), sum(c.n for c in market.curves(day - 1, task))/market.T)
+    return Reference(
+        a,
+        row[:, 0] / row[:, 1].clamp(min=1e-300),
+        sum(c.n for c in market.curves(day - 1, task)) / market.T,
+    )
 
 # %% ../../nbs/vamo/03_auction.ipynb #4da8f3fa
 def rollout(
-    market,                    # A `Market`, or logs opened by `load_auctionnet`
-    day:int,                   # Day to play
-    task:int,                  # Index into the market's tasks
-    budget:Tensor,             # (B,) budgets, positive
-    policy:Callable,           # Takes states (B,t+1,8) and past actions (B,t), returns (B,) log of multiplier over reference
-    ref:Reference|None=None,   # What is known of the day before; None computes it
-)->Trajectories:               # B independent days
+    market,  # A `Market`, or logs opened by `load_auctionnet`
+    day: int,  # Day to play
+    task: int,  # Index into the market's tasks
+    budget: Tensor,  # (B,) budgets, positive
+    policy: Callable,  # Takes states (B,t+1,8) and past actions (B,t), returns (B,) log of multiplier over reference
+    ref: Reference | None = None,  # What is known of the day before; None computes it
+) -> Trajectories:  # B independent days
     "Play a day for B independent bidders"
     budget = torch.as_tensor(budget, dtype=torch.double)
-    if budget.ndim != 1 or not (budget > 0).all() or not torch.isfinite(budget).all(): raise ValueError("budget must be a vector (B,) of positive numbers")
-    ref, spec, T, B = ref or yesterday(market, day, task, budget), market.tasks[task], market.T, len(budget)
-    curves, left, won, worth = market.curves(day, task), budget.clone(), torch.zeros_like(budget), torch.zeros_like(budget)
+    if budget.ndim != 1 or not (budget > 0).all() or not torch.isfinite(budget).all():
+        raise ValueError("budget must be a vector (B,) of positive numbers")
+    ref, spec, T, B = (
+        ref or yesterday(market, day, task, budget),
+        market.tasks[task],
+        market.T,
+        len(budget),
+    )
+    curves, left, won, worth = (
+        market.curves(day, task),
+        budget.clone(),
+        torch.zeros_like(budget),
+        torch.zeros_like(budget),
+    )
     states, actions, rows, last = torch.zeros(B, T, 8), torch.zeros(B, T), [], None
     for t, curve in enumerate(curves):
         s, spent = states[:, t], budget - left
-        s[:, 0], s[:, 1], s[:, 3] = t/T, left/budget, torch.where(won > 0, spent/won.clamp(min=1e-300)/ref.price, 0.)
-        s[:, 5], s[:, 7] = curve.n/ref.traffic, _slack(spec, spent, won, worth)
-        if t: s[:, 2], s[:, 4], s[:, 6] = last.cost*T/budget, last.slots.sum(1)/max(curves[t-1].n, 1), actions[:, t-1]
-        act = torch.as_tensor(policy(states[:, :t+1], actions[:, :t]))
-        if act.shape != (B,) or not (act.abs() <= 20).all(): raise ValueError(f"policy must return ({B},) log ratios in [-20, 20]: {tuple(act.shape)}")
+        s[:, 0], s[:, 1], s[:, 3] = (
+            t / T,
+            left / budget,
+            torch.where(won > 0, spent / won.clamp(min=1e-300) / ref.price, 0.0),
+        )
+        s[:, 5], s[:, 7] = curve.n / ref.traffic, _slack(spec, spent, won, worth)
+        if t:
+            s[:, 2], s[:, 4], s[:, 6] = (
+                last.cost * T / budget,
+                last.slots.sum(1) / max(curves[t - 1].n, 1),
+                actions[:, t - 1],
+            )
+        act = torch.as_tensor(policy(states[:, : t + 1], actions[:, :t]))
+        if act.shape != (B,) or not (act.abs() <= 20).all():
+            raise ValueError(
+                f"policy must return ({B},) log ratios in [-20, 20]: {tuple(act.shape)}"
+            )
         actions[:, t] = act
-        last = _spend(curve, ref.a*actions[:, t].double().exp(), left)
+        last = _spend(curve, ref.a * actions[:, t].double().exp(), left)
         left, won, worth = left - last.cost, won + last.value, worth + last.worth
         rows.append((last.value, last.cost, last.worth))
     rewards, cost, other = (torch.stack(x, 1) for x in zip(*rows))
@@ -339,171 +480,277 @@ def _penalised(spec, x, beta):
     "Value of totals (cost, value, worth) after the penalty for broken limits"
     conv, worth = _split(spec, x)
     factor, cost = torch.ones(x.shape[:-1], dtype=torch.double), x[..., 0].clamp(min=1e-300)
-    if spec.cpa is not None: factor = torch.minimum(factor, spec.cpa*conv/cost)
-    if spec.roi is not None: factor = torch.minimum(factor, worth/(spec.roi*cost))
-    return x[..., 1]*factor.clamp(max=1.)**beta
+    if spec.cpa is not None:
+        factor = torch.minimum(factor, spec.cpa * conv / cost)
+    if spec.roi is not None:
+        factor = torch.minimum(factor, worth / (spec.roi * cost))
+    return x[..., 1] * factor.clamp(max=1.0) ** beta
+
 
 def final_value(
-    market,                # The market of the trajectories
-    traj:Trajectories,     # Days of one task
-    beta:float=2.,         # Exponent of the penalty
-)->tuple[Tensor, Tensor]:  # (B,) value, reduced where a limit was broken; (B,) bool, all limits kept
+    market,  # The market of the trajectories
+    traj: Trajectories,  # Days of one task
+    beta: float = 2.0,  # Exponent of the penalty
+) -> tuple[
+    Tensor, Tensor
+]:  # (B,) value, reduced where a limit was broken; (B,) bool, all limits kept
     "Value of each day after the penalty for broken limits"
-    if len(traj.task.unique()) != 1: raise ValueError("traj mixes tasks; take those of one task")
+    if len(traj.task.unique()) != 1:
+        raise ValueError("traj mixes tasks; take those of one task")
     spec = market.tasks[int(traj.task[0])]
     x = torch.stack([traj.cost.sum(1), traj.rewards.sum(1), traj.worth.sum(1)], -1)
     return _penalised(spec, x, beta), _feasible(spec, x, None, 1e-9)
 
 # %% ../../nbs/vamo/03_auction.ipynb #ff0bf2d5
 def ratio_to_hindsight(
-    market,             # The market of the trajectories
-    traj:Trajectories,  # Days of one task and one day
-    beta:float=2.,      # Exponent of the penalty, on both sides
-)->Tensor:              # (B,) R/R*; NaN where nothing could be won
+    market,  # The market of the trajectories
+    traj: Trajectories,  # Days of one task and one day
+    beta: float = 2.0,  # Exponent of the penalty, on both sides
+) -> Tensor:  # (B,) R/R*; NaN where nothing could be won
     "Value of each day over that of the best constant multiplier in hindsight, both after the penalty"
-    if len(traj.day.unique()) != 1: raise ValueError("traj mixes days; take those of one day")
+    if len(traj.day.unique()) != 1:
+        raise ValueError("traj mixes days; take those of one day")
     day, task = int(traj.day[0]), int(traj.task[0])
     theta, table = _whole_day(market, day, task)
-    best = torch.cat([torch.zeros(1, dtype=torch.double), _penalised(market.tasks[task], table, beta).cummax(0).values])
-    best = best[torch.searchsorted(table[:, 0].cummax(0).values, traj.budget*(1 + 1e-12), right=True)]
-    return torch.where(best > 0, final_value(market, traj, beta)[0]/best, torch.nan)
+    best = torch.cat(
+        [
+            torch.zeros(1, dtype=torch.double),
+            _penalised(market.tasks[task], table, beta).cummax(0).values,
+        ]
+    )
+    best = best[
+        torch.searchsorted(table[:, 0].cummax(0).values, traj.budget * (1 + 1e-12), right=True)
+    ]
+    return torch.where(best > 0, final_value(market, traj, beta)[0] / best, torch.nan)
+
 
 def draw_budgets(
-    market,                     # A market
-    day:int,                    # Today; budgets are shares of what yesterday's whole traffic would have cost
-    task:int,                   # Index into the market's tasks
-    n:int,                      # How many
-    generator:torch.Generator,  # Source of chance
-    low:float=.03,              # Smallest share
-    high:float=.2,              # Largest share
-)->Tensor:                      # (n,) budgets, log-uniform
+    market,  # A market
+    day: int,  # Today; budgets are shares of what yesterday's whole traffic would have cost
+    task: int,  # Index into the market's tasks
+    n: int,  # How many
+    generator: torch.Generator,  # Source of chance
+    low: float = 0.03,  # Smallest share
+    high: float = 0.2,  # Largest share
+) -> Tensor:  # (n,) budgets, log-uniform
     "Budgets that make pacing matter"
-    if not 0 < low <= high: raise ValueError(f"low={low} and high={high} must satisfy 0 < low <= high")
+    if not 0 < low <= high:
+        raise ValueError(f"low={low} and high={high} must satisfy 0 < low <= high")
     total = sum(c.table[-1, 0] for c in market.curves(max(day - 1, 0), task))
-    return total*torch.exp(math.log(low) + (math.log(high) - math.log(low))*torch.rand(n, generator=generator).double())
+    return total * torch.exp(
+        math.log(low)
+        + (math.log(high) - math.log(low)) * torch.rand(n, generator=generator).double()
+    )
 
 # %% ../../nbs/vamo/03_auction.ipynb #1b316eb8
 behaviours = ("pid", "constant", "burst", "cautious")
 
+
 def behaviour(
-    kind:str,                   # One of `behaviours`
-    n:int,                      # Episodes
-    generator:torch.Generator,  # Source of chance
-    steps:int=48,               # Steps of a day
-    noise:float=.08,            # Standard deviation of the action noise
-)->Callable:                    # A policy for `rollout`
+    kind: str,  # One of `behaviours`
+    n: int,  # Episodes
+    generator: torch.Generator,  # Source of chance
+    steps: int = 48,  # Steps of a day
+    noise: float = 0.08,  # Standard deviation of the action noise
+) -> Callable:  # A policy for `rollout`
     "A controller for logging, with parameters drawn for each of `n` episodes"
-    if kind not in behaviours: raise ValueError(f"kind={kind!r} is not one of {', '.join(behaviours)}")
-    start, gain = .3*torch.randn(n, generator=generator), .05 + .45*torch.rand(n, generator=generator)
-    jitter, boost = noise*torch.randn(n, steps, generator=generator), .8 + .8*torch.rand(n, generator=generator)
+    if kind not in behaviours:
+        raise ValueError(f"kind={kind!r} is not one of {', '.join(behaviours)}")
+    start, gain = (
+        0.3 * torch.randn(n, generator=generator),
+        0.05 + 0.45 * torch.rand(n, generator=generator),
+    )
+    jitter, boost = (
+        noise * torch.randn(n, steps, generator=generator),
+        0.8 + 0.8 * torch.rand(n, generator=generator),
+    )
 
     def act(states, actions):
         s, t = states[:, -1], actions.shape[1]
-        if len(s) != n: raise ValueError(f"this behaviour was drawn for {n} episodes, the rollout has {len(s)}")
+        if len(s) != n:
+            raise ValueError(f"this behaviour was drawn for {n} episodes, the rollout has {len(s)}")
         before = actions[:, -1] if t else start
-        if kind == "constant": base = start
-        elif kind == "burst": base = start + boost*(1.3*math.exp(-4*t/steps) - .3)
-        elif not t: base = start - .3*(kind == "cautious")
-        elif kind == "pid": base = before + gain*(s[:, 1]/(1 - s[:, 0]) - s[:, 2]).clamp(-1, 1)
-        else: base = before + .5*gain*torch.where(s[:, 7] != 0, s[:, 7] - .15, .85 - s[:, 3]).clamp(-1, 1)
-        return (base + (jitter[:, t] if kind != "constant" else 0.)).clamp(-3, 3)
+        if kind == "constant":
+            base = start
+        elif kind == "burst":
+            base = start + boost * (1.3 * math.exp(-4 * t / steps) - 0.3)
+        elif not t:
+            base = start - 0.3 * (kind == "cautious")
+        elif kind == "pid":
+            base = before + gain * (s[:, 1] / (1 - s[:, 0]) - s[:, 2]).clamp(-1, 1)
+        else:
+            base = before + 0.5 * gain * torch.where(
+                s[:, 7] != 0, s[:, 7] - 0.15, 0.85 - s[:, 3]
+            ).clamp(-1, 1)
+        return (base + (jitter[:, t] if kind != "constant" else 0.0)).clamp(-3, 3)
+
     return act
 
 # %% ../../nbs/vamo/03_auction.ipynb #9cd7e7f6
 def replay(
-    market:Market,              # The market
-    day:int,                    # Day
-    task:int,                   # Index into the market's tasks
-    multipliers:Tensor,         # (T,) multiplier of each step
-    budget:float,               # Budget of the day
-    generator:torch.Generator,  # Source of chance
-)->Tensor:                      # (T,3) money spent, expected value and drawn conversions of seen impressions, each step
+    market: Market,  # The market
+    day: int,  # Day
+    task: int,  # Index into the market's tasks
+    multipliers: Tensor,  # (T,) multiplier of each step
+    budget: float,  # Budget of the day
+    generator: torch.Generator,  # Source of chance
+) -> (
+    Tensor
+):  # (T,3) money spent, expected value and drawn conversions of seen impressions, each step
     "Play a given day through the exact path"
     x, spec, left, rows, c = market.day(day), market.tasks[task], float(budget), [], market.config
-    if len(multipliers) != market.T: raise ValueError(f"multipliers has {len(multipliers)} values; the day has {market.T} steps")
+    if len(multipliers) != market.T:
+        raise ValueError(f"multipliers has {len(multipliers)} values; the day has {market.T} steps")
     p = x.values[:, spec.conversion].double()
-    v = p*x.worth[:, spec.conversion].double() if spec.counts_worth else p
-    for a, vt, pt, rivals in zip(multipliers.tolist(), *(torch.split(t, x.counts.tolist()) for t in (v, p, x.rivals.double()))):
-        bids, money = torch.cat([(a*vt)[:, None], rivals], 1), torch.tensor([left] + [torch.inf]*rivals.shape[1], dtype=torch.double)
-        o = run_auctions(bids, pt[:, None].expand_as(bids), money, generator, reserve=c.reserve, exposure=c.exposure)
+    v = p * x.worth[:, spec.conversion].double() if spec.counts_worth else p
+    for a, vt, pt, rivals in zip(
+        multipliers.tolist(),
+        *(torch.split(t, x.counts.tolist()) for t in (v, p, x.rivals.double())),
+    ):
+        bids, money = (
+            torch.cat([(a * vt)[:, None], rivals], 1),
+            torch.tensor([left] + [torch.inf] * rivals.shape[1], dtype=torch.double),
+        )
+        o = run_auctions(
+            bids,
+            pt[:, None].expand_as(bids),
+            money,
+            generator,
+            reserve=c.reserve,
+            exposure=c.exposure,
+        )
         mine = (o.winner == 0) & o.shown
-        rows.append(torch.stack([o.cost[0], (vt[:, None]*mine).sum(), o.conversions[0]]))
+        rows.append(torch.stack([o.cost[0], (vt[:, None] * mine).sum(), o.conversions[0]]))
         left -= float(o.cost[0])
     return torch.stack(rows)
 
 # %% ../../nbs/vamo/03_auction.ipynb #e4300424
-auctionnet_columns = dict(deliveryPeriodIndex="int16", advertiserNumber="int16", advertiserCategoryIndex="int16", budget="float32", CPAConstraint="float32",
-    timeStepIndex="int16", remainingBudget="float32", pvIndex="int32", pValue="float32", pValueSigma="float32", bid="float32", xi="int16", adSlot="int16",
-    cost="float32", isExposed="int16", conversionAction="int16", leastWinningCost="float32", isEnd="int16")
-_kept = [c for c in auctionnet_columns if c not in ("remainingBudget", "pvIndex", "pValueSigma", "bid", "xi", "adSlot", "isEnd")]
+auctionnet_columns = dict(
+    deliveryPeriodIndex="int16",
+    advertiserNumber="int16",
+    advertiserCategoryIndex="int16",
+    budget="float32",
+    CPAConstraint="float32",
+    timeStepIndex="int16",
+    remainingBudget="float32",
+    pvIndex="int32",
+    pValue="float32",
+    pValueSigma="float32",
+    bid="float32",
+    xi="int16",
+    adSlot="int16",
+    cost="float32",
+    isExposed="int16",
+    conversionAction="int16",
+    leastWinningCost="float32",
+    isEnd="int16",
+)
+_kept = [
+    c
+    for c in auctionnet_columns
+    if c not in ("remainingBudget", "pvIndex", "pValueSigma", "bid", "xi", "adSlot", "isEnd")
+]
+
 
 def _pieces(file, chunk):
     "Data frames of the needed columns, at most `chunk` rows each"
     pd, types = need("pandas"), {k: auctionnet_columns[k] for k in _kept}
-    if file.suffix == ".csv": head = list(pd.read_csv(file, nrows=0).columns)
+    if file.suffix == ".csv":
+        head = list(pd.read_csv(file, nrows=0).columns)
     elif file.suffix == ".parquet":
-        table = need("pyarrow.parquet").ParquetFile(file); head = table.schema_arrow.names
-    else: raise ValueError(f"{file.name} is neither csv nor parquet")
-    if missing := [c for c in auctionnet_columns if c not in head]: raise ValueError(f"{file.name} lacks the columns {', '.join(missing)} of AuctionNet's logs")
-    if file.suffix == ".csv": yield from pd.read_csv(file, usecols=_kept, dtype=types, chunksize=chunk)
+        table = need("pyarrow.parquet").ParquetFile(file)
+        head = table.schema_arrow.names
     else:
-        for b in table.iter_batches(batch_size=chunk, columns=_kept): yield b.to_pandas().astype(types)
+        raise ValueError(f"{file.name} is neither csv nor parquet")
+    if missing := [c for c in auctionnet_columns if c not in head]:
+        raise ValueError(f"{file.name} lacks the columns {', '.join(missing)} of AuctionNet's logs")
+    if file.suffix == ".csv":
+        yield from pd.read_csv(file, usecols=_kept, dtype=types, chunksize=chunk)
+    else:
+        for b in table.iter_batches(batch_size=chunk, columns=_kept):
+            yield b.to_pandas().astype(types)
 
 # %% ../../nbs/vamo/03_auction.ipynb #b5bf8f77
 @dataclass
 class AuctionLogs:
     "Logs as a market: one task per advertiser, one day per period, one slot"
-    tasks:tuple        # One `TaskSpec` of kind `cpa` per advertiser
-    category:Tensor    # (A,) category of each advertiser
-    budget:Tensor      # (days,A) budget of each advertiser and period; 0 where it is absent
-    periods:list       # Period number of each day
-    T:int              # Steps of a day
-    summary:object     # Data frame: one row per period, advertiser and step with impressions, cost, exposures and conversions
-    values:np.ndarray  # (rows,) float32 predicted values, sorted by period, advertiser, step
-    prices:np.ndarray  # (rows,) float32 least winning costs, in the same order
-    starts:np.ndarray  # (days*A*T+1,) where each step begins
+
+    tasks: tuple  # One `TaskSpec` of kind `cpa` per advertiser
+    category: Tensor  # (A,) category of each advertiser
+    budget: Tensor  # (days,A) budget of each advertiser and period; 0 where it is absent
+    periods: list  # Period number of each day
+    T: int  # Steps of a day
+    summary: object  # Data frame: one row per period, advertiser and step with impressions, cost, exposures and conversions
+    values: np.ndarray  # (rows,) float32 predicted values, sorted by period, advertiser, step
+    prices: np.ndarray  # (rows,) float32 least winning costs, in the same order
+    starts: np.ndarray  # (days*A*T+1,) where each step begins
 
 # %% ../../nbs/vamo/03_auction.ipynb #b96e628d
 @patch
-def curves(self:AuctionLogs,
-    d:int,     # Day, index into `periods`
-    task:int,  # Advertiser, index into `tasks`
-)->list:       # T response curves with one slot that is always seen
+def curves(
+    self: AuctionLogs,
+    d: int,  # Day, index into `periods`
+    task: int,  # Advertiser, index into `tasks`
+) -> list:  # T response curves with one slot that is always seen
     "Response curves of an advertiser in a period"
-    if not (0 <= d < len(self.periods) and 0 <= task < len(self.tasks)): raise ValueError(f"day={d}, task={task}: there are {tuple(self.budget.shape)}")
-    first = (d*len(self.tasks) + task)*self.T
-    part = lambda x, i: torch.from_numpy(x[self.starts[i]:self.starts[i+1]])
-    return [ResponseCurve(part(self.values, i), part(self.prices, i)[:, None], (1.,)) for i in range(first, first + self.T)]
+    if not (0 <= d < len(self.periods) and 0 <= task < len(self.tasks)):
+        raise ValueError(f"day={d}, task={task}: there are {tuple(self.budget.shape)}")
+    first = (d * len(self.tasks) + task) * self.T
+    part = lambda x, i: torch.from_numpy(x[self.starts[i] : self.starts[i + 1]])
+    return [
+        ResponseCurve(part(self.values, i), part(self.prices, i)[:, None], (1.0,))
+        for i in range(first, first + self.T)
+    ]
+
 
 @patch
-def splits(self:AuctionLogs,
-    train:int=8,  # Periods to train on
-    val:int=1,    # Periods to validate on
-    test:int=1,   # Periods to test on
-)->list:          # (train, val, test) tuples of days in time order, one a window
+def splits(
+    self: AuctionLogs,
+    train: int = 8,  # Periods to train on
+    val: int = 1,  # Periods to validate on
+    test: int = 1,  # Periods to test on
+) -> list:  # (train, val, test) tuples of days in time order, one a window
     "Rolling windows in time order"
     w = train + val + test
-    if w > len(self.periods) or min(train, val, test) < 1: raise ValueError(f"train={train}, val={val}, test={test} need {w} periods of {len(self.periods)}")
-    cut = lambda i: tuple(list(range(i + a, i + b)) for a, b in ((0, train), (train, train + val), (train + val, w)))
+    if w > len(self.periods) or min(train, val, test) < 1:
+        raise ValueError(
+            f"train={train}, val={val}, test={test} need {w} periods of {len(self.periods)}"
+        )
+    cut = lambda i: tuple(
+        list(range(i + a, i + b)) for a, b in ((0, train), (train, train + val), (train + val, w))
+    )
     return [cut(i) for i in range(len(self.periods) - w + 1)]
 
 # %% ../../nbs/vamo/03_auction.ipynb #461e724d
 def load_auctionnet(
-    path:str|Path,         # A csv or parquet file of AuctionNet's logs, or a folder of them
-    chunk:int=2_000_000,   # Rows read at a time
-    periods:Sequence[int]|None=None, # Periods to keep; None keeps all
-)->AuctionLogs:            # The logs as a market
+    path: str | Path,  # A csv or parquet file of AuctionNet's logs, or a folder of them
+    chunk: int = 2_000_000,  # Rows read at a time
+    periods: Sequence[int] | None = None,  # Periods to keep; None keeps all
+) -> AuctionLogs:  # The logs as a market
     "Read AuctionNet's 18-column logs"
     pd, path = need("pandas"), Path(path)
-    if chunk < 1: raise ValueError(f"chunk={chunk} must be at least 1")
-    files = sorted(f for f in path.rglob("*") if f.suffix in (".csv", ".parquet")) if path.is_dir() else [path]
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1")
+    files = (
+        sorted(f for f in path.rglob("*") if f.suffix in (".csv", ".parquet"))
+        if path.is_dir()
+        else [path]
+    )
     if not files or not all(f.is_file() for f in files):
-        raise ValueError(f"path={path.name!r} has no logs; get the public data set of alimama-tech/AuctionNet (period-7.csv and on) and name its folder")
-    parts = [p[p.deliveryPeriodIndex.isin(periods)] if periods is not None else p for f in files for p in _pieces(f, chunk)]
+        raise ValueError(
+            f"path={path.name!r} has no logs; get the public data set of alimama-tech/AuctionNet (period-7.csv and on) and name its folder"
+        )
+    parts = [
+        p[p.deliveryPeriodIndex.isin(periods)] if periods is not None else p
+        for f in files
+        for p in _pieces(f, chunk)
+    ]
     df = pd.concat(parts, ignore_index=True)
-    if df.empty: raise ValueError("the logs have no rows of the periods asked for")
+    if df.empty:
+        raise ValueError("the logs have no rows of the periods asked for")
     needed = df[["pValue", "leastWinningCost", "budget", "CPAConstraint"]]
-    if not np.isfinite(needed).all(axis=None) or (needed < 0).any(axis=None): raise ValueError(f"{', '.join(needed)} must be finite and not negative")
+    if not np.isfinite(needed).all(axis=None) or (needed < 0).any(axis=None):
+        raise ValueError(f"{', '.join(needed)} must be finite and not negative")
     return _assemble(pd, df)
 
 # %% ../../nbs/vamo/03_auction.ipynb #41c74dd2
@@ -511,15 +758,36 @@ def _assemble(pd, df):
     "Sort, group once, and index"
     keys = ["deliveryPeriodIndex", "advertiserNumber", "timeStepIndex"]
     days, ads, T = np.unique(df[keys[0]]), np.unique(df[keys[1]]), int(df[keys[2]].max()) + 1
-    cell = (np.searchsorted(days, df[keys[0]]).astype(np.int64)*len(ads) + np.searchsorted(ads, df[keys[1]]))*T + df[keys[2]].to_numpy()
+    cell = (
+        np.searchsorted(days, df[keys[0]]).astype(np.int64) * len(ads)
+        + np.searchsorted(ads, df[keys[1]])
+    ) * T + df[keys[2]].to_numpy()
     order = np.argsort(cell, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=len(days)*len(ads)*T))])
+    starts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=len(days) * len(ads) * T))])
     firsts = dict(category="advertiserCategoryIndex", budget="budget", cpa="CPAConstraint")
     who = df.groupby(keys[:2], sort=True).agg(**{k: (v, "first") for k, v in firsts.items()})
     one = who.groupby(level=1).first()
-    tasks = tuple(TaskSpec(f"advertiser {i}", 0, "cpa", cpa=float(c)) for i, c in zip(ads, one.cpa.loc[ads]))
+    tasks = tuple(
+        TaskSpec(f"advertiser {i}", 0, "cpa", cpa=float(c)) for i, c in zip(ads, one.cpa.loc[ads])
+    )
     sums = dict(value="pValue", cost="cost", exposed="isExposed", conversions="conversionAction")
-    summary = df.groupby(keys, sort=True).agg(impressions=("pValue", "size"), **{k: (v, "sum") for k, v in sums.items()}).reset_index()
-    budget = torch.tensor(who.budget.unstack().reindex(index=days, columns=ads).fillna(0.).to_numpy(), dtype=torch.double)
-    return AuctionLogs(tasks, torch.tensor(one.category.loc[ads].to_numpy()), budget, days.tolist(), T, summary,
-                       df.pValue.to_numpy()[order], df.leastWinningCost.to_numpy()[order], starts)
+    summary = (
+        df.groupby(keys, sort=True)
+        .agg(impressions=("pValue", "size"), **{k: (v, "sum") for k, v in sums.items()})
+        .reset_index()
+    )
+    budget = torch.tensor(
+        who.budget.unstack().reindex(index=days, columns=ads).fillna(0.0).to_numpy(),
+        dtype=torch.double,
+    )
+    return AuctionLogs(
+        tasks,
+        torch.tensor(one.category.loc[ads].to_numpy()),
+        budget,
+        days.tolist(),
+        T,
+        summary,
+        df.pValue.to_numpy()[order],
+        df.leastWinningCost.to_numpy()[order],
+        starts,
+    )

@@ -14,175 +14,242 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/vamo/08_causal.ipynb #2acc9072
-from .planner import MultiTaskPlanner, Noise, TaskLinear, _batch, _mean, _Normed, _parts, value_so_far
+from llmpapers.vamo.planner import (
+    MultiTaskPlanner,
+    Noise,
+    TaskLinear,
+    _batch,
+    _mean,
+    _Normed,
+    _parts,
+    value_so_far,
+)
 from .temporal import ContextEncoder, TimeOfDay
 
 # %% ../../nbs/vamo/08_causal.ipynb #16e83009
 class _Attention(nn.Module):
     "Causal self-attention and perceptron, plain matrix products"
+
     def __init__(self, d, heads):
         super().__init__()
-        self.heads, self.qkv, self.out = heads, nn.Linear(d, 3*d), nn.Linear(d, d)
+        self.heads, self.qkv, self.out = heads, nn.Linear(d, 3 * d), nn.Linear(d, d)
         self.one, self.two = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.mlp = nn.Sequential(nn.Linear(d, 2*d), nn.GELU(), nn.Linear(2*d, d))
+        self.mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
+
     def forward(self, x):
         B, t, d = x.shape
         q, k, v = self.qkv(self.one(x)).view(B, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         later = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
-        w = (q @ k.transpose(-1, -2)/q.shape[-1]**.5).masked_fill(later, -torch.inf).softmax(-1)
+        w = (
+            (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5)
+            .masked_fill(later, -torch.inf)
+            .softmax(-1)
+        )
         x = x + self.out((w @ v).transpose(1, 2).reshape(B, t, d))
         return x + self.mlp(self.two(x))
 
 # %% ../../nbs/vamo/08_causal.ipynb #b45dac8c
 class CausalPlanner(_Normed):
     "Decision Transformer with the interface of `MultiTaskPlanner`"
+
     needs_plan = False
-    def __init__(self,
-        state_dim:int,          # Entries of a state, S
-        K:int,                  # Tasks
-        d:int=48,               # Width
-        temporal:str="sincos",  # "none", "sincos", "context" or "sincos+context"
-        T:int=48,               # Steps of a day
-        cond_dim:int=3,         # Entries of the condition, Y; the first is the return
-        layers:int=2,           # Layers
-        heads:int=4,            # Heads
-        drop:float=.25,         # Probability of hiding the condition in training
-        context_dim:int=3,      # Channels of the context
-        days:int=3,             # Days of the context
+
+    def __init__(
+        self,
+        state_dim: int,  # Entries of a state, S
+        K: int,  # Tasks
+        d: int = 48,  # Width
+        temporal: str = "sincos",  # "none", "sincos", "context" or "sincos+context"
+        T: int = 48,  # Steps of a day
+        cond_dim: int = 3,  # Entries of the condition, Y; the first is the return
+        layers: int = 2,  # Layers
+        heads: int = 4,  # Heads
+        drop: float = 0.25,  # Probability of hiding the condition in training
+        context_dim: int = 3,  # Channels of the context
+        days: int = 3,  # Days of the context
     ):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__(state_dim, K, T)
         self.config, self.parts, self.Y, self.drop = config, _parts(temporal), cond_dim, drop
         if "times" in self.parts:
-            raise ValueError(f"temporal={temporal!r}: a TimesBlock on the steps of a causal model shows it the future; use 'context'")
+            raise ValueError(
+                f"temporal={temporal!r}: a TimesBlock on the steps of a causal model shows it the future; use 'context'"
+            )
         if d % heads or state_dim < 4 or not 0 <= drop < 1:
-            raise ValueError(f"d={d} must be a multiple of heads={heads}, state_dim={state_dim} at least 4, drop={drop} in [0, 1)")
-        self.embed, self.cond, self.null = nn.Linear(state_dim, d), TaskLinear(K, cond_dim, d), nn.Parameter(torch.zeros(K, d))
+            raise ValueError(
+                f"d={d} must be a multiple of heads={heads}, state_dim={state_dim} at least 4, drop={drop} in [0, 1)"
+            )
+        self.embed, self.cond, self.null = (
+            nn.Linear(state_dim, d),
+            TaskLinear(K, cond_dim, d),
+            nn.Parameter(torch.zeros(K, d)),
+        )
         self.clock = TimeOfDay(d, T) if "sincos" in self.parts else None
         self.past = ContextEncoder(context_dim, d, T, days) if "context" in self.parts else None
-        self.layers, self.norm = nn.ModuleList(_Attention(d, heads) for _ in range(layers)), nn.LayerNorm(d)
+        self.layers, self.norm = (
+            nn.ModuleList(_Attention(d, heads) for _ in range(layers)),
+            nn.LayerNorm(d),
+        )
         self.head, self.act_head = TaskLinear(K, d, state_dim), TaskLinear(K, d, 1)
 
 # %% ../../nbs/vamo/08_causal.ipynb #35965162
 @patch
-def forward(self:CausalPlanner,
-    states:Tensor,             # (B,t,S) executed states, raw
-    cond:Tensor,               # (B,Y)
-    drop:Tensor,               # (B,) bool, True hides the condition
-    task:Tensor,               # (B,) long
-    context:Tensor|None=None,  # (B, days*T, context_dim)
-)->tuple[Tensor, Tensor]:      # Next state (B,t,S) and action (B,t), normalised
+def forward(
+    self: CausalPlanner,
+    states: Tensor,  # (B,t,S) executed states, raw
+    cond: Tensor,  # (B,Y)
+    drop: Tensor,  # (B,) bool, True hides the condition
+    task: Tensor,  # (B,) long
+    context: Tensor | None = None,  # (B, days*T, context_dim)
+) -> tuple[Tensor, Tensor]:  # Next state (B,t,S) and action (B,t), normalised
     "Predict the next state and the action at every step"
     if (context is None) != (self.past is None):
-        raise ValueError(f"context is {'missing' if context is None else 'given'}, temporal is {'+'.join(sorted(self.parts))!r}")
+        raise ValueError(
+            f"context is {'missing' if context is None else 'given'}, temporal is {'+'.join(sorted(self.parts))!r}"
+        )
     B, t, _ = states.shape
     x = self.normalise(states)
-    won = value_so_far(states)/(self.r_high - self.r_low)[task][:, None]
+    won = value_so_far(states) / (self.r_high - self.r_low)[task][:, None]
     y = torch.cat([(cond[:, :1] - won)[..., None], cond[:, None, 1:].expand(B, t, -1)], -1)
-    h = self.embed(x) + torch.where(drop[:, None, None], self.null[task][:, None], self.cond(y, task))
-    if self.clock is not None: h = h + self.clock(torch.arange(t, device=x.device))
-    if self.past is not None: h = h + self.past(context)[:, None]
-    for layer in self.layers: h = layer(h)
+    h = self.embed(x) + torch.where(
+        drop[:, None, None], self.null[task][:, None], self.cond(y, task)
+    )
+    if self.clock is not None:
+        h = h + self.clock(torch.arange(t, device=x.device))
+    if self.past is not None:
+        h = h + self.past(context)[:, None]
+    for layer in self.layers:
+        h = layer(h)
     h = self.norm(h)
     return x + self.head(h, task), self.act_head(h, task)[..., 0]
 
 # %% ../../nbs/vamo/08_causal.ipynb #3d04a2cf
 @patch
-def draw(self:CausalPlanner,
-    B:int,                      # Samples
-    generator:torch.Generator,  # Source of chance
-)->Noise:                       # Only `drop` matters here
+def draw(
+    self: CausalPlanner,
+    B: int,  # Samples
+    generator: torch.Generator,  # Source of chance
+) -> Noise:  # Only `drop` matters here
     "The randomness of one evaluation of the loss"
     dev = generator.device
     none = torch.zeros(B, dtype=torch.long, device=dev)
-    return Noise(none, torch.zeros(B, 0, self.S, device=dev), torch.rand(B, generator=generator, device=dev) < self.drop, none)
+    return Noise(
+        none,
+        torch.zeros(B, 0, self.S, device=dev),
+        torch.rand(B, generator=generator, device=dev) < self.drop,
+        none,
+    )
 
 # %% ../../nbs/vamo/08_causal.ipynb #112233fb
 @patch
-def loss(self:CausalPlanner,
-    batch:dict,   # states (B,T,S), actions (B,T), cond (B,Y), optional mask (B,T) and context
-    task,         # Task of the batch, or (B,)
-    noise:Noise,  # From `draw`
-)->Tensor:        # Scalar
+def loss(
+    self: CausalPlanner,
+    batch: dict,  # states (B,T,S), actions (B,T), cond (B,Y), optional mask (B,T) and context
+    task,  # Task of the batch, or (B,)
+    noise: Noise,  # From `draw`
+) -> Tensor:  # Scalar
     "Half the error of the next state plus half the error of the action"
     x, a, mask, k = _batch(self, batch, task)
     states = torch.where(mask[..., None], batch["states"], self.mean)
     nxt, act = self(states, batch["cond"], noise.drop, k, batch.get("context"))
     following = mask[:, :-1] & mask[:, 1:]
-    return .5*(_mean((nxt[:, :-1] - x[:, 1:]).square().mean(-1), following) + _mean((act - a).square(), mask))
+    return 0.5 * (
+        _mean((nxt[:, :-1] - x[:, 1:]).square().mean(-1), following)
+        + _mean((act - a).square(), mask)
+    )
 
 # %% ../../nbs/vamo/08_causal.ipynb #ecc71077
 @patch
-def guided(self:CausalPlanner,
-    history:Tensor,            # (B,t,S) executed states
-    cond:Tensor,               # (B,Y)
-    task:Tensor,               # (B,) long
-    guidance:float=1.,         # 0 ignores the condition, 1 uses it
-    context:Tensor|None=None,  # (B, days*T, context_dim)
-)->tuple[Tensor, Tensor]:      # Next state (B,S) and action (B,) after the last executed step, normalised
+def guided(
+    self: CausalPlanner,
+    history: Tensor,  # (B,t,S) executed states
+    cond: Tensor,  # (B,Y)
+    task: Tensor,  # (B,) long
+    guidance: float = 1.0,  # 0 ignores the condition, 1 uses it
+    context: Tensor | None = None,  # (B, days*T, context_dim)
+) -> tuple[
+    Tensor, Tensor
+]:  # Next state (B,S) and action (B,) after the last executed step, normalised
     "Prediction with guidance"
-    ask = lambda hide: [v[:, -1] for v in self(history, cond, torch.full((len(history),), hide, device=history.device), task, context)]
-    if guidance in (0, 1): return tuple(ask(not guidance))
-    return tuple(f + guidance*(g - f) for f, g in zip(ask(True), ask(False)))
+    ask = lambda hide: [
+        v[:, -1]
+        for v in self(
+            history, cond, torch.full((len(history),), hide, device=history.device), task, context
+        )
+    ]
+    if guidance in (0, 1):
+        return tuple(ask(not guidance))
+    return tuple(f + guidance * (g - f) for f, g in zip(ask(True), ask(False)))
 
 # %% ../../nbs/vamo/08_causal.ipynb #c4d66a73
 @patch
 @torch.no_grad()
-def plan(self:CausalPlanner,
-    history:Tensor,            # (B,t,S) executed states, 1 <= t <= T
-    cond:Tensor,               # (B,Y) what is wanted
-    task,                      # Task, or (B,)
-    guidance:float=1.,         # 0 ignores the condition, 1 uses it
-    temperature:float=0.,      # Of the interface, without effect: this backbone predicts means
-    generator:torch.Generator|None=None, # Of the interface, without effect
-    noise:Tensor|None=None,    # Of the interface, without effect
-    context:Tensor|None=None,  # (B, days*T, context_dim)
-)->Tensor:                     # (B,T,S): the history as it is, then the predicted days
+def plan(
+    self: CausalPlanner,
+    history: Tensor,  # (B,t,S) executed states, 1 <= t <= T
+    cond: Tensor,  # (B,Y) what is wanted
+    task,  # Task, or (B,)
+    guidance: float = 1.0,  # 0 ignores the condition, 1 uses it
+    temperature: float = 0.0,  # Of the interface, without effect: this backbone predicts means
+    generator: torch.Generator | None = None,  # Of the interface, without effect
+    noise: Tensor | None = None,  # Of the interface, without effect
+    context: Tensor | None = None,  # (B, days*T, context_dim)
+) -> Tensor:  # (B,T,S): the history as it is, then the predicted days
     "Predict the rest of the day, one state after the other"
     k, x = self._history(history, cond, task), history
     while x.shape[1] < self.T:
         nxt = self.guided(x, cond, k, guidance, context)[0]
-        x = torch.cat([x, self.restore(torch.minimum(torch.maximum(nxt, self.low), self.high))[:, None]], 1)
+        x = torch.cat(
+            [x, self.restore(torch.minimum(torch.maximum(nxt, self.low), self.high))[:, None]], 1
+        )
     return x.clone()
 
 # %% ../../nbs/vamo/08_causal.ipynb #1f4d1333
 @patch
 @torch.no_grad()
-def act(self:CausalPlanner,
-    history:Tensor,            # (B,t,S) executed states, 1 <= t <= T
-    cond:Tensor,               # (B,Y) what is wanted
-    task,                      # Task, or (B,)
-    actions:Tensor,            # Of the interface, without effect: the states hold the last actions
-    planned:Tensor|None=None,  # Of the interface, without effect: no plan is needed
-    guidance:float=1.,         # 0 ignores the condition, 1 uses it
-    context:Tensor|None=None,  # (B, days*T, context_dim)
-)->Tensor:                     # (B,) log of the multiplier over its reference
+def act(
+    self: CausalPlanner,
+    history: Tensor,  # (B,t,S) executed states, 1 <= t <= T
+    cond: Tensor,  # (B,Y) what is wanted
+    task,  # Task, or (B,)
+    actions: Tensor,  # Of the interface, without effect: the states hold the last actions
+    planned: Tensor | None = None,  # Of the interface, without effect: no plan is needed
+    guidance: float = 1.0,  # 0 ignores the condition, 1 uses it
+    context: Tensor | None = None,  # (B, days*T, context_dim)
+) -> Tensor:  # (B,) log of the multiplier over its reference
     "The action at the last executed state"
     k = self._history(history, cond, task)
     return self.action(self.guided(history, cond, k, guidance, context)[1])
 
 # %% ../../nbs/vamo/08_causal.ipynb #3726f482
 def save_planner(
-    planner,         # `MultiTaskPlanner` or `CausalPlanner`
-    path:str|Path,   # File; its folder must exist
-)->Path:             # The file
+    planner,  # `MultiTaskPlanner` or `CausalPlanner`
+    path: str | Path,  # File; its folder must exist
+) -> Path:  # The file
     "Write a planner: kind, constructor's arguments, parameters and statistics"
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    torch.save(dict(kind=type(planner).__name__, config=planner.config, state=planner.state_dict()), part)
+    torch.save(
+        dict(kind=type(planner).__name__, config=planner.config, state=planner.state_dict()), part
+    )
     os.replace(part, path)
     return path
 
 # %% ../../nbs/vamo/08_causal.ipynb #0cc27a04
 def load_planner(
-    path:str|Path,   # From `save_planner`
-)->nn.Module:        # `MultiTaskPlanner` or `CausalPlanner` in evaluation mode, on the CPU
+    path: str | Path,  # From `save_planner`
+) -> nn.Module:  # `MultiTaskPlanner` or `CausalPlanner` in evaluation mode, on the CPU
     "Read a planner"
     saved = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(saved, dict) or not {"kind", "config", "state"} <= saved.keys():
         raise ValueError(f"path={str(path)!r} holds no planner; write it with save_planner")
-    if saved["kind"] == "MultiTaskPlanner": planner = MultiTaskPlanner(**(dict(hide=(), predict="noise") | saved["config"]))
-    elif saved["kind"] == "CausalPlanner": planner = CausalPlanner(**saved["config"])
-    else: raise ValueError(f"path={str(path)!r} holds a {saved['kind']!r}, not a MultiTaskPlanner or CausalPlanner")
+    if saved["kind"] == "MultiTaskPlanner":
+        planner = MultiTaskPlanner(**(dict(hide=(), predict="noise") | saved["config"]))
+    elif saved["kind"] == "CausalPlanner":
+        planner = CausalPlanner(**saved["config"])
+    else:
+        raise ValueError(
+            f"path={str(path)!r} holds a {saved['kind']!r}, not a MultiTaskPlanner or CausalPlanner"
+        )
     planner.load_state_dict(saved["state"])
     return planner.eval()

@@ -18,106 +18,179 @@ from torch import Tensor
 from ..core.scale import need, pick_device, rng
 from ..core.stats import Interval, mean_ci, permutation_test
 from .alignment import AlignedWeighter, entropy_weights, vamo_step
-from .auction import Market, MarketConfig, Trajectories, behaviour, draw_budgets, final_value, ratio_to_hindsight, rollout
+from llmpapers.vamo.auction import (
+    Market,
+    MarketConfig,
+    Trajectories,
+    behaviour,
+    draw_budgets,
+    final_value,
+    ratio_to_hindsight,
+    rollout,
+)
 from .mtl import perceptron, perceptron_layers, perceptron_start
-from .planner import CausalPlanner, MultiTaskPlanner, PlannerPolicy, conditions, day_return, fit_conditions
+from llmpapers.vamo.planner import (
+    CausalPlanner,
+    MultiTaskPlanner,
+    PlannerPolicy,
+    conditions,
+    day_return,
+    fit_conditions,
+)
 
 # %% ../../nbs/vamo/06_experiments.ipynb #14184cea
 conflict = ((1, "pid"), (2, "pid"), (0, "burst"), (1, "burst"), (2, "burst"))
 harmless = ((1, "pid"), (2, "pid"), (0, "pid"), (1, "pid"), (2, "pid"))
 
+
 @dataclass(frozen=True)
 class StudyConfig:
     "A study of one scarce target task with auxiliary logs, over many markets"
-    markets:int=16                        # Markets, the units of all statistics
-    seed:int=1000                         # First seed; market i has seed + i
-    market:MarketConfig=MarketConfig(days=13, phase_drift=1., price_drift=.03, volatility=.2) # Shift and rhythm
-    target:tuple=(0, "pid")               # Task and logging behaviour of the target
-    aux:tuple=conflict                    # The same of each auxiliary log
-    n_target:int=1                        # Target's logged bidders a day, on the last `target_days` training days
-    target_days:int=4                     # Days on which the target exists
-    n_aux:int=12                          # Logged bidders a day of each auxiliary log
-    n_val:int=4                           # Bidders of the target on the validation day: for gradients, and as many to select
-    train_days:tuple=tuple(range(1, 9))   # Days to train on
-    val_day:int=9                         # Day to validate on
-    test_days:tuple=(10, 11, 12)          # Days to test on, after it
-    n_test:int=24                         # Bidders of the target on a test day
-    steps:int=400                         # Training steps
-    batch:int=32                          # Pairs of state and action per source and step; days, for a planner
-    lr:float=5e-3                         # Adam's learning rate
-    width:int=32                          # Hidden units
-    lambdas:tuple=(.03, .1, .3, 1., math.inf) # Grid of the temperature; the last is uniform
-    normalize:str="cos"                   # "cos", "rms" or "none": score of the agreement
-    predict:str="v"                       # What a diffusion planner guesses: "v" or "noise"
-    scope:str="all"                       # "all", "shared" (without the last layer) or "last": parameters in the agreement of a policy
-    backbone:str="policy"                 # "policy" (perceptron, all runs at once), "causal" or "diffusion" (planner)
+
+    markets: int = 16  # Markets, the units of all statistics
+    seed: int = 1000  # First seed; market i has seed + i
+    market: MarketConfig = MarketConfig(
+        days=13, phase_drift=1.0, price_drift=0.03, volatility=0.2
+    )  # Shift and rhythm
+    target: tuple = (0, "pid")  # Task and logging behaviour of the target
+    aux: tuple = conflict  # The same of each auxiliary log
+    n_target: int = 1  # Target's logged bidders a day, on the last `target_days` training days
+    target_days: int = 4  # Days on which the target exists
+    n_aux: int = 12  # Logged bidders a day of each auxiliary log
+    n_val: int = (
+        4  # Bidders of the target on the validation day: for gradients, and as many to select
+    )
+    train_days: tuple = tuple(range(1, 9))  # Days to train on
+    val_day: int = 9  # Day to validate on
+    test_days: tuple = (10, 11, 12)  # Days to test on, after it
+    n_test: int = 24  # Bidders of the target on a test day
+    steps: int = 400  # Training steps
+    batch: int = 32  # Pairs of state and action per source and step; days, for a planner
+    lr: float = 5e-3  # Adam's learning rate
+    width: int = 32  # Hidden units
+    lambdas: tuple = (0.03, 0.1, 0.3, 1.0, math.inf)  # Grid of the temperature; the last is uniform
+    normalize: str = "cos"  # "cos", "rms" or "none": score of the agreement
+    predict: str = "v"  # What a diffusion planner guesses: "v" or "noise"
+    scope: str = "all"  # "all", "shared" (without the last layer) or "last": parameters in the agreement of a policy
+    backbone: str = (
+        "policy"  # "policy" (perceptron, all runs at once), "causal" or "diffusion" (planner)
+    )
 
 # %% ../../nbs/vamo/06_experiments.ipynb #9f7a6a53
 class Logs(NamedTuple):
     "What one market offers"
-    market:Market        # The market
-    days:list            # Trajectories of each source: target, auxiliaries, validation day, random training days
-    select:Trajectories  # Other bidders of the validation day
-    test:Trajectories    # Bidders of the test days
+
+    market: Market  # The market
+    days: list  # Trajectories of each source: target, auxiliaries, validation day, random training days
+    select: Trajectories  # Other bidders of the validation day
+    test: Trajectories  # Bidders of the test days
+
 
 def collect(
-    config:StudyConfig, # The study
-    i:int,              # Market
-)->Logs:                # Its logs, in time order
+    config: StudyConfig,  # The study
+    i: int,  # Market
+) -> Logs:  # Its logs, in time order
     "Log one market"
     s, m = config.seed + i, Market(config.market, config.seed + i)
+
     def log(days, source, n, name):
         task, kind = source
-        play = lambda d: rollout(m, d, task, draw_budgets(m, d, task, n, rng(s, name, d, "budget")), behaviour(kind, n, rng(s, name, d), m.T))
+        play = lambda d: rollout(
+            m,
+            d,
+            task,
+            draw_budgets(m, d, task, n, rng(s, name, d, "budget")),
+            behaviour(kind, n, rng(s, name, d), m.T),
+        )
         return Trajectories.cat([play(d) for d in days])
-    late = config.train_days[-config.target_days:]
+
+    late = config.train_days[-config.target_days :]
     aux = [log(config.train_days, a, config.n_aux, f"aux {k}") for k, a in enumerate(config.aux)]
-    some = torch.randperm(len(config.train_days), generator=rng(s, "days"))[:config.n_val].tolist()
-    spread = log([config.train_days[j] for j in sorted(some)], config.target, max(1, config.n_val//len(some)), "random")
-    val, sel = (log((config.val_day,), config.target, config.n_val, name) for name in ("val", "select"))
-    return Logs(m, [log(late, config.target, config.n_target, "target"), *aux, val, spread], sel, log(config.test_days, config.target, config.n_test, "test"))
+    some = torch.randperm(len(config.train_days), generator=rng(s, "days"))[: config.n_val].tolist()
+    spread = log(
+        [config.train_days[j] for j in sorted(some)],
+        config.target,
+        max(1, config.n_val // len(some)),
+        "random",
+    )
+    val, sel = (
+        log((config.val_day,), config.target, config.n_val, name) for name in ("val", "select")
+    )
+    return Logs(
+        m,
+        [log(late, config.target, config.n_target, "target"), *aux, val, spread],
+        sel,
+        log(config.test_days, config.target, config.n_test, "test"),
+    )
 
 # %% ../../nbs/vamo/06_experiments.ipynb #b7c88ee0
 def arms(
-    config:StudyConfig, # The study
-)->list:                # (name, temperature or None) of each training run in a market
+    config: StudyConfig,  # The study
+) -> list:  # (name, temperature or None) of each training run in a market
     "Training runs that a study compares"
-    plain = ["uniform", "target only", "validation only", "pooled", "uniform, validation pooled", "cosine gate"]
-    return [(n, None) for n in plain] + [("aligned", l) for l in config.lambdas] + [("aligned, random split", l) for l in config.lambdas]
+    plain = [
+        "uniform",
+        "target only",
+        "validation only",
+        "pooled",
+        "uniform, validation pooled",
+        "cosine gate",
+    ]
+    return (
+        [(n, None) for n in plain]
+        + [("aligned", l) for l in config.lambdas]
+        + [("aligned, random split", l) for l in config.lambdas]
+    )
 
 # %% ../../nbs/vamo/06_experiments.ipynb #bcfae9f9
 def mix(
-    name:str,           # Name of the arm
-    lam:"float|None",   # Temperature of an aligned arm
-    G:Tensor,           # (M,K+2,P) gradients of target, auxiliaries, validation day, random days
-    n:Tensor,           # (K+2,) samples of each source
-    normalize:str="cos",# Score of the agreement
-)->Tensor:              # (M,K+2) weights of the sources
+    name: str,  # Name of the arm
+    lam: "float|None",  # Temperature of an aligned arm
+    G: Tensor,  # (M,K+2,P) gradients of target, auxiliaries, validation day, random days
+    n: Tensor,  # (K+2,) samples of each source
+    normalize: str = "cos",  # Score of the agreement
+) -> Tensor:  # (M,K+2) weights of the sources
     "Weights of the sources for one arm"
     M, K = len(G), G.shape[1] - 2
     w = torch.zeros(M, K + 2)
-    if name == "uniform": w[:, :K] = 1/K
-    elif name == "target only": w[:, 0] = 1
-    elif name == "validation only": w[:, K] = 1
-    elif name == "pooled": w[:, [0, K]] = n[[0, K]]/n[[0, K]].sum()
-    elif name == "uniform, validation pooled": w[:, :K+1] = 1/(K + 1)
+    if name == "uniform":
+        w[:, :K] = 1 / K
+    elif name == "target only":
+        w[:, 0] = 1
+    elif name == "validation only":
+        w[:, K] = 1
+    elif name == "pooled":
+        w[:, [0, K]] = n[[0, K]] / n[[0, K]].sum()
+    elif name == "uniform, validation pooled":
+        w[:, : K + 1] = 1 / (K + 1)
     else:
         g = G[:, K + (name == "aligned, random split")]
         m = torch.einsum("mkp,mp->mk", G[:, :K], g)
-        cos = m/(G[:, :K].norm(dim=2)*g.norm(dim=1, keepdim=True)).clamp(min=1e-12)
-        score = dict(cos=cos, rms=m/m.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30), none=m)[normalize]
-        if name == "cosine gate": w[:, :K] = cos.clamp(min=0)/cos.clamp(min=0).sum(1, keepdim=True).clamp(min=1e-12)
-        else: w[:, :K] = entropy_weights(score if math.isfinite(lam) else 0*score, lam if math.isfinite(lam) else 1.)
+        cos = m / (G[:, :K].norm(dim=2) * g.norm(dim=1, keepdim=True)).clamp(min=1e-12)
+        score = dict(
+            cos=cos, rms=m / m.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30), none=m
+        )[normalize]
+        if name == "cosine gate":
+            w[:, :K] = cos.clamp(min=0) / cos.clamp(min=0).sum(1, keepdim=True).clamp(min=1e-12)
+        else:
+            w[:, :K] = entropy_weights(
+                score if math.isfinite(lam) else 0 * score, lam if math.isfinite(lam) else 1.0
+            )
     return w
 
 # %% ../../nbs/vamo/06_experiments.ipynb #591961ff
-def _pairs(t): return t.states.flatten(0, 1), t.actions.flatten()
+def _pairs(t):
+    return t.states.flatten(0, 1), t.actions.flatten()
 
-def _sizes(width): return 8, width, width, 1
+
+def _sizes(width):
+    return 8, width, width, 1
+
 
 def _act(theta, x, width):
     "Actions (...,n) of perceptrons theta (...,P) on states x (...,n,8)"
     return perceptron(theta, x, _sizes(width), torch.tanh)[..., 0]
+
 
 def _start(width, seed):
     "Initial parameters"
@@ -126,59 +199,95 @@ def _start(width, seed):
 # %% ../../nbs/vamo/06_experiments.ipynb #d8e661b6
 class Trained(NamedTuple):
     "All runs of a study"
-    theta:Tensor   # (R,M,P) parameters at the best look at the selection half
-    select:Tensor  # (R,M) loss there
-    weights:Tensor # (R,M,K+2) mean weights of the sources over training
-    mean:Tensor    # (M,8) normalisation of states
-    std:Tensor     # (M,8)
+
+    theta: Tensor  # (R,M,P) parameters at the best look at the selection half
+    select: Tensor  # (R,M) loss there
+    weights: Tensor  # (R,M,K+2) mean weights of the sources over training
+    mean: Tensor  # (M,8) normalisation of states
+    std: Tensor  # (M,8)
 
 # %% ../../nbs/vamo/06_experiments.ipynb #30da2426
 def train_policies(
-    config:StudyConfig, # The study
-    logs:list,          # One `Logs` a market
-    runs:list=None,     # Arms; None takes `arms(config)`
-    every:int=20,       # Steps between two looks at the selection half
-)->Trained:             # Best parameters of every run in every market
+    config: StudyConfig,  # The study
+    logs: list,  # One `Logs` a market
+    runs: list = None,  # Arms; None takes `arms(config)`
+    every: int = 20,  # Steps between two looks at the selection half
+) -> Trained:  # Best parameters of every run in every market
     "Train every arm in every market at once, on the same batches"
     runs, M, K2 = runs or arms(config), len(logs), len(logs[0].days)
     pairs = [[_pairs(t) for t in l.days] for l in logs]
     seen = [torch.cat([x for x, _ in p[:-2]]) for p in pairs]
-    mean, std = torch.stack([x.mean(0) for x in seen]), torch.stack([x.std(0) for x in seen]).clamp(min=1e-3)
-    pairs = [[((x - mean[i])/std[i], y) for x, y in p] for i, p in enumerate(pairs)]
-    sx, sy = (torch.stack(v) for v in zip(*[((x - mean[i])/std[i], y) for i, l in enumerate(logs) for x, y in [_pairs(l.select)]]))
+    mean, std = (
+        torch.stack([x.mean(0) for x in seen]),
+        torch.stack([x.std(0) for x in seen]).clamp(min=1e-3),
+    )
+    pairs = [[((x - mean[i]) / std[i], y) for x, y in p] for i, p in enumerate(pairs)]
+    sx, sy = (
+        torch.stack(v)
+        for v in zip(
+            *[
+                ((x - mean[i]) / std[i], y)
+                for i, l in enumerate(logs)
+                for x, y in [_pairs(l.select)]
+            ]
+        )
+    )
     n = torch.tensor([float(len(y)) for _, y in pairs[0]])
-    theta = torch.stack([_start(config.width, config.seed + i) for i in range(M)]).repeat(len(runs), 1, 1).requires_grad_()
+    theta = (
+        torch.stack([_start(config.width, config.seed + i) for i in range(M)])
+        .repeat(len(runs), 1, 1)
+        .requires_grad_()
+    )
     opt, g = torch.optim.Adam([theta], config.lr), rng(config.seed, "batches")
-    best, score, total = theta.detach().clone(), torch.full((len(runs), M), torch.inf), torch.zeros(len(runs), M, K2)
-    last = perceptron_layers(_sizes(config.width))[-1]; part = dict(all=slice(None), shared=slice(last.start), last=last)[config.scope]
+    best, score, total = (
+        theta.detach().clone(),
+        torch.full((len(runs), M), torch.inf),
+        torch.zeros(len(runs), M, K2),
+    )
+    last = perceptron_layers(_sizes(config.width))[-1]
+    part = dict(all=slice(None), shared=slice(last.start), last=last)[config.scope]
     for step in range(config.steps + 1):
         if step % every == 0 or step == config.steps:
-            with torch.no_grad(): now = (_act(theta, sx, config.width) - sy).square().mean(-1)
+            with torch.no_grad():
+                now = (_act(theta, sx, config.width) - sy).square().mean(-1)
             better = now < score
             best[better], score[better] = theta.detach()[better], now[better]
-        if step == config.steps: break
+        if step == config.steps:
+            break
         at = [[torch.randint(len(y), (config.batch,), generator=g) for _, y in p] for p in pairs]
-        x, y = (torch.stack([torch.stack([p[k][j][at[i][k]] for k in range(K2)]) for i, p in enumerate(pairs)]) for j in (0, 1))
+        x, y = (
+            torch.stack(
+                [torch.stack([p[k][j][at[i][k]] for k in range(K2)]) for i, p in enumerate(pairs)]
+            )
+            for j in (0, 1)
+        )
         copy = theta.detach()[:, :, None].expand(-1, -1, K2, -1).contiguous().requires_grad_()
         loss = (_act(copy, x, config.width) - y).square().mean(-1)
-        G, = torch.autograd.grad(loss.sum(), copy)
-        W = torch.stack([mix(name, lam, G[r][..., part], n, config.normalize) for r, (name, lam) in enumerate(runs)])
+        (G,) = torch.autograd.grad(loss.sum(), copy)
+        W = torch.stack(
+            [
+                mix(name, lam, G[r][..., part], n, config.normalize)
+                for r, (name, lam) in enumerate(runs)
+            ]
+        )
         theta.grad = torch.einsum("rmk,rmkp->rmp", W, G)
-        opt.step(); total += W
-    return Trained(best, score, total/config.steps, mean, std)
+        opt.step()
+        total += W
+    return Trained(best, score, total / config.steps, mean, std)
 
 # %% ../../nbs/vamo/06_experiments.ipynb #5c47e8b3
 def play(
-    config:StudyConfig, # The study
-    logs:Logs,          # A market
-    make,               # (budgets, day) -> policy
-)->tuple[float, float]: # Mean R/R* of the test days; share of bidder-days that kept their limits
+    config: StudyConfig,  # The study
+    logs: Logs,  # A market
+    make,  # (budgets, day) -> policy
+) -> tuple[float, float]:  # Mean R/R* of the test days; share of bidder-days that kept their limits
     "Closed loop of the target on the test days"
     out, kept, task = [], [], config.target[0]
     for d in config.test_days:
         B = draw_budgets(logs.market, d, task, config.n_test, rng(config.seed, "play", d))
         t = rollout(logs.market, d, task, B, make(B, d))
-        out.append(ratio_to_hindsight(logs.market, t).nanmean()); kept.append(final_value(logs.market, t)[1].double().mean())
+        out.append(ratio_to_hindsight(logs.market, t).nanmean())
+        kept.append(final_value(logs.market, t)[1].double().mean())
     return float(torch.stack(out).mean()), float(torch.stack(kept).mean())
 
 # %% ../../nbs/vamo/06_experiments.ipynb #5e728452
@@ -187,6 +296,7 @@ def _chosen(runs, select):
     names = list(dict.fromkeys(n for n, _ in runs))
     groups = {n: torch.tensor([r for r, (x, _) in enumerate(runs) if x == n]) for n in names}
     return {n: at[select[at].argmin(0)] for n, at in groups.items()}
+
 
 def _row(i, name, loss=math.nan, ratio=math.nan, kept=math.nan, lam=math.nan, fixed=False):
     return dict(market=i, method=name, lam=lam, loss=loss, ratio=ratio, kept=kept, fixed=fixed)
@@ -198,90 +308,159 @@ def _study_policies(config, logs, runs=None):
     chosen = _chosen(runs, t.select)
     for i, l in enumerate(logs):
         x, y = _pairs(l.test)
-        with torch.no_grad(): loss = 100*(_act(t.theta[:, i], ((x - t.mean[i])/t.std[i])[None], config.width) - y).square().mean(-1)
-        rows += [_row(i, n, loss=float(loss[r]), lam=lam, fixed=True) for r, (n, lam) in enumerate(runs) if lam is not None]
+        with torch.no_grad():
+            loss = 100 * (
+                _act(t.theta[:, i], ((x - t.mean[i]) / t.std[i])[None], config.width) - y
+            ).square().mean(-1)
+        rows += [
+            _row(i, n, loss=float(loss[r]), lam=lam, fixed=True)
+            for r, (n, lam) in enumerate(runs)
+            if lam is not None
+        ]
         for name, at in chosen.items():
             r = int(at[i])
-            act = lambda s, a, r=r: _act(t.theta[r, i], (s[:, -1] - t.mean[i])/t.std[i], config.width).clamp(-3, 3)
-            rows.append(_row(i, name, float(loss[r]), *play(config, l, lambda B, d: act), lam=math.nan if runs[r][1] is None else runs[r][1]))
-        rows.append(_row(i, "constant a_ref", math.nan, *play(config, l, lambda B, d: lambda s, a: torch.zeros(len(s)))))
-        rows.append(_row(i, "logging behaviour", math.nan, *play(config, l, lambda B, d: behaviour(config.target[1], len(B), rng(config.seed, "habit", d)))))
+            act = lambda s, a, r=r: _act(
+                t.theta[r, i], (s[:, -1] - t.mean[i]) / t.std[i], config.width
+            ).clamp(-3, 3)
+            rows.append(
+                _row(
+                    i,
+                    name,
+                    float(loss[r]),
+                    *play(config, l, lambda B, d: act),
+                    lam=math.nan if runs[r][1] is None else runs[r][1],
+                )
+            )
+        rows.append(
+            _row(
+                i,
+                "constant a_ref",
+                math.nan,
+                *play(config, l, lambda B, d: lambda s, a: torch.zeros(len(s))),
+            )
+        )
+        rows.append(
+            _row(
+                i,
+                "logging behaviour",
+                math.nan,
+                *play(
+                    config,
+                    l,
+                    lambda B, d: behaviour(config.target[1], len(B), rng(config.seed, "habit", d)),
+                ),
+            )
+        )
     table = pd.DataFrame(rows)
-    table.attrs["weights"] = {n: torch.stack([t.weights[at[i], i] for i in range(len(logs))]) for n, at in chosen.items() if n in ("aligned", "cosine gate")}
+    table.attrs["weights"] = {
+        n: torch.stack([t.weights[at[i], i] for i in range(len(logs))])
+        for n, at in chosen.items()
+        if n in ("aligned", "cosine gate")
+    }
     return table
 
 # %% ../../nbs/vamo/06_experiments.ipynb #ec006bf6
 def run_study(
-    config:StudyConfig,  # The study
-    progress:bool=False, # Print a line per market of a planner study
-    runs:list=None,      # Arms of a policy study; None takes `arms(config)`
-    logs:list=None,      # One `Logs` a market, to be used again by several studies; None collects them
-)->"DataFrame":          # A row per market and method: test loss x 100, R/R*, limits kept, temperature; `fixed` rows hold every temperature
+    config: StudyConfig,  # The study
+    progress: bool = False,  # Print a line per market of a planner study
+    runs: list = None,  # Arms of a policy study; None takes `arms(config)`
+    logs: list = None,  # One `Logs` a market, to be used again by several studies; None collects them
+) -> "DataFrame":  # A row per market and method: test loss x 100, R/R*, limits kept, temperature; `fixed` rows hold every temperature
     "Log, train, select, test: one study over markets"
-    if config.backbone not in ("policy", "causal", "diffusion"): raise ValueError(f"backbone={config.backbone!r} must be 'policy', 'causal' or 'diffusion'")
-    if not max(config.train_days) < config.val_day < min(config.test_days): raise ValueError("days must be in time order: training, then validation, then test")
-    if max(config.test_days) >= config.market.days: raise ValueError(f"test_days={config.test_days} need a market of {max(config.test_days) + 1} days")
-    if config.markets < 1 or config.steps < 1 or not config.lambdas: raise ValueError("markets and steps must be at least 1, lambdas not empty")
-    if config.normalize not in ("cos", "rms", "none"): raise ValueError(f"normalize={config.normalize!r} must be 'cos', 'rms' or 'none'")
-    if config.scope not in ("all", "shared", "last"): raise ValueError(f"scope={config.scope!r} must be 'all', 'shared' or 'last'")
-    if config.backbone != "policy" and (runs or config.scope != "all"): raise ValueError("runs and scope are for backbone='policy'")
-    if logs is None: logs = [collect(config, i) for i in range(config.markets)]
-    if len(logs) != config.markets: raise ValueError(f"logs are of {len(logs)} markets, config.markets is {config.markets}")
-    return _study_policies(config, logs, runs) if config.backbone == "policy" else _study_planners(config, logs, progress)
+    if config.backbone not in ("policy", "causal", "diffusion"):
+        raise ValueError(f"backbone={config.backbone!r} must be 'policy', 'causal' or 'diffusion'")
+    if not max(config.train_days) < config.val_day < min(config.test_days):
+        raise ValueError("days must be in time order: training, then validation, then test")
+    if max(config.test_days) >= config.market.days:
+        raise ValueError(
+            f"test_days={config.test_days} need a market of {max(config.test_days) + 1} days"
+        )
+    if config.markets < 1 or config.steps < 1 or not config.lambdas:
+        raise ValueError("markets and steps must be at least 1, lambdas not empty")
+    if config.normalize not in ("cos", "rms", "none"):
+        raise ValueError(f"normalize={config.normalize!r} must be 'cos', 'rms' or 'none'")
+    if config.scope not in ("all", "shared", "last"):
+        raise ValueError(f"scope={config.scope!r} must be 'all', 'shared' or 'last'")
+    if config.backbone != "policy" and (runs or config.scope != "all"):
+        raise ValueError("runs and scope are for backbone='policy'")
+    if logs is None:
+        logs = [collect(config, i) for i in range(config.markets)]
+    if len(logs) != config.markets:
+        raise ValueError(f"logs are of {len(logs)} markets, config.markets is {config.markets}")
+    return (
+        _study_policies(config, logs, runs)
+        if config.backbone == "policy"
+        else _study_planners(config, logs, progress)
+    )
 
 # %% ../../nbs/vamo/06_experiments.ipynb #587f206b
 def paired_ci(
-    a,               # (n,) one number per market
-    b,               # (n,) the same markets in the same order
-    level:float=.95, # Confidence level
-)->Interval:         # Mean of a - b and its Student interval
+    a,  # (n,) one number per market
+    b,  # (n,) the same markets in the same order
+    level: float = 0.95,  # Confidence level
+) -> Interval:  # Mean of a - b and its Student interval
     "Interval of a paired difference"
     a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape: raise ValueError(f"a {a.shape} and b {b.shape} must hold the same markets")
+    if a.shape != b.shape:
+        raise ValueError(f"a {a.shape} and b {b.shape} must hold the same markets")
     return mean_ci(a - b, level)
 
 # %% ../../nbs/vamo/06_experiments.ipynb #956400bf
 def holm(
-    p, # (n,) p-values
-)->np.ndarray: # (n,) adjusted p-values
+    p,  # (n,) p-values
+) -> np.ndarray:  # (n,) adjusted p-values
     "Holm's correction for several comparisons"
     p = np.asarray(p, float)
-    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all(): raise ValueError("p must be a vector of values in [0, 1]")
+    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("p must be a vector of values in [0, 1]")
     order, n = np.argsort(p), len(p)
     adjusted = np.empty(n)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate((n - np.arange(n))*p[order]))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate((n - np.arange(n)) * p[order]))
     return adjusted
 
 # %% ../../nbs/vamo/06_experiments.ipynb #07d0d056
 def compare(
-    table,               # From `run_study`
-    value:str="loss",    # Column
-    against:str="uniform", # Method to compare with
-)->"DataFrame":          # A row per method: mean, paired difference with interval, p by sign flips, p by Holm
+    table,  # From `run_study`
+    value: str = "loss",  # Column
+    against: str = "uniform",  # Method to compare with
+) -> (
+    "DataFrame"
+):  # A row per method: mean, paired difference with interval, p by sign flips, p by Holm
     "Paired comparison of all methods with one of them"
     pd = need("pandas")
     wide = table[~table.fixed].pivot(index="market", columns="method", values=value).dropna(axis=1)
-    if against not in wide: raise ValueError(f"against={against!r} is not among {', '.join(wide)}")
+    if against not in wide:
+        raise ValueError(f"against={against!r} is not among {', '.join(wide)}")
     rows = []
     for n in wide.columns.drop(against):
         iv = paired_ci(wide[n], wide[against])
-        p = permutation_test(wide[n].to_numpy(), wide[against].to_numpy()) if len(wide) > 1 else 1.
+        p = permutation_test(wide[n].to_numpy(), wide[against].to_numpy()) if len(wide) > 1 else 1.0
         rows.append(dict(method=n, mean=wide[n].mean(), diff=iv.mid, low=iv.low, high=iv.high, p=p))
     out = pd.DataFrame(rows).set_index("method")
     return out.assign(holm=holm(out.p)).sort_values("mean")
 
 # %% ../../nbs/vamo/06_experiments.ipynb #68c14adf
 def make_planner(
-    config:StudyConfig,    # The study; `width` is the width of the trunk
-    temporal:str="sincos", # Temporal part, as in the planner
-    seed:int=0,            # Of the initial parameters
-    periods:tuple=(12, 6), # Periods of a TimesBlock
-)->torch.nn.Module:        # A planner for one task
+    config: StudyConfig,  # The study; `width` is the width of the trunk
+    temporal: str = "sincos",  # Temporal part, as in the planner
+    seed: int = 0,  # Of the initial parameters
+    periods: tuple = (12, 6),  # Periods of a TimesBlock
+) -> torch.nn.Module:  # A planner for one task
     "An untrained planner"
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        if config.backbone == "causal": return CausalPlanner(8, 1, d=config.width, temporal=temporal, T=config.market.steps)
-        return MultiTaskPlanner(8, 1, d=config.width, temporal=temporal, T=config.market.steps, blocks=4, periods=periods, predict=config.predict)
+        if config.backbone == "causal":
+            return CausalPlanner(8, 1, d=config.width, temporal=temporal, T=config.market.steps)
+        return MultiTaskPlanner(
+            8,
+            1,
+            d=config.width,
+            temporal=temporal,
+            T=config.market.steps,
+            blocks=4,
+            periods=periods,
+            predict=config.predict,
+        )
 
 # %% ../../nbs/vamo/06_experiments.ipynb #dbe6aa35
 def _sets(logs, device):
@@ -289,78 +468,140 @@ def _sets(logs, device):
     every = Trajectories.cat(logs.days[:-2])
     R = day_return(every.states, every.rewards)
     scale = fit_conditions(R, every.budget, torch.zeros(len(every), dtype=torch.long), 1)
+
     def batch(t):
-        y = conditions(scale, day_return(t.states, t.rewards), torch.ones(len(t), dtype=torch.bool), t.budget, 0)
-        return {k: v.to(device) for k, v in dict(states=t.states, actions=t.actions, cond=y).items()}
+        y = conditions(
+            scale,
+            day_return(t.states, t.rewards),
+            torch.ones(len(t), dtype=torch.bool),
+            t.budget,
+            0,
+        )
+        return {
+            k: v.to(device) for k, v in dict(states=t.states, actions=t.actions, cond=y).items()
+        }
+
     return [batch(t) for t in logs.days], batch(logs.select), batch(logs.test), scale
 
-def _loss(planner, batch, at, noise): return planner.loss({k: v[at] for k, v in batch.items()}, 0, noise)
+
+def _loss(planner, batch, at, noise):
+    return planner.loss({k: v[at] for k, v in batch.items()}, 0, noise)
 
 # %% ../../nbs/vamo/06_experiments.ipynb #95ca8b7f
 @torch.no_grad()
 def planner_loss(
-    planner,          # A planner
-    batch:dict,       # Days
-    seed:int=0,       # Of the noise: the same for all planners that are compared
-    draws:int=4,      # Draws of noise per day
-)->float:             # Mean loss
+    planner,  # A planner
+    batch: dict,  # Days
+    seed: int = 0,  # Of the noise: the same for all planners that are compared
+    draws: int = 4,  # Draws of noise per day
+) -> float:  # Mean loss
     "Loss on held-out days, with the same noise for everybody"
     planner.eval()
     B, dev = len(batch["actions"]), batch["actions"].device
-    return float(np.mean([float(planner.loss(batch, 0, planner.draw(B, rng(seed, "eval", k, device=dev)))) for k in range(draws)]))
+    return float(
+        np.mean(
+            [
+                float(planner.loss(batch, 0, planner.draw(B, rng(seed, "eval", k, device=dev))))
+                for k in range(draws)
+            ]
+        )
+    )
 
 # %% ../../nbs/vamo/06_experiments.ipynb #95718b97
 def train_planner(
-    config:StudyConfig,    # The study
-    logs:Logs,             # A market
-    name:str,              # "uniform", "target only", "validation only", "pooled" or "aligned"
-    lam:float=.3,          # Temperature of "aligned"
-    temporal:str="sincos", # Temporal part of the planner
-    device=None,           # None takes a GPU if there is one
-    periods:tuple=(12, 6), # Periods of a TimesBlock
-    every:int=20,          # Steps between two looks at the selection half
-)->tuple:                  # Planner at its best look, scale of the conditions, selection loss, test loss
+    config: StudyConfig,  # The study
+    logs: Logs,  # A market
+    name: str,  # "uniform", "target only", "validation only", "pooled" or "aligned"
+    lam: float = 0.3,  # Temperature of "aligned"
+    temporal: str = "sincos",  # Temporal part of the planner
+    device=None,  # None takes a GPU if there is one
+    periods: tuple = (12, 6),  # Periods of a TimesBlock
+    every: int = 20,  # Steps between two looks at the selection half
+) -> tuple:  # Planner at its best look, scale of the conditions, selection loss, test loss
     "Train one planner on one market's logs; the loop of the method for real models"
     device = pick_device(device)
     sets, select, test, scale = _sets(logs, device)
     K = len(sets) - 2
     planner = make_planner(config, temporal, config.seed, periods).to(device)
-    planner.fit(torch.cat([b["states"] for b in sets[:K]]), torch.cat([b["actions"] for b in sets[:K]]), scale=scale)
-    used = dict(uniform=range(K), aligned=range(K), pooled=(0, K)).get(name, (0,) if name == "target only" else (K,))
-    opt, g = torch.optim.AdamW(planner.parameters(), config.lr), rng(config.seed, "train", device=device)
-    weighter = AlignedWeighter(lam, normalize="rms", ema=.9) if name == "aligned" else None
+    planner.fit(
+        torch.cat([b["states"] for b in sets[:K]]),
+        torch.cat([b["actions"] for b in sets[:K]]),
+        scale=scale,
+    )
+    used = dict(uniform=range(K), aligned=range(K), pooled=(0, K)).get(
+        name, (0,) if name == "target only" else (K,)
+    )
+    opt, g = (
+        torch.optim.AdamW(planner.parameters(), config.lr),
+        rng(config.seed, "train", device=device),
+    )
+    weighter = AlignedWeighter(lam, normalize="rms", ema=0.9) if name == "aligned" else None
     best, score = None, math.inf
     for step in range(config.steps + 1):
         if step % every == 0 or step == config.steps:
             now = planner_loss(planner, select, config.seed)
-            if now < score: score, best = now, {k: v.detach().clone() for k, v in planner.state_dict().items()}
+            if now < score:
+                score, best = now, {k: v.detach().clone() for k, v in planner.state_dict().items()}
             planner.train()
-        if step == config.steps: break
-        at = [torch.randint(len(b["actions"]), (config.batch,), generator=g, device=device) for b in sets]
-        noise = [planner.draw(config.batch, g) for _ in sets]          # drawn once: both passes see it
+        if step == config.steps:
+            break
+        at = [
+            torch.randint(len(b["actions"]), (config.batch,), generator=g, device=device)
+            for b in sets
+        ]
+        noise = [planner.draw(config.batch, g) for _ in sets]  # drawn once: both passes see it
         part = lambda model, k: _loss(model, sets[k], at[k], noise[k])
         losses = lambda model: torch.stack([part(model, k) for k in used])
-        if name == "aligned": vamo_step(planner, opt, losses, lambda model: part(model, K), weighter, clip=1.)
+        if name == "aligned":
+            vamo_step(planner, opt, losses, lambda model: part(model, K), weighter, clip=1.0)
         else:
-            opt.zero_grad(); losses(planner).mean().backward()
-            torch.nn.utils.clip_grad_norm_(planner.parameters(), 1.); opt.step()
+            opt.zero_grad()
+            losses(planner).mean().backward()
+            torch.nn.utils.clip_grad_norm_(planner.parameters(), 1.0)
+            opt.step()
     planner.load_state_dict(best)
     return planner, scale, score, planner_loss(planner, test, config.seed)
 
 # %% ../../nbs/vamo/06_experiments.ipynb #2c629a73
-def _study_planners(config, logs, progress=False, names=("uniform", "target only", "pooled", "aligned")):
+def _study_planners(
+    config, logs, progress=False, names=("uniform", "target only", "pooled", "aligned")
+):
     pd, rows = need("pandas"), []
     for i, l in enumerate(logs):
         for name in names:
-            runs = [(lam, train_planner(config, l, name, lam)) for lam in (config.lambdas if name == "aligned" else (math.nan,))]
-            rows += [_row(i, name, loss=100*r[3], lam=lam, fixed=True) for lam, r in runs if name == "aligned"]
+            runs = [
+                (lam, train_planner(config, l, name, lam))
+                for lam in (config.lambdas if name == "aligned" else (math.nan,))
+            ]
+            rows += [
+                _row(i, name, loss=100 * r[3], lam=lam, fixed=True)
+                for lam, r in runs
+                if name == "aligned"
+            ]
             lam, (planner, scale, _, test) = min(runs, key=lambda x: x[1][2])
-            guidance = dict(guidance=1.) if config.backbone == "causal" else {}
+            guidance = dict(guidance=1.0) if config.backbone == "causal" else {}
             dev = next(planner.parameters()).device
+
             def policy(B, d):
-                p = PlannerPolicy(planner, 0, conditions(scale, float(scale.high[0]), True, B, 0).to(dev), replan=4, seed=config.seed, **guidance)
+                p = PlannerPolicy(
+                    planner,
+                    0,
+                    conditions(scale, float(scale.high[0]), True, B, 0).to(dev),
+                    replan=4,
+                    seed=config.seed,
+                    **guidance,
+                )
                 return lambda s, a: p(s.to(dev), a.to(dev)).cpu()
-            rows.append(_row(i, name, 100*test, *play(config, l, policy), lam=lam))
-            if progress: print(f"market {i}, {name}: loss {100*test:.2f}, R/R* {rows[-1]['ratio']:.3f}")
-        rows.append(_row(i, "constant a_ref", math.nan, *play(config, l, lambda B, d: lambda s, a: torch.zeros(len(s)))))
+
+            rows.append(_row(i, name, 100 * test, *play(config, l, policy), lam=lam))
+            if progress:
+                print(f"market {i}, {name}: loss {100 * test:.2f}, R/R* {rows[-1]['ratio']:.3f}")
+        rows.append(
+            _row(
+                i,
+                "constant a_ref",
+                math.nan,
+                *play(config, l, lambda B, d: lambda s, a: torch.zeros(len(s))),
+            )
+        )
     return pd.DataFrame(rows)

@@ -24,359 +24,598 @@ from .alignment import AlignedWeighter, StepInfo, _check_losses, vamo_step
 
 # %% ../../nbs/vamo/02_mtl.ipynb #7d503c86
 def task_gradients(
-    losses_fn:Callable,       # Parameters -> losses [K]; with `batches`: (parameters, batch of one task) -> loss []
-    params:dict,              # Name -> tensor
-    method:str="stack",       # "stack" (K backwards) or "vmap" (one batched backward)
-    batches=None,             # Tensor, or tree of tensors, with the tasks on the first axis
-)->tuple[Tensor, Tensor]:     # Losses [K] and gradients [K,P], parameters flattened in their order
+    losses_fn: Callable,  # Parameters -> losses [K]; with `batches`: (parameters, batch of one task) -> loss []
+    params: dict,  # Name -> tensor
+    method: str = "stack",  # "stack" (K backwards) or "vmap" (one batched backward)
+    batches=None,  # Tensor, or tree of tensors, with the tasks on the first axis
+) -> tuple[Tensor, Tensor]:  # Losses [K] and gradients [K,P], parameters flattened in their order
     "Gradient of every task"
-    if method not in ("stack", "vmap"): raise ValueError(f"method={method!r} must be 'stack' or 'vmap'")
+    if method not in ("stack", "vmap"):
+        raise ValueError(f"method={method!r} must be 'stack' or 'vmap'")
     params = {k: p.detach().requires_grad_() for k, p in params.items()}
     if batches is not None:
-        G, losses = vmap(grad_and_value(losses_fn), in_dims=(None, 0), randomness="different")({k: p.detach() for k, p in params.items()}, batches)
+        G, losses = vmap(grad_and_value(losses_fn), in_dims=(None, 0), randomness="different")(
+            {k: p.detach() for k, p in params.items()}, batches
+        )
         return _check_losses(losses), torch.cat([g.flatten(1) for g in G.values()], 1)
-    losses = _check_losses(losses_fn(params)); eye = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-    def grad(v, many): return torch.autograd.grad(losses, list(params.values()), v, retain_graph=True, is_grads_batched=many, materialize_grads=True)
-    if method == "vmap": return losses.detach(), torch.cat([g.flatten(1) for g in grad(eye, True)], 1)
-    return losses.detach(), torch.stack([torch.cat([g.flatten() for g in grad(v, False)]) for v in eye])
+    losses = _check_losses(losses_fn(params))
+    eye = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
+
+    def grad(v, many):
+        return torch.autograd.grad(
+            losses,
+            list(params.values()),
+            v,
+            retain_graph=True,
+            is_grads_batched=many,
+            materialize_grads=True,
+        )
+
+    if method == "vmap":
+        return losses.detach(), torch.cat([g.flatten(1) for g in grad(eye, True)], 1)
+    return losses.detach(), torch.stack(
+        [torch.cat([g.flatten() for g in grad(v, False)]) for v in eye]
+    )
 
 # %% ../../nbs/vamo/02_mtl.ipynb #33c6a8cd
-from_gram = dict(pcgrad=("PCGradWeighting", {}), gradvac=("GradVacWeighting", {}), mgda=("MGDAWeighting", dict(epsilon=1e-6, max_iters=250)),
-    cagrad=("CAGradWeighting", dict(c=.5)), imtl_g=("IMTLGWeighting", {}), fairgrad=("FairGradWeighting", dict(alpha=1.)),
-    aligned_mtl=("AlignedMTLWeighting", {}), upgrad=("UPGradWeighting", {}))
-from_losses = dict(rlw=("Random", {}), gls=("GeometricMean", {}), stch=("STCH", dict(mu=.1)), dwa=("DWA", {}), uw=("UW", {}), famo=("FAMO", {}))
+from_gram = dict(
+    pcgrad=("PCGradWeighting", {}),
+    gradvac=("GradVacWeighting", {}),
+    mgda=("MGDAWeighting", dict(epsilon=1e-6, max_iters=250)),
+    cagrad=("CAGradWeighting", dict(c=0.5)),
+    imtl_g=("IMTLGWeighting", {}),
+    fairgrad=("FairGradWeighting", dict(alpha=1.0)),
+    aligned_mtl=("AlignedMTLWeighting", {}),
+    upgrad=("UPGradWeighting", {}),
+)
+from_losses = dict(
+    rlw=("Random", {}),
+    gls=("GeometricMean", {}),
+    stch=("STCH", dict(mu=0.1)),
+    dwa=("DWA", {}),
+    uw=("UW", {}),
+    famo=("FAMO", {}),
+)
+
 
 @contextlib.contextmanager
 def _drawing(seed, n):
     "A stream of its own for library code that draws from the global generator"
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seed)*1_000_003 + n); yield
+        torch.manual_seed(int(seed) * 1_000_003 + n)
+        yield
+
 
 def _made(c, module, name, defaults, *args):
     "The library's object, made once and kept in the state"
-    if c.state is None: c.state = dict(n=0, tool=getattr(need(f"torchjd.{module}", "mtl"), name)(*args, **(defaults | c.kw)))
+    if c.state is None:
+        c.state = dict(
+            n=0, tool=getattr(need(f"torchjd.{module}", "mtl"), name)(*args, **(defaults | c.kw))
+        )
     c.state["n"] += 1
     return c.state["tool"]
 
+
 def _gram_weights(c):
     name, defaults = from_gram[c.name]
-    with _drawing(c.seed, c.state["n"] if c.state else 0): return _made(c, "aggregation", name, defaults)(c.gram)
+    with _drawing(c.seed, c.state["n"] if c.state else 0):
+        return _made(c, "aggregation", name, defaults)(c.gram)
 
 # %% ../../nbs/vamo/02_mtl.ipynb #2577e30d
 def _loss_weights(c):
     "Weights of a scalarisation: its gradient with respect to the losses"
-    name, defaults = from_losses[c.name]; lr, every = c.kw.pop("lr", .025), c.kw.pop("every", 10)
+    name, defaults = from_losses[c.name]
+    lr, every = c.kw.pop("lr", 0.025), c.kw.pop("every", 10)
     with torch.enable_grad(), _drawing(c.seed, c.state["n"] if c.state else 0):
-        tool = _made(c, "scalarization", name, defaults | (dict(lr=lr) if c.name == "famo" else {}), *([c.K] if c.name in ("uw", "famo") else []))
-        if c.name == "famo" and c.state["n"] > 1: tool.update((c.losses if c.after is None else c.after).float())
-        if c.name == "dwa" and c.state["n"] % every == 1 and c.state["n"] > 1: tool.step()
-        losses = c.losses.detach().float().requires_grad_(); total = tool(losses); w, = torch.autograd.grad(total, losses, retain_graph=True)
+        tool = _made(
+            c,
+            "scalarization",
+            name,
+            defaults | (dict(lr=lr) if c.name == "famo" else {}),
+            *([c.K] if c.name in ("uw", "famo") else []),
+        )
+        if c.name == "famo" and c.state["n"] > 1:
+            tool.update((c.losses if c.after is None else c.after).float())
+        if c.name == "dwa" and c.state["n"] % every == 1 and c.state["n"] > 1:
+            tool.step()
+        losses = c.losses.detach().float().requires_grad_()
+        total = tool(losses)
+        (w,) = torch.autograd.grad(total, losses, retain_graph=True)
         if c.name == "uw":
             opt = c.state.setdefault("opt", torch.optim.Adam(tool.parameters(), lr))
-            opt.zero_grad(); total.backward(inputs=list(tool.parameters())); opt.step()
+            opt.zero_grad()
+            total.backward(inputs=list(tool.parameters()))
+            opt.step()
     return w
 
 # %% ../../nbs/vamo/02_mtl.ipynb #3573d883
 def _nash(c):
     "Nash-MTL from the Gramian alone: any root of it has the same geometry; a small ridge, as a task without a gradient cannot bargain"
-    if not c.gram.any(): return torch.full_like(c.gram[0], 1/c.K)
-    d, U = torch.linalg.eigh(c.gram + 1e-6*c.gram.trace()/c.K*torch.eye(c.K)); root = U*d.clamp_min(0).sqrt()
+    if not c.gram.any():
+        return torch.full_like(c.gram[0], 1 / c.K)
+    d, U = torch.linalg.eigh(c.gram + 1e-6 * c.gram.trace() / c.K * torch.eye(c.K))
+    root = U * d.clamp_min(0).sqrt()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*not DPP")
-        return _made(c, "aggregation", "NashMTL", dict(max_norm=0., update_weights_every=1), c.K).weighting(root)
+        return _made(
+            c, "aggregation", "NashMTL", dict(max_norm=0.0, update_weights_every=1), c.K
+        ).weighting(root)
 
 # %% ../../nbs/vamo/02_mtl.ipynb #4a63c427
 def _gradnorm(c):
     "Weights that even out the gradient norms, tasks that lag behind getting larger ones"
-    alpha, lr = c.kw.get("alpha", 1.5), c.kw.get("lr", .025)
+    alpha, lr = c.kw.get("alpha", 1.5), c.kw.get("lr", 0.025)
     st = c.state = c.state or dict(w=torch.ones_like(c.losses), first=c.losses.clone())
-    norms, r = c.gram.diagonal().clamp_min(0).sqrt(), c.losses/st["first"].clamp_min(1e-12)
-    scaled = st["w"]*norms; goal = scaled.mean()*(r/r.mean().clamp_min(1e-12))**alpha
-    w = (st["w"] - lr*torch.sign(scaled - goal)*norms/norms.mean().clamp_min(1e-12)).clamp_min(1e-3)
-    used, st["w"] = st["w"], w*c.K/w.sum()
+    norms, r = c.gram.diagonal().clamp_min(0).sqrt(), c.losses / st["first"].clamp_min(1e-12)
+    scaled = st["w"] * norms
+    goal = scaled.mean() * (r / r.mean().clamp_min(1e-12)) ** alpha
+    w = (
+        st["w"] - lr * torch.sign(scaled - goal) * norms / norms.mean().clamp_min(1e-12)
+    ).clamp_min(1e-3)
+    used, st["w"] = st["w"], w * c.K / w.sum()
     return used
+
 
 def _db_mtl(c):
     "Gradients of log losses, averaged over steps, all scaled to the largest norm"
-    beta = c.kw.get("beta", .1)
+    beta = c.kw.get("beta", 0.1)
     st = c.state = c.state or dict(n=0, G=torch.zeros_like(c.G))
-    st["n"] += 1; rate = beta/st["n"]**.5
-    now = c.G/(c.losses[:, None] + 1e-8)
-    st["G"] = now if st["n"] == 1 else rate*st["G"] + (1 - rate)*now
-    norms = st["G"].norm(dim=1); scale = norms.max()/norms.clamp_min(1e-12)
-    c.g = scale@st["G"]
-    return scale/(c.losses + 1e-8)
+    st["n"] += 1
+    rate = beta / st["n"] ** 0.5
+    now = c.G / (c.losses[:, None] + 1e-8)
+    st["G"] = now if st["n"] == 1 else rate * st["G"] + (1 - rate) * now
+    norms = st["G"].norm(dim=1)
+    scale = norms.max() / norms.clamp_min(1e-12)
+    c.g = scale @ st["G"]
+    return scale / (c.losses + 1e-8)
 
 # %% ../../nbs/vamo/02_mtl.ipynb #a3048c22
 def _vamo(c):
-    if c.state is None: c.state = AlignedWeighter(**(dict(lam=.1, normalize="cos") | c.kw))
-    return c.state.update(c.m, c.gval_sq, c.gram.diagonal().clamp_min(0).sqrt() if c.gram is not None else None)
+    if c.state is None:
+        c.state = AlignedWeighter(**(dict(lam=0.1, normalize="cos") | c.kw))
+    return c.state.update(
+        c.m, c.gval_sq, c.gram.diagonal().clamp_min(0).sqrt() if c.gram is not None else None
+    )
+
 
 def _cosine_gate(c):
-    size = (c.gram.diagonal()*c.gval_sq).clamp_min(0).sqrt()
-    return torch.where(size > 0, c.m/size.clamp_min(1e-30), 0.).clamp_min(0)
+    size = (c.gram.diagonal() * c.gval_sq).clamp_min(0).sqrt()
+    return torch.where(size > 0, c.m / size.clamp_min(1e-30), 0.0).clamp_min(0)
+
 
 def _l2rw(c):
     w = c.m.clamp_min(0)
-    return w/w.sum() if w.any() else w
+    return w / w.sum() if w.any() else w
 
 # %% ../../nbs/vamo/02_mtl.ipynb #5b960374
 def _doge(c):
     "Multiplicative update by the agreements, scaled to unit mean square"
     c.state = torch.zeros_like(c.m) if c.state is None else c.state
-    c.state = (c.state + c.kw.get("eta", .1)*c.m/c.m.square().mean().sqrt().clamp_min(1e-30)).log_softmax(-1)
+    c.state = (
+        c.state + c.kw.get("eta", 0.1) * c.m / c.m.square().mean().sqrt().clamp_min(1e-30)
+    ).log_softmax(-1)
     return c.state.exp()
+
 
 def _auto_lambda(c):
     "Weights follow the exact one-step gradient: agreements at the look-ahead point"
-    c.state = torch.full_like(c.m, c.kw.get("init", 1/c.K)) if c.state is None else c.state
+    c.state = torch.full_like(c.m, c.kw.get("init", 1 / c.K)) if c.state is None else c.state
     used = c.state
-    c.state = (used + c.kw.get("lr", .1)*c.m/c.m.square().mean().sqrt().clamp_min(1e-30)/c.K).clamp_min(0)
+    c.state = (
+        used + c.kw.get("lr", 0.1) * c.m / c.m.square().mean().sqrt().clamp_min(1e-30) / c.K
+    ).clamp_min(0)
     return used
 
 # %% ../../nbs/vamo/02_mtl.ipynb #15c80883
-_methods = {k: (_gram_weights, "gram") for k in from_gram} | {k: (_loss_weights, "losses") for k in from_losses} | dict(
-    uniform=(lambda c: c.like.new_full((c.K,), 1/c.K), ""), single=(lambda c: torch.eye(c.K, dtype=c.like.dtype)[c.kw.get("task", 0)], ""),
-    nash_mtl=(_nash, "gram"), gradnorm=(_gradnorm, "gram losses"), db_mtl=(_db_mtl, "G losses"), vamo=(_vamo, "m"),
-    cosine_gate=(_cosine_gate, "gram m gval_sq"), l2rw=(_l2rw, "m"), doge=(_doge, "m"), auto_lambda=(_auto_lambda, "m"))
+_methods = (
+    {k: (_gram_weights, "gram") for k in from_gram}
+    | {k: (_loss_weights, "losses") for k in from_losses}
+    | dict(
+        uniform=(lambda c: c.like.new_full((c.K,), 1 / c.K), ""),
+        single=(lambda c: torch.eye(c.K, dtype=c.like.dtype)[c.kw.get("task", 0)], ""),
+        nash_mtl=(_nash, "gram"),
+        gradnorm=(_gradnorm, "gram losses"),
+        db_mtl=(_db_mtl, "G losses"),
+        vamo=(_vamo, "m"),
+        cosine_gate=(_cosine_gate, "gram m gval_sq"),
+        l2rw=(_l2rw, "m"),
+        doge=(_doge, "m"),
+        auto_lambda=(_auto_lambda, "m"),
+    )
+)
 
-def available()->dict: # Name -> what it needs: "G" gradients, "gram" their Gramian, "losses", "m" agreements, "gval_sq"
+
+def available() -> (
+    dict
+):  # Name -> what it needs: "G" gradients, "gram" their Gramian, "losses", "m" agreements, "gval_sq"
     "All weightings by name"
     return {k: need_ for k, (_, need_) in sorted(_methods.items())}
 
+
 def _finite(name, x):
-    if (bad := ~torch.isfinite(x)).any(): raise ValueError(f"{name} of task {int(bad.nonzero()[0, 0])} is NaN or infinite")
+    if (bad := ~torch.isfinite(x)).any():
+        raise ValueError(f"{name} of task {int(bad.nonzero()[0, 0])} is NaN or infinite")
     return x.detach().double()
 
 # %% ../../nbs/vamo/02_mtl.ipynb #bc4abe65
 def aggregate(
-    name:str,                     # One of `available()`
-    G:Tensor=None,                # [K,P] gradients; the Gramian is formed from them if it is not given
-    gram:Tensor=None,             # [K,K] inner products of the gradients
-    losses:Tensor=None,           # [K] losses
-    state=None,                   # What the last call returned; None at the start
-    m:Tensor=None,                # [K] agreements with the validation gradient (at the look-ahead point for "auto_lambda")
-    gval_sq:float=None,           # Squared norm of the validation gradient
-    after:Tensor=None,            # [K] losses of the last batch after the step, for "famo"; None takes `losses`
-    seed:int=0,                   # Seed of the methods that draw: pcgrad, gradvac, rlw
-    **kw,                         # Options of the method
-)->tuple:                         # Direction [P] (None without `G`), weights [K], state for the next call
+    name: str,  # One of `available()`
+    G: Tensor = None,  # [K,P] gradients; the Gramian is formed from them if it is not given
+    gram: Tensor = None,  # [K,K] inner products of the gradients
+    losses: Tensor = None,  # [K] losses
+    state=None,  # What the last call returned; None at the start
+    m: Tensor = None,  # [K] agreements with the validation gradient (at the look-ahead point for "auto_lambda")
+    gval_sq: float = None,  # Squared norm of the validation gradient
+    after: Tensor = None,  # [K] losses of the last batch after the step, for "famo"; None takes `losses`
+    seed: int = 0,  # Seed of the methods that draw: pcgrad, gradvac, rlw
+    **kw,  # Options of the method
+) -> tuple:  # Direction [P] (None without `G`), weights [K], state for the next call
     "Task weights, and the mixed gradient, by any of the known rules"
-    if name not in _methods: raise ValueError(f"name={name!r} is not known; available: {', '.join(available())}")
+    if name not in _methods:
+        raise ValueError(f"name={name!r} is not known; available: {', '.join(available())}")
     rule, needs = _methods[name]
-    given = dict(G=G, gram=gram if gram is not None or G is None else G@G.T, losses=losses, m=m)
+    given = dict(G=G, gram=gram if gram is not None or G is None else G @ G.T, losses=losses, m=m)
     for what in needs.split():
-        if what == "gval_sq" and gval_sq is None or what != "gval_sq" and given[what] is None: raise ValueError(f"{name} needs {what}")
+        if what == "gval_sq" and gval_sq is None or what != "gval_sq" and given[what] is None:
+            raise ValueError(f"{name} needs {what}")
     like = next((v for v in (G, gram, losses, m) if v is not None), None)
-    if like is None: raise ValueError(f"{name} needs one of G, gram, losses, m to know the number of tasks")
+    if like is None:
+        raise ValueError(f"{name} needs one of G, gram, losses, m to know the number of tasks")
     given = {k: None if v is None else _finite(k, v) for k, v in given.items()}
-    c = SimpleNamespace(name=name, K=len(like), like=like.detach().double(), state=state, gval_sq=gval_sq, after=after, seed=seed, kw=dict(kw), g=None, **given)
+    c = SimpleNamespace(
+        name=name,
+        K=len(like),
+        like=like.detach().double(),
+        state=state,
+        gval_sq=gval_sq,
+        after=after,
+        seed=seed,
+        kw=dict(kw),
+        g=None,
+        **given,
+    )
     w = torch.as_tensor(rule(c)).double()
-    g = None if G is None else (w.to(G)@G.detach() if c.g is None else c.g.to(G))
+    g = None if G is None else (w.to(G) @ G.detach() if c.g is None else c.g.to(G))
     return g, w.to(like.dtype), c.state
 
 # %% ../../nbs/vamo/02_mtl.ipynb #e0b9ee83
 class MTLTrainer:
     "Trains any module on several losses with any weighting, and keeps the best parameters by validation"
-    def __init__(self,
-        model:nn.Module,                       # Any module
-        method:str="vamo",                     # One of `available()`
-        optimizer:torch.optim.Optimizer=None,  # None is Adam with `lr`
-        lr:float=2e-3,                         # Learning rate of that Adam; step of the look-ahead of "auto_lambda"
-        seed:int=0,                            # Seed of methods that draw
-        **kw,                                  # Options of the method
+
+    def __init__(
+        self,
+        model: nn.Module,  # Any module
+        method: str = "vamo",  # One of `available()`
+        optimizer: torch.optim.Optimizer = None,  # None is Adam with `lr`
+        lr: float = 2e-3,  # Learning rate of that Adam; step of the look-ahead of "auto_lambda"
+        seed: int = 0,  # Seed of methods that draw
+        **kw,  # Options of the method
     ):
-        if method not in _methods: raise ValueError(f"method={method!r} is not known; available: {', '.join(available())}")
-        self.model, self.method, self.lr, self.seed, self.kw, self.state = model, method, lr, seed, kw, None
-        self.optimizer = torch.optim.Adam(model.parameters(), lr) if optimizer is None else optimizer
+        if method not in _methods:
+            raise ValueError(f"method={method!r} is not known; available: {', '.join(available())}")
+        self.model, self.method, self.lr, self.seed, self.kw, self.state = (
+            model,
+            method,
+            lr,
+            seed,
+            kw,
+            None,
+        )
+        self.optimizer = (
+            torch.optim.Adam(model.parameters(), lr) if optimizer is None else optimizer
+        )
         self.best, self.best_val, self.last = None, float("inf"), None
-        if method == "vamo": self.state = AlignedWeighter(**(dict(lam=.1, normalize="cos") | kw))
+        if method == "vamo":
+            self.state = AlignedWeighter(**(dict(lam=0.1, normalize="cos") | kw))
 
 # %% ../../nbs/vamo/02_mtl.ipynb #ee4bed00
 def _flat(losses, params, keep=True):
     "Gradients [K,P] of losses [K], or of one loss [P]"
-    rows = [torch.autograd.grad(l, params, retain_graph=keep, materialize_grads=True, allow_unused=True) for l in losses.reshape(-1)]
+    rows = [
+        torch.autograd.grad(l, params, retain_graph=keep, materialize_grads=True, allow_unused=True)
+        for l in losses.reshape(-1)
+    ]
     G = torch.stack([torch.cat([g.flatten() for g in r]) for r in rows])
     return G if losses.ndim else G[0]
+
 
 def _look_ahead(model, params, d, lr, val_loss):
     "Validation gradient at the point one plain step ahead"
     parts = [x.view_as(p) for x, p in zip(d.split([p.numel() for p in params]), params)]
-    with torch.no_grad(): torch._foreach_sub_(params, parts, alpha=lr)
+    with torch.no_grad():
+        torch._foreach_sub_(params, parts, alpha=lr)
     g = _flat(val_loss(model), params)
-    with torch.no_grad(): torch._foreach_add_(params, parts, alpha=lr)
+    with torch.no_grad():
+        torch._foreach_add_(params, parts, alpha=lr)
     return g
 
 # %% ../../nbs/vamo/02_mtl.ipynb #3b0af9ef
 def mtl_step(
-    trainer:MTLTrainer,     # Holds model, optimiser, method and its state
-    train_losses:Callable,  # Model -> losses [K]
-    val_loss:Callable=None, # Model -> loss []; needed by the validation-aware methods
-)->StepInfo:                # As from `vamo_step`; `predicted_delta` is NaN for the other methods
+    trainer: MTLTrainer,  # Holds model, optimiser, method and its state
+    train_losses: Callable,  # Model -> losses [K]
+    val_loss: Callable = None,  # Model -> loss []; needed by the validation-aware methods
+) -> StepInfo:  # As from `vamo_step`; `predicted_delta` is NaN for the other methods
     "One step with the trainer's weighting"
-    t = trainer; needs = _methods[t.method][1].split(); params = [p for p in t.model.parameters() if p.requires_grad]
-    if "m" in needs and val_loss is None: raise ValueError(f"method={t.method!r} needs val_loss")
-    if t.method == "vamo": return vamo_step(t.model, t.optimizer, train_losses, val_loss, t.state)
-    after = t.last(t.model).detach() if t.method == "famo" and t.last is not None else None; t.last = train_losses
-    losses = _check_losses(train_losses(t.model)); G, m, sq, val = None, None, None, losses.new_tensor(float("nan"))
-    if set(needs) & {"G", "gram", "m"}: G = _flat(losses, params)
+    t = trainer
+    needs = _methods[t.method][1].split()
+    params = [p for p in t.model.parameters() if p.requires_grad]
+    if "m" in needs and val_loss is None:
+        raise ValueError(f"method={t.method!r} needs val_loss")
+    if t.method == "vamo":
+        return vamo_step(t.model, t.optimizer, train_losses, val_loss, t.state)
+    after = t.last(t.model).detach() if t.method == "famo" and t.last is not None else None
+    t.last = train_losses
+    losses = _check_losses(train_losses(t.model))
+    G, m, sq, val = None, None, None, losses.new_tensor(float("nan"))
+    if set(needs) & {"G", "gram", "m"}:
+        G = _flat(losses, params)
     if "m" in needs:
-        val = val_loss(t.model); gv = _flat(val, params)
+        val = val_loss(t.model)
+        gv = _flat(val, params)
         if t.method == "auto_lambda":
-            w = G.new_full((len(G),), 1/len(G)) if t.state is None else t.state.to(G)
-            gv = _look_ahead(t.model, params, w@G, t.lr, val_loss)
-        m, sq = G@gv, float(gv.square().sum())
-    g, w, t.state = aggregate(t.method, G, losses=losses, state=t.state, m=m, gval_sq=sq, after=after, seed=t.seed, **t.kw)
+            w = G.new_full((len(G),), 1 / len(G)) if t.state is None else t.state.to(G)
+            gv = _look_ahead(t.model, params, w @ G, t.lr, val_loss)
+        m, sq = G @ gv, float(gv.square().sum())
+    g, w, t.state = aggregate(
+        t.method, G, losses=losses, state=t.state, m=m, gval_sq=sq, after=after, seed=t.seed, **t.kw
+    )
     t.optimizer.zero_grad(set_to_none=True)
-    if G is None: losses.backward(w.to(losses))
+    if G is None:
+        losses.backward(w.to(losses))
     else:
-        for p, x in zip(params, g.split([p.numel() for p in params])): p.grad = x.view_as(p).clone()
+        for p, x in zip(params, g.split([p.numel() for p in params])):
+            p.grad = x.view_as(p).clone()
     t.optimizer.step()
     return StepInfo(losses.detach(), val.detach(), m, w, float("nan"), method=t.method)
 
 # %% ../../nbs/vamo/02_mtl.ipynb #4a6b85fe
 @patch
-def fit(self:MTLTrainer,
-    batches:Callable,     # Step -> (closure of the training losses, closure of the validation loss)
-    steps:int,            # Steps to train
-    valid:Callable=None,  # Model -> loss [] that picks the checkpoint; None keeps the last parameters
-    every:int=10,         # Steps between two looks at `valid`
-)->list[StepInfo]:        # One entry a step; the model ends with the best parameters
+def fit(
+    self: MTLTrainer,
+    batches: Callable,  # Step -> (closure of the training losses, closure of the validation loss)
+    steps: int,  # Steps to train
+    valid: Callable = None,  # Model -> loss [] that picks the checkpoint; None keeps the last parameters
+    every: int = 10,  # Steps between two looks at `valid`
+) -> list[StepInfo]:  # One entry a step; the model ends with the best parameters
     "Train, and end at the best checkpoint"
     infos = []
     for i in range(steps + 1):
         if valid is not None and (i % every == 0 or i == steps):
-            with torch.no_grad(): v = float(valid(self.model))
-            if v < self.best_val: self.best_val, self.best = v, {k: x.detach().clone() for k, x in self.model.state_dict().items()}
-        if i < steps: infos.append(mtl_step(self, *batches(i)))
-    if self.best is not None: self.model.load_state_dict(self.best)
+            with torch.no_grad():
+                v = float(valid(self.model))
+            if v < self.best_val:
+                self.best_val, self.best = (
+                    v,
+                    {k: x.detach().clone() for k, x in self.model.state_dict().items()},
+                )
+        if i < steps:
+            infos.append(mtl_step(self, *batches(i)))
+    if self.best is not None:
+        self.model.load_state_dict(self.best)
     return infos
 
 # %% ../../nbs/vamo/02_mtl.ipynb #2a79c7fe
 @dataclass(frozen=True)
 class RelatedTasks:
     "Regression tasks that share inputs, the target first"
-    x:list            # K tensors [n_k,d] of training inputs
-    y:list            # K tensors [n_k] of training targets
-    x_val:Tensor      # [n,d] validation inputs
-    y_val:Tensor      # [n] validation targets of the target task, or [n,K] of all tasks
-    x_test:Tensor     # [n,d] test inputs
-    y_test:Tensor     # [n] or [n,K] test targets, without noise
-    c:tuple           # How far each task is from the target: 0 the same, 1 unrelated, 2 opposed
+
+    x: list  # K tensors [n_k,d] of training inputs
+    y: list  # K tensors [n_k] of training targets
+    x_val: Tensor  # [n,d] validation inputs
+    y_val: Tensor  # [n] validation targets of the target task, or [n,K] of all tasks
+    x_test: Tensor  # [n,d] test inputs
+    y_test: Tensor  # [n] or [n,K] test targets, without noise
+    c: tuple  # How far each task is from the target: 0 the same, 1 unrelated, 2 opposed
 
 # %% ../../nbs/vamo/02_mtl.ipynb #c6286656
 def make_related_tasks(
-    seed:int,                       # Of this problem
-    c:tuple=(0., .2, .4, 1., 1.5, 2.), # Distance of each task from the target, itself first
-    n_target:int=12,                # Training samples of the target
-    n_val:int=12,                   # Validation samples
-    n_aux:int=400,                  # Training samples of each auxiliary task
-    n_test:int=1024,                # Test samples
-    d:int=12,                       # Inputs
-    width:int=16,                   # Hidden units of the truth
-    noise:float=.5,                 # Deviation of the observation noise
-)->RelatedTasks:                    # Data of all tasks
+    seed: int,  # Of this problem
+    c: tuple = (
+        0.0,
+        0.2,
+        0.4,
+        1.0,
+        1.5,
+        2.0,
+    ),  # Distance of each task from the target, itself first
+    n_target: int = 12,  # Training samples of the target
+    n_val: int = 12,  # Validation samples
+    n_aux: int = 400,  # Training samples of each auxiliary task
+    n_test: int = 1024,  # Test samples
+    d: int = 12,  # Inputs
+    width: int = 16,  # Hidden units of the truth
+    noise: float = 0.5,  # Deviation of the observation noise
+) -> RelatedTasks:  # Data of all tasks
     "Regression tasks with a scarce target and auxiliary tasks of falling relatedness"
-    if c[0] != 0: raise ValueError(f"c[0]={c[0]} must be 0: the first task is the target")
-    g = rng(seed, "related"); r = lambda *n: torch.randn(*n, generator=g)
-    W, h0 = r(d, width)/d**.5, 2*r(width)/width**.5
-    heads = [h0 + k*(h - h0) if k <= 1 else h - (k - 1)*h0 for k, h in ((k, 2*r(width)/width**.5) for k in c)]
-    def draw(n, h): x = r(n, d); return x, (x@W).relu()@h + noise*r(n)
+    if c[0] != 0:
+        raise ValueError(f"c[0]={c[0]} must be 0: the first task is the target")
+    g = rng(seed, "related")
+    r = lambda *n: torch.randn(*n, generator=g)
+    W, h0 = r(d, width) / d**0.5, 2 * r(width) / width**0.5
+    heads = [
+        h0 + k * (h - h0) if k <= 1 else h - (k - 1) * h0
+        for k, h in ((k, 2 * r(width) / width**0.5) for k in c)
+    ]
+
+    def draw(n, h):
+        x = r(n, d)
+        return x, (x @ W).relu() @ h + noise * r(n)
+
     data = [draw(n_aux if k else n_target, h) for k, h in enumerate(heads)]
     val, x = draw(n_val, h0), r(n_test, d)
-    return RelatedTasks([x for x, _ in data], [y for _, y in data], *val, x, (x@W).relu()@h0, tuple(c))
+    return RelatedTasks(
+        [x for x, _ in data], [y for _, y in data], *val, x, (x @ W).relu() @ h0, tuple(c)
+    )
 
 # %% ../../nbs/vamo/02_mtl.ipynb #fa69d953
 def perceptron_layers(
-    sizes:tuple,  # Inputs, units of each hidden layer, outputs
-)->list:          # One slice of the parameter vector per layer: its weights, then its biases
+    sizes: tuple,  # Inputs, units of each hidden layer, outputs
+) -> list:  # One slice of the parameter vector per layer: its weights, then its biases
     "Where the layers of a perceptron lie in its parameter vector"
     ends = [0]
-    for a, b in zip(sizes, sizes[1:]): ends.append(ends[-1] + a*b + b)
+    for a, b in zip(sizes, sizes[1:]):
+        ends.append(ends[-1] + a * b + b)
     return [slice(*e) for e in zip(ends, ends[1:])]
 
+
 def perceptron(
-    theta:Tensor,            # [...,P] all parameters of a network in one vector; leading axes count networks
-    x:Tensor,                # [...,n,inputs] samples of each network
-    sizes:tuple,             # As in `perceptron_layers`
-    act:Callable=torch.relu, # Activation of the hidden layers
-)->Tensor:                   # [...,n,outputs]
+    theta: Tensor,  # [...,P] all parameters of a network in one vector; leading axes count networks
+    x: Tensor,  # [...,n,inputs] samples of each network
+    sizes: tuple,  # As in `perceptron_layers`
+    act: Callable = torch.relu,  # Activation of the hidden layers
+) -> Tensor:  # [...,n,outputs]
     "Perceptrons whose parameters are rows of one tensor"
     layers = perceptron_layers(sizes)
-    if theta.shape[-1] != layers[-1].stop: raise ValueError(f"theta has {theta.shape[-1]} parameters, sizes={tuple(sizes)} needs {layers[-1].stop}")
+    if theta.shape[-1] != layers[-1].stop:
+        raise ValueError(
+            f"theta has {theta.shape[-1]} parameters, sizes={tuple(sizes)} needs {layers[-1].stop}"
+        )
     for at, a, b in zip(layers, sizes, sizes[1:]):
-        W, bias = theta[..., at].split([a*b, b], -1)
-        x = x@W.unflatten(-1, (a, b)) + bias[..., None, :]
-        if at is not layers[-1]: x = act(x)
+        W, bias = theta[..., at].split([a * b, b], -1)
+        x = x @ W.unflatten(-1, (a, b)) + bias[..., None, :]
+        if at is not layers[-1]:
+            x = act(x)
     return x
 
 # %% ../../nbs/vamo/02_mtl.ipynb #edbb142f
 def perceptron_start(
-    sizes:tuple,        # As in `perceptron_layers`
-    seed:int,           # Of the draw
-    init:str="uniform", # "uniform" within 1/sqrt(inputs of the layer), biases too; or "normal" with that deviation, biases zero
-)->Tensor:              # [P] parameters
+    sizes: tuple,  # As in `perceptron_layers`
+    seed: int,  # Of the draw
+    init: str = "uniform",  # "uniform" within 1/sqrt(inputs of the layer), biases too; or "normal" with that deviation, biases zero
+) -> Tensor:  # [P] parameters
     "Initial parameters of a perceptron, drawn from a stream of their own"
-    if init not in ("uniform", "normal"): raise ValueError(f"init={init!r} must be 'uniform' or 'normal'")
-    g = rng(seed, "init"); u = lambda a, n: (2*torch.rand(n, generator=g) - 1)/a**.5
-    if init == "uniform": parts = [(u(a, a*b), u(a, b)) for a, b in zip(sizes, sizes[1:])]
-    else: parts = [(torch.randn(a*b, generator=g)/math.sqrt(a), torch.zeros(b)) for a, b in zip(sizes, sizes[1:])]
+    if init not in ("uniform", "normal"):
+        raise ValueError(f"init={init!r} must be 'uniform' or 'normal'")
+    g = rng(seed, "init")
+    u = lambda a, n: (2 * torch.rand(n, generator=g) - 1) / a**0.5
+    if init == "uniform":
+        parts = [(u(a, a * b), u(a, b)) for a, b in zip(sizes, sizes[1:])]
+    else:
+        parts = [
+            (torch.randn(a * b, generator=g) / math.sqrt(a), torch.zeros(b))
+            for a, b in zip(sizes, sizes[1:])
+        ]
     return torch.cat([t for p in parts for t in p])
 
-def _padded(v, n): return torch.cat([v, v.new_zeros(n - len(v), *v.shape[1:])])
+
+def _padded(v, n):
+    return torch.cat([v, v.new_zeros(n - len(v), *v.shape[1:])])
 
 # %% ../../nbs/vamo/02_mtl.ipynb #c4586658
 class _Lanes:
     "Data of many problems as one tensor each, and the draws of all their batches"
+
     def __init__(self, tasks, seeds, steps, batch):
-        n = [max(len(x) for t in tasks for x in t.x)]*len(tasks[0].x); self.K = len(n)
+        n = [max(len(x) for t in tasks for x in t.x)] * len(tasks[0].x)
+        self.K = len(n)
         self.X = torch.stack([torch.stack([_padded(x, n[0]) for x in t.x]) for t in tasks])
         self.Y = torch.stack([torch.stack([_padded(y, n[0]) for y in t.y]) for t in tasks])
         sizes = torch.tensor([[len(x) for x in t.x] for t in tasks])[:, None, :, None]
-        self.idx = (torch.stack([torch.rand(steps, self.K, batch, generator=rng(i, "batches")) for i in seeds])*sizes).long()
+        self.idx = (
+            torch.stack(
+                [torch.rand(steps, self.K, batch, generator=rng(i, "batches")) for i in seeds]
+            )
+            * sizes
+        ).long()
         two = lambda y: y if y.ndim == 3 else y.unsqueeze(-1)
         self.val = torch.stack([t.x_val for t in tasks]), two(torch.stack([t.y_val for t in tasks]))
-        self.test = torch.stack([t.x_test for t in tasks]), two(torch.stack([t.y_test for t in tasks]))
+        self.test = (
+            torch.stack([t.x_test for t in tasks]),
+            two(torch.stack([t.y_test for t in tasks])),
+        )
+
     def batch(self, i):
         s, k = torch.arange(len(self.X))[:, None, None], torch.arange(self.K)[None, :, None]
         return self.X[s, k, self.idx[:, i]], self.Y[s, k, self.idx[:, i]]
 
 # %% ../../nbs/vamo/02_mtl.ipynb #100f4f97
 def run_lanes(
-    tasks:list,          # Problems of equal sizes, one a lane
-    method:str,          # One of `available()`
-    seeds:list=None,     # Seed of each lane's start and batches; None is 0, 1, 2, ...
-    steps:int=500,       # Steps
-    lr:float=2e-3,       # Learning rate of Adam
-    batch:int=32,        # Samples of each task in a step, drawn with replacement
-    hidden:int=64,       # Width of both hidden layers
-    every:int=10,        # Steps between two looks at the validation loss
-    **kw,                # Options of the method
-)->dict:                 # `test` [S] at the best validation, `last` [S] at the end, `w` [S,K] mean weights, `val` [S,T], `theta` [S,P]
+    tasks: list,  # Problems of equal sizes, one a lane
+    method: str,  # One of `available()`
+    seeds: list = None,  # Seed of each lane's start and batches; None is 0, 1, 2, ...
+    steps: int = 500,  # Steps
+    lr: float = 2e-3,  # Learning rate of Adam
+    batch: int = 32,  # Samples of each task in a step, drawn with replacement
+    hidden: int = 64,  # Width of both hidden layers
+    every: int = 10,  # Steps between two looks at the validation loss
+    **kw,  # Options of the method
+) -> dict:  # `test` [S] at the best validation, `last` [S] at the end, `w` [S,K] mean weights, `val` [S,T], `theta` [S,P]
     "Train many independent problems at once, each with its own weighting"
     seeds = list(range(len(tasks))) if seeds is None else seeds
-    D, S = _Lanes(tasks, seeds, steps, batch), len(tasks); sizes = (D.X.shape[-1], hidden, hidden, D.val[1].shape[-1]); many = sizes[-1] > 1
+    D, S = _Lanes(tasks, seeds, steps, batch), len(tasks)
+    sizes = (D.X.shape[-1], hidden, hidden, D.val[1].shape[-1])
+    many = sizes[-1] > 1
     pick = torch.eye(D.K) if many else torch.ones(D.K, 1)
-    task_loss = lambda th, x, y, p: (perceptron(th, x, sizes)@p - y).square().mean()
+    task_loss = lambda th, x, y, p: (perceptron(th, x, sizes) @ p - y).square().mean()
     all_loss = lambda th, x, y: (perceptron(th, x, sizes) - y).square().mean()
-    grads, grad_val = vmap(vmap(grad_and_value(task_loss), (None, 0, 0, 0)), (0, 0, 0, None)), vmap(grad_and_value(all_loss))
+    grads, grad_val = (
+        vmap(vmap(grad_and_value(task_loss), (None, 0, 0, 0)), (0, 0, 0, None)),
+        vmap(grad_and_value(all_loss)),
+    )
     losses_of = vmap(vmap(task_loss, (None, 0, 0, 0)), (0, 0, 0, None))
-    theta = torch.stack([perceptron_start(sizes, i) for i in seeds]).requires_grad_(); opt = torch.optim.Adam([theta], lr)
-    needs, states = _methods[method][1], [None]*S; best, best_val, ws, vals, last = theta.detach().clone(), torch.full((S,), float("inf")), [], [], None
+    theta = torch.stack([perceptron_start(sizes, i) for i in seeds]).requires_grad_()
+    opt = torch.optim.Adam([theta], lr)
+    needs, states = _methods[method][1], [None] * S
+    best, best_val, ws, vals, last = (
+        theta.detach().clone(),
+        torch.full((S,), float("inf")),
+        [],
+        [],
+        None,
+    )
     for i in range(steps + 1):
-        th = theta.detach(); gv, val = grad_val(th, *D.val) if "m" in needs.split() else (None, None)
+        th = theta.detach()
+        gv, val = grad_val(th, *D.val) if "m" in needs.split() else (None, None)
         if i % every == 0 or i == steps:
-            if val is None: val = vmap(all_loss)(th, *D.val)
-            better = val < best_val; best[better], best_val[better] = th[better], val[better]; vals.append(val)
-        if i == steps: break
-        b = D.batch(i); G, L = grads(th, *b, pick); gram = G@G.transpose(1, 2) if "gram" in needs or method == "vamo" else [None]*S
+            if val is None:
+                val = vmap(all_loss)(th, *D.val)
+            better = val < best_val
+            best[better], best_val[better] = th[better], val[better]
+            vals.append(val)
+        if i == steps:
+            break
+        b = D.batch(i)
+        G, L = grads(th, *b, pick)
+        gram = G @ G.transpose(1, 2) if "gram" in needs or method == "vamo" else [None] * S
         if method == "auto_lambda":
-            w0 = torch.stack([torch.full((D.K,), 1/D.K) if x is None else x.float() for x in states]); gv = grad_val(th - lr*(w0[:, None]@G)[:, 0], *D.val)[0]
-        m, sq = ((G@gv.unsqueeze(-1)).squeeze(-1), gv.square().sum(-1)) if gv is not None else ([None]*S, [None]*S)
-        after = losses_of(th, *last, pick) if method == "famo" and last is not None else [None]*S; last = b
-        out = [aggregate(method, G[j] if method == "db_mtl" else None, gram[j], L[j], states[j], m[j], sq[j], after[j], seeds[j], **kw) for j in range(S)]
-        states = [o[2] for o in out]; w = torch.stack([o[1].float() for o in out]); ws.append(w)
-        theta.grad = torch.stack([o[0] for o in out]) if method == "db_mtl" else (w[:, None]@G)[:, 0]
+            w0 = torch.stack(
+                [torch.full((D.K,), 1 / D.K) if x is None else x.float() for x in states]
+            )
+            gv = grad_val(th - lr * (w0[:, None] @ G)[:, 0], *D.val)[0]
+        m, sq = (
+            ((G @ gv.unsqueeze(-1)).squeeze(-1), gv.square().sum(-1))
+            if gv is not None
+            else ([None] * S, [None] * S)
+        )
+        after = losses_of(th, *last, pick) if method == "famo" and last is not None else [None] * S
+        last = b
+        out = [
+            aggregate(
+                method,
+                G[j] if method == "db_mtl" else None,
+                gram[j],
+                L[j],
+                states[j],
+                m[j],
+                sq[j],
+                after[j],
+                seeds[j],
+                **kw,
+            )
+            for j in range(S)
+        ]
+        states = [o[2] for o in out]
+        w = torch.stack([o[1].float() for o in out])
+        ws.append(w)
+        theta.grad = (
+            torch.stack([o[0] for o in out]) if method == "db_mtl" else (w[:, None] @ G)[:, 0]
+        )
         opt.step()
     test = lambda th: vmap(all_loss)(th, *D.test)
-    return dict(test=test(best), last=test(theta.detach()), w=torch.stack(ws).mean(0), val=torch.stack(vals, 1), theta=best)
+    return dict(
+        test=test(best),
+        last=test(theta.detach()),
+        w=torch.stack(ws).mean(0),
+        val=torch.stack(vals, 1),
+        theta=best,
+    )

@@ -18,118 +18,152 @@ from torch.nn import functional as F
 
 # %% ../../nbs/vamo/05_planner.ipynb #3f1deb7d
 from ..core.scale import rng
-from .auction import Market, Trajectories, behaviour, draw_budgets, final_value, rollout
+from llmpapers.vamo.auction import (
+    Market,
+    Trajectories,
+    behaviour,
+    draw_budgets,
+    final_value,
+    rollout,
+)
 from .temporal import ContextEncoder, TimeOfDay, TimesBlock
 
 # %% ../../nbs/vamo/05_planner.ipynb #44ae8ff0
 class DiffusionSchedule(nn.Module):
     "Cosine noise schedule of N steps"
-    def __init__(self,
-        N:int=10, # Steps
+
+    def __init__(
+        self,
+        N: int = 10,  # Steps
     ):
         super().__init__()
-        if isinstance(N, bool) or not isinstance(N, int) or N < 1: raise ValueError(f"N={N} must be a whole number, at least 1")
-        f = torch.cos((torch.arange(N + 1, dtype=torch.float64)/N + .008)/1.008*torch.pi/2)**2
-        beta = F.pad((1 - f[1:]/f[:-1]).clamp(max=.999), (1, 0))
+        if isinstance(N, bool) or not isinstance(N, int) or N < 1:
+            raise ValueError(f"N={N} must be a whole number, at least 1")
+        f = (
+            torch.cos((torch.arange(N + 1, dtype=torch.float64) / N + 0.008) / 1.008 * torch.pi / 2)
+            ** 2
+        )
+        beta = F.pad((1 - f[1:] / f[:-1]).clamp(max=0.999), (1, 0))
         self.N = N
-        self.register_buffer("beta", beta, persistent=False)  # double: 1 - alpha_bar of the first steps is small
+        self.register_buffer(
+            "beta", beta, persistent=False
+        )  # double: 1 - alpha_bar of the first steps is small
         self.register_buffer("alpha_bar", (1 - beta).cumprod(0), persistent=False)
 
-    def add_noise(self,
-        x0:Tensor,   # (B,T,S) days
-        n:Tensor,    # (B,) steps, 0 to N
-        eps:Tensor,  # (B,T,S) standard normal noise
-    )->Tensor:       # (B,T,S)
+    def add_noise(
+        self,
+        x0: Tensor,  # (B,T,S) days
+        n: Tensor,  # (B,) steps, 0 to N
+        eps: Tensor,  # (B,T,S) standard normal noise
+    ) -> Tensor:  # (B,T,S)
         "The forward process"
         a = self.alpha_bar[n][:, None, None]
-        return a.sqrt().to(x0.dtype)*x0 + (1 - a).sqrt().to(x0.dtype)*eps
+        return a.sqrt().to(x0.dtype) * x0 + (1 - a).sqrt().to(x0.dtype) * eps
 
 # %% ../../nbs/vamo/05_planner.ipynb #382ca5dd
 @patch
-def clean(self:DiffusionSchedule,
-    x:Tensor,             # (B,T,S) noisy days
-    n:int,                # Step, 1 to N
-    guess:Tensor,         # (B,T,S) the noise in them, or their v
-    predict:str="noise",  # Which of the two: "noise" or "v"
-)->Tensor:                # (B,T,S)
+def clean(
+    self: DiffusionSchedule,
+    x: Tensor,  # (B,T,S) noisy days
+    n: int,  # Step, 1 to N
+    guess: Tensor,  # (B,T,S) the noise in them, or their v
+    predict: str = "noise",  # Which of the two: "noise" or "v"
+) -> Tensor:  # (B,T,S)
     "The day without the noise"
     keep, rest = self.alpha_bar[n].sqrt(), (1 - self.alpha_bar[n]).sqrt()
-    return keep*x - rest*guess if predict == "v" else (x - rest*guess)/keep
+    return keep * x - rest * guess if predict == "v" else (x - rest * guess) / keep
 
 # %% ../../nbs/vamo/05_planner.ipynb #f0453605
 @patch
-def velocity(self:DiffusionSchedule,
-    x0:Tensor,   # (B,T,S) days
-    n:Tensor,    # (B,) steps, 0 to N
-    eps:Tensor,  # (B,T,S) the noise added to them
-)->Tensor:       # (B,T,S)
+def velocity(
+    self: DiffusionSchedule,
+    x0: Tensor,  # (B,T,S) days
+    n: Tensor,  # (B,) steps, 0 to N
+    eps: Tensor,  # (B,T,S) the noise added to them
+) -> Tensor:  # (B,T,S)
     "The v of noisy days"
     return self.add_noise(eps, n, -x0)
 
+
 @patch
-def back(self:DiffusionSchedule,
-    x:Tensor,                # (B,T,S) days at step n
-    n:int,                   # Step, 1 to N
-    x0:Tensor,               # (B,T,S) the clean days, or a guess
-)->tuple[Tensor, Tensor]:    # Mean (B,T,S) and standard deviation of the days at step n-1
+def back(
+    self: DiffusionSchedule,
+    x: Tensor,  # (B,T,S) days at step n
+    n: int,  # Step, 1 to N
+    x0: Tensor,  # (B,T,S) the clean days, or a guess
+) -> tuple[Tensor, Tensor]:  # Mean (B,T,S) and standard deviation of the days at step n-1
     "One step of the reverse process"
-    b, now, before = self.beta[n], self.alpha_bar[n], self.alpha_bar[n-1]
-    mean = (before.sqrt()*b*x0 + (1 - b).sqrt()*(1 - before)*x)/(1 - now)
-    return mean, (b*(1 - before)/(1 - now)).sqrt()
+    b, now, before = self.beta[n], self.alpha_bar[n], self.alpha_bar[n - 1]
+    mean = (before.sqrt() * b * x0 + (1 - b).sqrt() * (1 - before) * x) / (1 - now)
+    return mean, (b * (1 - before) / (1 - now)).sqrt()
 
 # %% ../../nbs/vamo/05_planner.ipynb #ceadc586
 def value_so_far(
-    states:Tensor, # (...,8) states: entry 1 is the share of the budget left, entry 3 the price over yesterday's
-)->Tensor:         # (...) value won, in units of what the budget buys at yesterday's price
+    states: Tensor,  # (...,8) states: entry 1 is the share of the budget left, entry 3 the price over yesterday's
+) -> Tensor:  # (...) value won, in units of what the budget buys at yesterday's price
     "Value won before each state, read from the state"
     price = states[..., 3]
-    return torch.where(price > 0, (1 - states[..., 1])/torch.where(price > 0, price, 1.), 0.)
+    return torch.where(price > 0, (1 - states[..., 1]) / torch.where(price > 0, price, 1.0), 0.0)
+
 
 def day_return(
-    states:Tensor,   # (B,T,8)
-    rewards:Tensor,  # (B,T) value won in each step, any unit
-)->Tensor:           # (B,) return; 0 where nothing was won before the last step
+    states: Tensor,  # (B,T,8)
+    rewards: Tensor,  # (B,T) value won in each step, any unit
+) -> Tensor:  # (B,) return; 0 where nothing was won before the last step
     "Return of whole days"
     if states.ndim != 3 or rewards.shape != states.shape[:2]:
-        raise ValueError(f"states {tuple(states.shape)} and rewards {tuple(rewards.shape)} need (B,T,8) and (B,T)")
+        raise ValueError(
+            f"states {tuple(states.shape)} and rewards {tuple(rewards.shape)} need (B,T,8) and (B,T)"
+        )
     before = rewards[:, :-1].sum(1)
-    return (value_so_far(states[:, -1])*torch.where(before > 0, rewards.sum(1)/before.clamp(min=1e-300), 1.)).to(states.dtype)
+    return (
+        value_so_far(states[:, -1])
+        * torch.where(before > 0, rewards.sum(1) / before.clamp(min=1e-300), 1.0)
+    ).to(states.dtype)
 
 # %% ../../nbs/vamo/05_planner.ipynb #2fcebc20
 class CondScale(NamedTuple):
     "Scale of returns and budgets of each task, from training days"
-    low:Tensor   # (K,) smallest return
-    high:Tensor  # (K,) largest return
-    mean:Tensor  # (K,) mean log budget
-    std:Tensor   # (K,) its standard deviation, at least 1e-3
+
+    low: Tensor  # (K,) smallest return
+    high: Tensor  # (K,) largest return
+    mean: Tensor  # (K,) mean log budget
+    std: Tensor  # (K,) its standard deviation, at least 1e-3
+
 
 def fit_conditions(
-    returns:Tensor,  # (B,) returns of training days
-    budget:Tensor,   # (B,) their budgets
-    task:Tensor,     # (B,) their tasks
-    K:int,           # Number of tasks; each needs a day
-)->CondScale:        # The scale
+    returns: Tensor,  # (B,) returns of training days
+    budget: Tensor,  # (B,) their budgets
+    task: Tensor,  # (B,) their tasks
+    K: int,  # Number of tasks; each needs a day
+) -> CondScale:  # The scale
     "Scale of the conditions from training days"
-    if absent := [k for k in range(K) if not (task == k).any()]: raise ValueError(f"task {absent[0]} of {K} has no training day")
-    if not (returns.isfinite().all() and (budget > 0).all()): raise ValueError("returns must be finite and budgets positive")
+    if absent := [k for k in range(K) if not (task == k).any()]:
+        raise ValueError(f"task {absent[0]} of {K} has no training day")
+    if not (returns.isfinite().all() and (budget > 0).all()):
+        raise ValueError("returns must be finite and budgets positive")
     split = [(returns[task == k], budget[task == k].log()) for k in range(K)]
     per = [(r.min(), r.max(), b.mean(), b.std(unbiased=False)) for r, b in split]
-    low, high, mean, std = (torch.stack([torch.as_tensor(v) for v in col]).float() for col in zip(*per))
+    low, high, mean, std = (
+        torch.stack([torch.as_tensor(v) for v in col]).float() for col in zip(*per)
+    )
     return CondScale(low, torch.maximum(high, low + 1e-3), mean, std.clamp(min=1e-3))
 
 # %% ../../nbs/vamo/05_planner.ipynb #3e9c3f6a
 def conditions(
-    scale:CondScale,        # From `fit_conditions`
-    returns,                # (B,) returns in the unit of `day_return`, or a number
-    kept,                   # (B,) bool: limits kept, or a flag
-    budget:Tensor,          # (B,) budgets
-    task,                   # (B,) tasks, or a number
-)->Tensor:                  # (B,3)
+    scale: CondScale,  # From `fit_conditions`
+    returns,  # (B,) returns in the unit of `day_return`, or a number
+    kept,  # (B,) bool: limits kept, or a flag
+    budget: Tensor,  # (B,) budgets
+    task,  # (B,) tasks, or a number
+) -> Tensor:  # (B,3)
     "Condition vectors"
     k = torch.as_tensor(task).expand(len(budget))
-    r = (torch.as_tensor(returns).expand(len(budget)) - scale.low[k])/(scale.high - scale.low)[k]
+    r = (torch.as_tensor(returns).expand(len(budget)) - scale.low[k]) / (scale.high - scale.low)[k]
     e = torch.as_tensor(kept).expand(len(budget))
-    return torch.stack([r.float(), e.float(), ((budget.log() - scale.mean[k])/scale.std[k]).float()], 1)
+    return torch.stack(
+        [r.float(), e.float(), ((budget.log() - scale.mean[k]) / scale.std[k]).float()], 1
+    )
 
 # %% ../../nbs/vamo/05_planner.ipynb #99473011
 def _taps(x, step):
@@ -137,15 +171,22 @@ def _taps(x, step):
     past, future = F.pad(x, (0, 0, step, 0))[:, :-step], F.pad(x, (0, 0, 0, step))[:, step:]
     return torch.cat([past, x, future], -1)
 
+
 class _Block(nn.Module):
     "Dilated residual block with feature-wise modulation"
+
     def __init__(self, d, step):
         super().__init__()
-        self.step, self.norm, self.film = step, nn.LayerNorm(d, elementwise_affine=False), nn.Linear(d, 2*d)
-        self.mix, self.out = nn.Linear(3*d, d), nn.Linear(d, d)
+        self.step, self.norm, self.film = (
+            step,
+            nn.LayerNorm(d, elementwise_affine=False),
+            nn.Linear(d, 2 * d),
+        )
+        self.mix, self.out = nn.Linear(3 * d, d), nn.Linear(d, d)
+
     def forward(self, x, e):
         scale, shift = self.film(e)[:, None].chunk(2, -1)
-        h = self.norm(x)*(1 + scale) + shift
+        h = self.norm(x) * (1 + scale) + shift
         return x + self.out(F.gelu(self.mix(_taps(h, self.step))))
 
 # %% ../../nbs/vamo/05_planner.ipynb #236e5ec8
@@ -154,215 +195,326 @@ def _tasks(task, B, K, device):
     t = torch.as_tensor(task, device=device)
     if t.dtype.is_floating_point or t.ndim > 1 or (t.ndim == 1 and len(t) != B):
         raise ValueError(f"task must be a whole number or one per sample ({B},), got {task}")
-    if ((t < 0) | (t >= K)).any(): raise ValueError(f"task={task} must be between 0 and {K - 1}")
+    if ((t < 0) | (t >= K)).any():
+        raise ValueError(f"task={task} must be between 0 and {K - 1}")
     return t.long().expand(B)
+
 
 class TaskLinear(nn.Module):
     "One linear layer per task"
-    def __init__(self,
-        K:int,      # Tasks
-        d_in:int,   # Channels in
-        d_out:int,  # Channels out
+
+    def __init__(
+        self,
+        K: int,  # Tasks
+        d_in: int,  # Channels in
+        d_out: int,  # Channels out
     ):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(K, d_in, d_out)/d_in**.5), nn.Parameter(torch.zeros(K, d_out))
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(K, d_in, d_out) / d_in**0.5),
+            nn.Parameter(torch.zeros(K, d_out)),
+        )
 
-    def forward(self,
-        x:Tensor,     # (B,d_in) or (B,T,d_in)
-        task:Tensor,  # (B,) long
-    )->Tensor:        # (B,d_out) or (B,T,d_out)
+    def forward(
+        self,
+        x: Tensor,  # (B,d_in) or (B,T,d_in)
+        task: Tensor,  # (B,) long
+    ) -> Tensor:  # (B,d_out) or (B,T,d_out)
         "Apply each sample's own layer"
-        if x.ndim == 2: return torch.einsum("bi,bio->bo", x, self.weight[task]) + self.bias[task]
+        if x.ndim == 2:
+            return torch.einsum("bi,bio->bo", x, self.weight[task]) + self.bias[task]
         return torch.bmm(x, self.weight[task]) + self.bias[task][:, None]
 
 # %% ../../nbs/vamo/05_planner.ipynb #139d1214
 class InverseDynamics(nn.Module):
     "The action between executed states and the next one"
-    def __init__(self,
-        S:int,           # State entries
-        K:int,           # Tasks
-        width:int=128,   # Hidden units of each of three layers
-        hide:tuple=(),   # Entries of the next state that are not shown
+
+    def __init__(
+        self,
+        S: int,  # State entries
+        K: int,  # Tasks
+        width: int = 128,  # Hidden units of each of three layers
+        hide: tuple = (),  # Entries of the next state that are not shown
     ):
         super().__init__()
-        if bad := [i for i in hide if not 0 <= i < S]: raise ValueError(f"hide={hide}: there is no state entry {bad[0]}, the state has {S}; () hides none")
+        if bad := [i for i in hide if not 0 <= i < S]:
+            raise ValueError(
+                f"hide={hide}: there is no state entry {bad[0]}, the state has {S}; () hides none"
+            )
         self.S = S
-        self.register_buffer("shown", torch.tensor([i not in hide for i in range(S)]).float(), persistent=False)
-        self.net = nn.Sequential(nn.Linear(4*S, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.register_buffer(
+            "shown", torch.tensor([i not in hide for i in range(S)]).float(), persistent=False
+        )
+        self.net = nn.Sequential(
+            nn.Linear(4 * S, width),
+            nn.GELU(),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, width),
+            nn.GELU(),
+        )
         self.head = TaskLinear(K, width, 1)
 
-    def forward(self,
-        states:Tensor,  # (B,t,S) executed states, normalised
-        nxt:Tensor,     # (B,t,S) state after each of them
-        task:Tensor,    # (B,) long
-    )->Tensor:          # (B,t) normalised actions
+    def forward(
+        self,
+        states: Tensor,  # (B,t,S) executed states, normalised
+        nxt: Tensor,  # (B,t,S) state after each of them
+        task: Tensor,  # (B,) long
+    ) -> Tensor:  # (B,t) normalised actions
         "An action for every pair of a state and its successor"
-        if states.shape != nxt.shape: raise ValueError(f"states {tuple(states.shape)} and nxt {tuple(nxt.shape)} differ")
+        if states.shape != nxt.shape:
+            raise ValueError(f"states {tuple(states.shape)} and nxt {tuple(nxt.shape)} differ")
         one = torch.cat([states[:, :1], states[:, :-1]], 1)
         two = torch.cat([states[:, :1], one[:, :-1]], 1)
-        return self.head(self.net(torch.cat([two, one, states, nxt*self.shown], -1)), task)[..., 0]
+        return self.head(self.net(torch.cat([two, one, states, nxt * self.shown], -1)), task)[
+            ..., 0
+        ]
 
 # %% ../../nbs/vamo/05_planner.ipynb #f3dfddf0
 temporal_parts = ("none", "sincos", "times", "context")
 
+
 def _parts(temporal):
     parts = set(temporal.split("+")) if isinstance(temporal, str) else set()
     if not parts or not parts <= set(temporal_parts) or ("none" in parts and len(parts) > 1):
-        raise ValueError(f"temporal={temporal!r} must be 'none' or parts of {', '.join(temporal_parts[1:])} joined by '+'")
+        raise ValueError(
+            f"temporal={temporal!r} must be 'none' or parts of {', '.join(temporal_parts[1:])} joined by '+'"
+        )
     return parts
+
 
 class Noise(NamedTuple):
     "Everything random in one evaluation of the loss"
-    n:Tensor       # (B,) noise level, 1 to N
-    eps:Tensor     # (B,T,S) noise
-    drop:Tensor    # (B,) bool: hide the condition
-    prefix:Tensor  # (B,) executed steps, 1 to T-1
+
+    n: Tensor  # (B,) noise level, 1 to N
+    eps: Tensor  # (B,T,S) noise
+    drop: Tensor  # (B,) bool: hide the condition
+    prefix: Tensor  # (B,) executed steps, 1 to T-1
+
 
 class _Normed(nn.Module):
     "Statistics of the training days, and what both backbones share"
+
     def __init__(self, S, K, T):
         super().__init__()
         self.S, self.K, self.T = S, K, T
-        stats = dict(mean=torch.zeros(S), std=torch.ones(S), low=torch.full((S,), -5.), high=torch.full((S,), 5.))
-        stats |= dict(a_mean=torch.zeros(()), a_std=torch.ones(()), a_low=torch.tensor(-3.), a_high=torch.tensor(3.))
-        for name, v in (stats | dict(r_low=torch.zeros(K), r_high=torch.ones(K))).items(): self.register_buffer(name, v)
+        stats = dict(
+            mean=torch.zeros(S),
+            std=torch.ones(S),
+            low=torch.full((S,), -5.0),
+            high=torch.full((S,), 5.0),
+        )
+        stats |= dict(
+            a_mean=torch.zeros(()),
+            a_std=torch.ones(()),
+            a_low=torch.tensor(-3.0),
+            a_high=torch.tensor(3.0),
+        )
+        for name, v in (stats | dict(r_low=torch.zeros(K), r_high=torch.ones(K))).items():
+            self.register_buffer(name, v)
 
-    def normalise(self, states): return (states - self.mean)/self.std
-    def restore(self, x): return x*self.std + self.mean
+    def normalise(self, states):
+        return (states - self.mean) / self.std
 
-    def action(self, a): return (a*self.a_std + self.a_mean).clamp(self.a_low, self.a_high)
+    def restore(self, x):
+        return x * self.std + self.mean
+
+    def action(self, a):
+        return (a * self.a_std + self.a_mean).clamp(self.a_low, self.a_high)
+
 
 @patch
-def _history(self:_Normed, history, cond, task):
+def _history(self: _Normed, history, cond, task):
     if history.ndim != 3 or history.shape[2] != self.S or not 1 <= history.shape[1] <= self.T:
-        raise ValueError(f"history has shape {tuple(history.shape)}; it needs (B, 1 to T={self.T}, S={self.S})")
+        raise ValueError(
+            f"history has shape {tuple(history.shape)}; it needs (B, 1 to T={self.T}, S={self.S})"
+        )
     if cond.shape != (len(history), self.Y):
         raise ValueError(f"cond has shape {tuple(cond.shape)}; it needs ({len(history)}, {self.Y})")
-    if not history.isfinite().all() or not cond.isfinite().all(): raise ValueError("history and cond must be finite")
+    if not history.isfinite().all() or not cond.isfinite().all():
+        raise ValueError("history and cond must be finite")
     return _tasks(task, len(history), self.K, history.device)
 
 # %% ../../nbs/vamo/05_planner.ipynb #586690b0
 @patch
-def fit(self:_Normed,
-    states:Tensor,            # (B,T,S) states of training days
-    actions:Tensor,           # (B,T) their actions
-    mask:Tensor|None=None,    # (B,T) bool, True on real steps; None means all
-    scale:CondScale|None=None,# Scale of the conditions, kept for the returns-to-go of the causal planner
-)->None:
+def fit(
+    self: _Normed,
+    states: Tensor,  # (B,T,S) states of training days
+    actions: Tensor,  # (B,T) their actions
+    mask: Tensor | None = None,  # (B,T) bool, True on real steps; None means all
+    scale: CondScale
+    | None = None,  # Scale of the conditions, kept for the returns-to-go of the causal planner
+) -> None:
     "Take normalisation and ranges from training days"
     if states.ndim != 3 or states.shape[1:] != (self.T, self.S):
-        raise ValueError(f"states has shape {tuple(states.shape)}; it needs (B, T={self.T}, S={self.S})")
-    real = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask
+        raise ValueError(
+            f"states has shape {tuple(states.shape)}; it needs (B, T={self.T}, S={self.S})"
+        )
+    real = (
+        torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        if mask is None
+        else mask
+    )
     s, a = states[real], actions[real]
     if len(s) < 2 or not s.isfinite().all() or not a.isfinite().all():
         raise ValueError("states and actions need at least two real steps, all finite")
-    self.mean.copy_(s.mean(0)); self.std.copy_(s.std(0).clamp(min=1e-3))
-    x, margin = self.normalise(s), .1
+    self.mean.copy_(s.mean(0))
+    self.std.copy_(s.std(0).clamp(min=1e-3))
+    x, margin = self.normalise(s), 0.1
     width = x.amax(0) - x.amin(0)
-    self.low.copy_(x.amin(0) - margin*width); self.high.copy_(x.amax(0) + margin*width)
-    self.a_mean.copy_(a.mean()); self.a_std.copy_(a.std().clamp(min=1e-3)); self.a_low.copy_(a.min()); self.a_high.copy_(a.max())
-    if scale is not None: self.r_low.copy_(scale.low); self.r_high.copy_(scale.high)
+    self.low.copy_(x.amin(0) - margin * width)
+    self.high.copy_(x.amax(0) + margin * width)
+    self.a_mean.copy_(a.mean())
+    self.a_std.copy_(a.std().clamp(min=1e-3))
+    self.a_low.copy_(a.min())
+    self.a_high.copy_(a.max())
+    if scale is not None:
+        self.r_low.copy_(scale.low)
+        self.r_high.copy_(scale.high)
 
 # %% ../../nbs/vamo/05_planner.ipynb #cd0e95c7
 class MultiTaskPlanner(_Normed):
     "Conditional diffusion over the states of a day, shared by all tasks"
+
     needs_plan = True
-    def __init__(self,
-        state_dim:int,           # Entries of a state, S
-        K:int,                   # Tasks
-        d:int=48,                # Width of the trunk
-        temporal:str="sincos",   # Parts of `temporal_parts` joined by "+"
-        T:int=48,                # Steps of a day
-        N:int=10,                # Diffusion steps
-        cond_dim:int=3,          # Entries of the condition, Y
-        blocks:int=4,            # Blocks of the trunk
-        drop:float=.25,          # Probability of hiding the condition in training
-        periods:tuple=(12, 6),   # Periods of the TimesBlock, fixed; from training data
-        context_dim:int=3,       # Channels of the context
-        days:int=3,              # Days of the context
-        inv_width:int=128,       # Width of the inverse dynamics
-        hide:tuple=(6,),         # Entries of the next state hidden from it; 6 is the last action, () shows all
-        predict:str="v",         # What the heads give: "v" or "noise"
+
+    def __init__(
+        self,
+        state_dim: int,  # Entries of a state, S
+        K: int,  # Tasks
+        d: int = 48,  # Width of the trunk
+        temporal: str = "sincos",  # Parts of `temporal_parts` joined by "+"
+        T: int = 48,  # Steps of a day
+        N: int = 10,  # Diffusion steps
+        cond_dim: int = 3,  # Entries of the condition, Y
+        blocks: int = 4,  # Blocks of the trunk
+        drop: float = 0.25,  # Probability of hiding the condition in training
+        periods: tuple = (12, 6),  # Periods of the TimesBlock, fixed; from training data
+        context_dim: int = 3,  # Channels of the context
+        days: int = 3,  # Days of the context
+        inv_width: int = 128,  # Width of the inverse dynamics
+        hide: tuple = (
+            6,
+        ),  # Entries of the next state hidden from it; 6 is the last action, () shows all
+        predict: str = "v",  # What the heads give: "v" or "noise"
     ):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__(state_dim, K, T)
         if K < 1 or state_dim < 1 or blocks < 1 or d < 2 or not 0 <= drop < 1:
-            raise ValueError(f"K={K}, state_dim={state_dim}, blocks={blocks} must be at least 1, d={d} at least 2, drop={drop} in [0, 1)")
-        if predict not in ("noise", "v"): raise ValueError(f"predict={predict!r} must be 'noise' or 'v'")
-        self.config, self.parts, self.Y, self.drop, self.predict = config, _parts(temporal), cond_dim, drop, predict
+            raise ValueError(
+                f"K={K}, state_dim={state_dim}, blocks={blocks} must be at least 1, d={d} at least 2, drop={drop} in [0, 1)"
+            )
+        if predict not in ("noise", "v"):
+            raise ValueError(f"predict={predict!r} must be 'noise' or 'v'")
+        self.config, self.parts, self.Y, self.drop, self.predict = (
+            config,
+            _parts(temporal),
+            cond_dim,
+            drop,
+            predict,
+        )
         self.schedule, self.level = DiffusionSchedule(N), nn.Embedding(N + 1, d)
-        self.embed, self.cond, self.null = nn.Linear(state_dim + 1, d), TaskLinear(K, cond_dim, d), nn.Parameter(torch.zeros(K, d))
+        self.embed, self.cond, self.null = (
+            nn.Linear(state_dim + 1, d),
+            TaskLinear(K, cond_dim, d),
+            nn.Parameter(torch.zeros(K, d)),
+        )
         self.join = nn.Sequential(nn.GELU(), nn.Linear(d, d), nn.GELU())
-        self.trunk = nn.ModuleList(_Block(d, 2**(i % 5)) for i in range(blocks))
+        self.trunk = nn.ModuleList(_Block(d, 2 ** (i % 5)) for i in range(blocks))
         self.clock = TimeOfDay(d, T) if "sincos" in self.parts else None
-        self.times = TimesBlock(d, max(d//2, 1), T, kernels=2, periods=periods, weights="mean") if "times" in self.parts else None
+        self.times = (
+            TimesBlock(d, max(d // 2, 1), T, kernels=2, periods=periods, weights="mean")
+            if "times" in self.parts
+            else None
+        )
         self.past = ContextEncoder(context_dim, d, T, days) if "context" in self.parts else None
         self.norm, self.head = nn.LayerNorm(d), TaskLinear(K, d, state_dim)
         self.inverse = InverseDynamics(state_dim, K, inv_width, hide)
 
 # %% ../../nbs/vamo/05_planner.ipynb #435c98f3
 @patch
-def _embedding(self:MultiTaskPlanner, n, cond, drop, task, context):
+def _embedding(self: MultiTaskPlanner, n, cond, drop, task, context):
     if (context is None) != (self.past is None):
-        raise ValueError(f"context is {'missing' if context is None else 'given'}, temporal is {'+'.join(sorted(self.parts))!r}")
+        raise ValueError(
+            f"context is {'missing' if context is None else 'given'}, temporal is {'+'.join(sorted(self.parts))!r}"
+        )
     e = torch.where(drop[:, None], self.null[task], self.cond(cond, task)) + self.level(n)
     return self.join(e if self.past is None else e + self.past(context))
 
 # %% ../../nbs/vamo/05_planner.ipynb #f011cb38
 @patch
-def guess(self:MultiTaskPlanner,
-    x:Tensor,                   # (B,T,S) noisy days, normalised
-    known:Tensor,               # (B,T) True on executed steps, which are clean in `x`
-    n:Tensor,                   # (B,) noise levels
-    cond:Tensor,                # (B,Y) conditions
-    drop:Tensor,                # (B,) bool, True hides the condition
-    task:Tensor,                # (B,) long
-    context:Tensor|None=None,   # (B, days*T, context_dim) past days
-)->Tensor:                      # (B,T,S)
+def guess(
+    self: MultiTaskPlanner,
+    x: Tensor,  # (B,T,S) noisy days, normalised
+    known: Tensor,  # (B,T) True on executed steps, which are clean in `x`
+    n: Tensor,  # (B,) noise levels
+    cond: Tensor,  # (B,Y) conditions
+    drop: Tensor,  # (B,) bool, True hides the condition
+    task: Tensor,  # (B,) long
+    context: Tensor | None = None,  # (B, days*T, context_dim) past days
+) -> Tensor:  # (B,T,S)
     "What the network takes for the noise in a day, or for its v"
     e = self._embedding(n, cond, drop, task, context)
     h = self.embed(torch.cat([x, known[..., None].to(x.dtype)], -1))
-    if self.clock is not None: h = h + self.clock(torch.arange(self.T, device=x.device))
+    if self.clock is not None:
+        h = h + self.clock(torch.arange(self.T, device=x.device))
     for i, b in enumerate(self.trunk):
         h = b(h, e)
-        if i == len(self.trunk)//2 and self.times is not None: h = self.times(h)
+        if i == len(self.trunk) // 2 and self.times is not None:
+            h = self.times(h)
     return self.head(self.norm(h), task)
 
 # %% ../../nbs/vamo/05_planner.ipynb #0d8c8226
 @patch
-def draw(self:MultiTaskPlanner,
-    B:int,                      # Samples
-    generator:torch.Generator,  # Source of chance
-)->Noise:                       # For `loss`
+def draw(
+    self: MultiTaskPlanner,
+    B: int,  # Samples
+    generator: torch.Generator,  # Source of chance
+) -> Noise:  # For `loss`
     "The randomness of one evaluation of the loss"
     dev, g = generator.device, generator
-    return Noise(torch.randint(1, self.schedule.N + 1, (B,), generator=g, device=dev), torch.randn(B, self.T, self.S, generator=g, device=dev),
-                 torch.rand(B, generator=g, device=dev) < self.drop, torch.randint(1, self.T, (B,), generator=g, device=dev))
+    return Noise(
+        torch.randint(1, self.schedule.N + 1, (B,), generator=g, device=dev),
+        torch.randn(B, self.T, self.S, generator=g, device=dev),
+        torch.rand(B, generator=g, device=dev) < self.drop,
+        torch.randint(1, self.T, (B,), generator=g, device=dev),
+    )
 
 # %% ../../nbs/vamo/05_planner.ipynb #1a549b71
 def _mean(x, m):
     "Mean of x (B,t) over the entries of the mask"
     m = m.to(x.dtype)
-    return (x*m).sum()/m.sum().clamp(min=1)
+    return (x * m).sum() / m.sum().clamp(min=1)
+
 
 def _batch(self, batch, task):
     x, a = batch["states"], batch["actions"]
     if x.ndim != 3 or x.shape[1:] != (self.T, self.S) or a.shape != x.shape[:2]:
-        raise ValueError(f"states {tuple(x.shape)} and actions {tuple(a.shape)} need (B,{self.T},{self.S}) and (B,{self.T})")
+        raise ValueError(
+            f"states {tuple(x.shape)} and actions {tuple(a.shape)} need (B,{self.T},{self.S}) and (B,{self.T})"
+        )
     if batch["cond"].shape != (len(x), self.Y):
-        raise ValueError(f"cond has shape {tuple(batch['cond'].shape)}; it needs ({len(x)}, {self.Y})")
+        raise ValueError(
+            f"cond has shape {tuple(batch['cond'].shape)}; it needs ({len(x)}, {self.Y})"
+        )
     mask = batch.get("mask")
     mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-    clean = torch.where(mask[..., None], self.normalise(x), 0.)
-    return clean, torch.where(mask, (a - self.a_mean)/self.a_std, 0.), mask, _tasks(task, len(x), self.K, x.device)
+    clean = torch.where(mask[..., None], self.normalise(x), 0.0)
+    return (
+        clean,
+        torch.where(mask, (a - self.a_mean) / self.a_std, 0.0),
+        mask,
+        _tasks(task, len(x), self.K, x.device),
+    )
 
 # %% ../../nbs/vamo/05_planner.ipynb #4b149cf8
 @patch
-def loss(self:MultiTaskPlanner,
-    batch:dict,   # states (B,T,S), actions (B,T), cond (B,Y), optional mask (B,T) True on real steps, context (B,days*T,c)
-    task,         # Task of the batch, or (B,)
-    noise:Noise,  # From `draw`
-)->Tensor:        # Scalar
+def loss(
+    self: MultiTaskPlanner,
+    batch: dict,  # states (B,T,S), actions (B,T), cond (B,Y), optional mask (B,T) True on real steps, context (B,days*T,c)
+    task,  # Task of the batch, or (B,)
+    noise: Noise,  # From `draw`
+) -> Tensor:  # Scalar
     "Half the denoising error plus half the error of the inverse dynamics"
     x0, a, mask, k = _batch(self, batch, task)
     known = torch.arange(self.T, device=x0.device) < noise.prefix[:, None]
@@ -370,120 +522,173 @@ def loss(self:MultiTaskPlanner,
     guess = self.guess(x, known, noise.n, batch["cond"], noise.drop, k, batch.get("context"))
     aim = noise.eps if self.predict == "noise" else self.schedule.velocity(x0, noise.n, noise.eps)
     denoise = _mean((guess - aim).square().mean(-1), mask & ~known)
-    inverse = _mean((self.inverse(x0[:, :-1], x0[:, 1:], k) - a[:, :-1]).square(), mask[:, :-1] & mask[:, 1:])
-    return .5*(denoise + inverse)
+    inverse = _mean(
+        (self.inverse(x0[:, :-1], x0[:, 1:], k) - a[:, :-1]).square(), mask[:, :-1] & mask[:, 1:]
+    )
+    return 0.5 * (denoise + inverse)
 
 # %% ../../nbs/vamo/05_planner.ipynb #ae67dd94
 @patch
-def guided(self:MultiTaskPlanner,
-    x:Tensor,                  # (B,T,S) noisy days, normalised
-    known:Tensor,              # (B,T) True on executed steps
-    n:int,                     # Noise level
-    cond:Tensor,               # (B,Y)
-    task:Tensor,               # (B,) long
-    guidance:float=1.2,        # 0 ignores the condition, 1 uses it
-    context:Tensor|None=None,  # (B, days*T, context_dim)
-)->Tensor:                     # (B,T,S)
+def guided(
+    self: MultiTaskPlanner,
+    x: Tensor,  # (B,T,S) noisy days, normalised
+    known: Tensor,  # (B,T) True on executed steps
+    n: int,  # Noise level
+    cond: Tensor,  # (B,Y)
+    task: Tensor,  # (B,) long
+    guidance: float = 1.2,  # 0 ignores the condition, 1 uses it
+    context: Tensor | None = None,  # (B, days*T, context_dim)
+) -> Tensor:  # (B,T,S)
     "The guess of the network with guidance"
-    level, no = torch.full((len(x),), n, device=x.device), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    if guidance in (0, 1): return self.guess(x, known, level, cond, no if guidance else ~no, task, context)
+    level, no = (
+        torch.full((len(x),), n, device=x.device),
+        torch.zeros(len(x), dtype=torch.bool, device=x.device),
+    )
+    if guidance in (0, 1):
+        return self.guess(x, known, level, cond, no if guidance else ~no, task, context)
     twice = lambda v: None if v is None else torch.cat([v, v])
-    both = self.guess(twice(x), twice(known), twice(level), twice(cond), torch.cat([~no, no]), twice(task), twice(context))
+    both = self.guess(
+        twice(x),
+        twice(known),
+        twice(level),
+        twice(cond),
+        torch.cat([~no, no]),
+        twice(task),
+        twice(context),
+    )
     free, given = both.chunk(2)
-    return free + guidance*(given - free)
+    return free + guidance * (given - free)
 
 # %% ../../nbs/vamo/05_planner.ipynb #fb396581
 @patch
 @torch.no_grad()
-def plan(self:MultiTaskPlanner,
-    history:Tensor,            # (B,t,S) executed states, 1 <= t <= T
-    cond:Tensor,               # (B,Y) what is wanted
-    task,                      # Task, or (B,)
-    guidance:float=1.2,        # 0 ignores the condition, 1 uses it
-    temperature:float=.5,      # Factor on all noise
-    generator:torch.Generator|None=None, # Source of noise; None starts a new stream of seed 0 in every call
-    noise:Tensor|None=None,    # (B,N,T,S) instead of a generator
-    context:Tensor|None=None,  # (B, days*T, context_dim)
-)->Tensor:                     # (B,T,S): the history as it is, then the plan
+def plan(
+    self: MultiTaskPlanner,
+    history: Tensor,  # (B,t,S) executed states, 1 <= t <= T
+    cond: Tensor,  # (B,Y) what is wanted
+    task,  # Task, or (B,)
+    guidance: float = 1.2,  # 0 ignores the condition, 1 uses it
+    temperature: float = 0.5,  # Factor on all noise
+    generator: torch.Generator
+    | None = None,  # Source of noise; None starts a new stream of seed 0 in every call
+    noise: Tensor | None = None,  # (B,N,T,S) instead of a generator
+    context: Tensor | None = None,  # (B, days*T, context_dim)
+) -> Tensor:  # (B,T,S): the history as it is, then the plan
     "Draw the rest of the day"
     k, (B, t, _), N = self._history(history, cond, task), history.shape, self.schedule.N
-    if t == self.T: return history.clone()
-    if temperature < 0: raise ValueError(f"temperature={temperature} must not be negative")
+    if t == self.T:
+        return history.clone()
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must not be negative")
     g = generator or rng(0, "plan", device=history.device)
-    if noise is None: noise = torch.randn(B, N, self.T, self.S, generator=g, device=history.device)
-    if noise.shape != (B, N, self.T, self.S): raise ValueError(f"noise has shape {tuple(noise.shape)}; it needs {(B, N, self.T, self.S)}")
-    past, noise = self.normalise(history), temperature*noise
+    if noise is None:
+        noise = torch.randn(B, N, self.T, self.S, generator=g, device=history.device)
+    if noise.shape != (B, N, self.T, self.S):
+        raise ValueError(f"noise has shape {tuple(noise.shape)}; it needs {(B, N, self.T, self.S)}")
+    past, noise = self.normalise(history), temperature * noise
     known = (torch.arange(self.T, device=history.device) < t).expand(B, self.T)
     x = torch.cat([past, noise[:, 0, t:]], 1)
     for n in range(N, 0, -1):
-        x0 = self.schedule.clean(x, n, self.guided(x, known, n, cond, k, guidance, context), self.predict)
+        x0 = self.schedule.clean(
+            x, n, self.guided(x, known, n, cond, k, guidance, context), self.predict
+        )
         mean, sd = self.schedule.back(x, n, torch.minimum(torch.maximum(x0, self.low), self.high))
-        x = torch.cat([past, (mean + sd*noise[:, N + 1 - n] if n > 1 else mean)[:, t:]], 1)
+        x = torch.cat([past, (mean + sd * noise[:, N + 1 - n] if n > 1 else mean)[:, t:]], 1)
     return torch.cat([history, self.restore(x[:, t:])], 1)
 
 # %% ../../nbs/vamo/05_planner.ipynb #ab2ade04
 @patch
 @torch.no_grad()
-def decide(self:MultiTaskPlanner,
-    history:Tensor,            # (B,t,S) executed states, t < T
-    planned:Tensor,            # (B,T,S) a plan for the day
-    task,                      # Task, or (B,)
-)->Tensor:                     # (B,) log of the multiplier over its reference
+def decide(
+    self: MultiTaskPlanner,
+    history: Tensor,  # (B,t,S) executed states, t < T
+    planned: Tensor,  # (B,T,S) a plan for the day
+    task,  # Task, or (B,)
+) -> Tensor:  # (B,) log of the multiplier over its reference
     "The action that leads to the planned next state"
     t = history.shape[1]
-    if not 1 <= t < self.T: raise ValueError(f"history has {t} steps; an action needs a next state, so 1 to {self.T - 1}")
-    now, nxt = (self.normalise(v[:, max(t - 3, 0):t]) for v in (history, torch.cat([history[:, 1:], planned[:, t:t+1]], 1)))
-    return self.action(self.inverse(now, nxt, _tasks(task, len(history), self.K, history.device))[:, -1])
+    if not 1 <= t < self.T:
+        raise ValueError(
+            f"history has {t} steps; an action needs a next state, so 1 to {self.T - 1}"
+        )
+    now, nxt = (
+        self.normalise(v[:, max(t - 3, 0) : t])
+        for v in (history, torch.cat([history[:, 1:], planned[:, t : t + 1]], 1))
+    )
+    return self.action(
+        self.inverse(now, nxt, _tasks(task, len(history), self.K, history.device))[:, -1]
+    )
 
 # %% ../../nbs/vamo/05_planner.ipynb #d12f7c1f
 @patch
-def act(self:MultiTaskPlanner,
-    history:Tensor,            # (B,t,S) executed states, 1 <= t <= T
-    cond:Tensor,               # (B,Y) what is wanted
-    task,                      # Task, or (B,)
-    actions:Tensor,            # (B,t-1) executed actions
-    planned:Tensor|None=None,  # (B,T,S) a plan; None draws one
-    guidance:float=1.2,        # Of that plan
-    context:Tensor|None=None,  # Of that plan
-)->Tensor:                     # (B,) log of the multiplier over its reference
+def act(
+    self: MultiTaskPlanner,
+    history: Tensor,  # (B,t,S) executed states, 1 <= t <= T
+    cond: Tensor,  # (B,Y) what is wanted
+    task,  # Task, or (B,)
+    actions: Tensor,  # (B,t-1) executed actions
+    planned: Tensor | None = None,  # (B,T,S) a plan; None draws one
+    guidance: float = 1.2,  # Of that plan
+    context: Tensor | None = None,  # Of that plan
+) -> Tensor:  # (B,) log of the multiplier over its reference
     "The action at the last executed state"
     if history.shape[1] == self.T:
-        return actions[:, -1].clone() if actions.shape[1] else torch.zeros(len(history), device=history.device)
-    if planned is None: planned = self.plan(history, cond, task, guidance, context=context)
+        return (
+            actions[:, -1].clone()
+            if actions.shape[1]
+            else torch.zeros(len(history), device=history.device)
+        )
+    if planned is None:
+        planned = self.plan(history, cond, task, guidance, context=context)
     return self.decide(history, planned, task)
 
 # %% ../../nbs/vamo/05_planner.ipynb #ca009cdf
 class PlannerPolicy:
     "A planner as a policy of `rollout`: takes executed states and actions, returns log multipliers"
-    def __init__(self,
-        planner,                   # `MultiTaskPlanner` or `CausalPlanner`
-        task,                      # Task, or (B,)
-        cond:Tensor,               # (B,Y) what is wanted
-        guidance:float=1.2,        # 0 ignores the condition, 1 uses it
-        temperature:float=.5,      # Factor on the noise of a plan
-        replan:int=1,              # Steps between two plans
-        seed:int=0,                # Of the policy's own noise
-        context:Tensor|None=None,  # (B, days*T, context_dim)
+
+    def __init__(
+        self,
+        planner,  # `MultiTaskPlanner` or `CausalPlanner`
+        task,  # Task, or (B,)
+        cond: Tensor,  # (B,Y) what is wanted
+        guidance: float = 1.2,  # 0 ignores the condition, 1 uses it
+        temperature: float = 0.5,  # Factor on the noise of a plan
+        replan: int = 1,  # Steps between two plans
+        seed: int = 0,  # Of the policy's own noise
+        context: Tensor | None = None,  # (B, days*T, context_dim)
     ):
-        if replan < 1: raise ValueError(f"replan={replan} must be at least 1")
+        if replan < 1:
+            raise ValueError(f"replan={replan} must be at least 1")
         self.planner, self.task, self.cond, self.context = planner.eval(), task, cond, context
         self.guidance, self.temperature, self.replan = guidance, temperature, replan
         self.generator, self.planned = rng(seed, "policy", device=cond.device), None
 
-    def __call__(self,
-        states:Tensor,   # (B,t,S) states so far
-        actions:Tensor,  # (B,t-1) actions so far
-    )->Tensor:           # (B,) log of the multiplier over its reference
+    def __call__(
+        self,
+        states: Tensor,  # (B,t,S) states so far
+        actions: Tensor,  # (B,t-1) actions so far
+    ) -> Tensor:  # (B,) log of the multiplier over its reference
         "The next action"
         step, p = states.shape[1] - 1, self.planner
         if p.needs_plan and step % self.replan == 0 and step + 1 < p.T:
-            self.planned = p.plan(states, self.cond, self.task, self.guidance, self.temperature, self.generator, context=self.context)
-        return p.act(states, self.cond, self.task, actions, self.planned, self.guidance, self.context)
+            self.planned = p.plan(
+                states,
+                self.cond,
+                self.task,
+                self.guidance,
+                self.temperature,
+                self.generator,
+                context=self.context,
+            )
+        return p.act(
+            states, self.cond, self.task, actions, self.planned, self.guidance, self.context
+        )
 
 # %% ../../nbs/vamo/05_planner.ipynb #3dc6c152
 def __getattr__(name):
     if name == "CausalPlanner":
         from llmpapers.vamo.causal import CausalPlanner
+
         return CausalPlanner
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -491,14 +696,15 @@ def __getattr__(name):
 tasks = ("store", "direct", "cart")
 habits = {0: ("pid", "constant"), 1: ("pid", "cautious"), 2: ("pid", "burst")}
 
+
 def logged(
-    market:Market,          # The market
-    day:int,                # Day
-    k:int,                  # Task
-    kind:str,               # Who bids: one of `behaviours`
-    n:int,                  # Bidders
-    seed:int,               # Of budgets and of the bidders' parameters
-)->tuple[Trajectories, Tensor]: # Days of n bidders, and (n,) bool: limits kept
+    market: Market,  # The market
+    day: int,  # Day
+    k: int,  # Task
+    kind: str,  # Who bids: one of `behaviours`
+    n: int,  # Bidders
+    seed: int,  # Of budgets and of the bidders' parameters
+) -> tuple[Trajectories, Tensor]:  # Days of n bidders, and (n,) bool: limits kept
     "Logged days of one task and one kind of bidder"
     money = draw_budgets(market, day, k, n, rng(seed, "budget", day, k, kind))
     t = rollout(market, day, k, money, behaviour(kind, n, rng(seed, "behaviour", day, k, kind)))
@@ -507,36 +713,49 @@ def logged(
 # %% ../../nbs/vamo/05_planner.ipynb #61735456
 class LoggedDays(NamedTuple):
     "What a planner is trained on"
-    batch:dict       # states (B,T,8), actions (B,T), cond (B,3)
-    task:Tensor      # (B,) task of each day
-    scale:CondScale  # Scale of the conditions
-    returns:Tensor   # (B,) returns, unscaled
+
+    batch: dict  # states (B,T,8), actions (B,T), cond (B,3)
+    task: Tensor  # (B,) task of each day
+    scale: CondScale  # Scale of the conditions
+    returns: Tensor  # (B,) returns, unscaled
+
 
 def training_set(
-    market:Market,        # The market
-    days:Sequence,        # Days to log
-    n:int,                # Bidders per day, task and kind of bidder
-    seed:int,             # Of budgets and bidders
-    habits:dict=habits,   # Kinds of bidders of each task, 0 to K-1
-)->LoggedDays:            # All of them
+    market: Market,  # The market
+    days: Sequence,  # Days to log
+    n: int,  # Bidders per day, task and kind of bidder
+    seed: int,  # Of budgets and bidders
+    habits: dict = habits,  # Kinds of bidders of each task, 0 to K-1
+) -> LoggedDays:  # All of them
     "Logged days of all tasks"
-    parts = [logged(market, d, k, kind, n, seed) for d in days for k, kinds in habits.items() for kind in kinds]
+    parts = [
+        logged(market, d, k, kind, n, seed)
+        for d in days
+        for k, kinds in habits.items()
+        for kind in kinds
+    ]
     t, kept = Trajectories.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])
     R = day_return(t.states, t.rewards)
     scale = fit_conditions(R, t.budget, t.task, len(habits))
-    return LoggedDays(dict(states=t.states, actions=t.actions, cond=conditions(scale, R, kept, t.budget, t.task)), t.task, scale, R)
+    return LoggedDays(
+        dict(states=t.states, actions=t.actions, cond=conditions(scale, R, kept, t.budget, t.task)),
+        t.task,
+        scale,
+        R,
+    )
 
 # %% ../../nbs/vamo/05_planner.ipynb #52e7a42a
 def train_planner(
-    planner,           # `MultiTaskPlanner` or `CausalPlanner`
-    logs:LoggedDays,   # Days to train on
-    steps:int,         # Training steps
-    batch:int=96,      # Days per step
-    lr:float=3e-3,     # Largest learning rate of one cycle
-    seed:int=0,        # Of batches and noise
-)->list:               # Loss of every step
+    planner,  # `MultiTaskPlanner` or `CausalPlanner`
+    logs: LoggedDays,  # Days to train on
+    steps: int,  # Training steps
+    batch: int = 96,  # Days per step
+    lr: float = 3e-3,  # Largest learning rate of one cycle
+    seed: int = 0,  # Of batches and noise
+) -> list:  # Loss of every step
     "Train a planner on logged days, uniform over tasks"
-    if steps < 1 or batch < 1: raise ValueError(f"steps={steps} and batch={batch} must be at least 1")
+    if steps < 1 or batch < 1:
+        raise ValueError(f"steps={steps} and batch={batch} must be at least 1")
     data, task, g, losses = logs.batch, logs.task, rng(seed, "train", device=logs.task.device), []
     planner.fit(data["states"], data["actions"], scale=logs.scale)
     opt = torch.optim.AdamW(planner.train().parameters(), lr)
@@ -544,6 +763,11 @@ def train_planner(
     while len(losses) < steps:
         i = torch.randint(len(task), (batch,), generator=g, device=g.device)
         l = planner.loss({k: v[i] for k, v in data.items()}, task[i], planner.draw(batch, g))
-        opt.zero_grad(); l.backward(); nn.utils.clip_grad_norm_(planner.parameters(), 1.); opt.step(); cycle.step(); losses.append(l.item())
+        opt.zero_grad()
+        l.backward()
+        nn.utils.clip_grad_norm_(planner.parameters(), 1.0)
+        opt.step()
+        cycle.step()
+        losses.append(l.item())
     planner.eval()
     return losses

@@ -20,14 +20,17 @@ def _keys(bids, k, part=1024):
     "Largest k of each row as integers, descending: the high bits of the bid, then the column, from the right; and the mask of the column"
     A = bids.shape[1]
     mask = (1 << max(1, (A - 1).bit_length())) - 1
-    x, column = (bids if bids.dtype in (torch.float, torch.double) else bids.double()).numpy(), mask - np.arange(A)
+    x, column = (
+        (bids if bids.dtype in (torch.float, torch.double) else bids.double()).numpy(),
+        mask - np.arange(A),
+    )
     out, room = np.empty((len(x), k), np.int64), np.empty((min(part, len(x)), A))
     for i in range(0, len(x), part):
-        q = np.add(x[i:i + part], 0., out=room[:len(x) - i]).view(np.int64)
+        q = np.add(x[i : i + part], 0.0, out=room[: len(x) - i]).view(np.int64)
         q &= ~mask
         q |= column
         q.partition(A - k, axis=1)
-        out[i:i + part] = q[:, A - k:]
+        out[i : i + part] = q[:, A - k :]
     out.sort(axis=1)
     return torch.from_numpy(out).flip(1), mask
 
@@ -44,32 +47,48 @@ def _top(bids, k):
         val, idx = bids.topk(min(k + 1, A), dim=1)
         near = val[:, 1:] == val[:, :-1]
     near = (near & (val[:, 1:] > 0)).any(1)
-    if near.any(): val[near], idx[near] = (x[:, :val.shape[1]] for x in bids[near].sort(dim=1, descending=True, stable=True))
+    if near.any():
+        val[near], idx[near] = (
+            x[:, : val.shape[1]] for x in bids[near].sort(dim=1, descending=True, stable=True)
+        )
     return val[:, :k], idx[:, :k]
 
 # %% ../../nbs/vamo/07_slots.ipynb #85063955
 def _check_bids(bids, reserve, slots):
     bids = torch.as_tensor(bids)
-    if bids.ndim != 2 or not bids.dtype.is_floating_point: raise ValueError(f"bids {tuple(bids.shape)} of {bids.dtype} must be a float matrix (n, A)")
-    low, high = bids.aminmax() if bids.numel() else (bids.new_tensor(0.),)*2
-    if not (0 <= low and high < torch.inf): raise ValueError("bids must be finite and not negative; 0 means no bid")
-    if not (math.isfinite(reserve) and reserve >= 0): raise ValueError(f"reserve={reserve} must be a finite number, at least 0")
-    if slots < 1: raise ValueError(f"slots={slots} must be at least 1")
+    if bids.ndim != 2 or not bids.dtype.is_floating_point:
+        raise ValueError(f"bids {tuple(bids.shape)} of {bids.dtype} must be a float matrix (n, A)")
+    low, high = bids.aminmax() if bids.numel() else (bids.new_tensor(0.0),) * 2
+    if not (0 <= low and high < torch.inf):
+        raise ValueError("bids must be finite and not negative; 0 means no bid")
+    if not (math.isfinite(reserve) and reserve >= 0):
+        raise ValueError(f"reserve={reserve} must be a finite number, at least 0")
+    if slots < 1:
+        raise ValueError(f"slots={slots} must be at least 1")
     return bids
 
 # %% ../../nbs/vamo/07_slots.ipynb #f3a1a971
 def _award(top, idx, reserve, slots):
     "Winners and prices from the sorted bids"
     n, k = top.shape
-    if k < slots + 1: top, idx = (torch.nn.functional.pad(x, (0, slots + 1 - k), value=v) for x, v in ((top, 0.), (idx, -1)))
+    if k < slots + 1:
+        top, idx = (
+            torch.nn.functional.pad(x, (0, slots + 1 - k), value=v)
+            for x, v in ((top, 0.0), (idx, -1))
+        )
     wins = (top[:, :slots] >= reserve) & (top[:, :slots] > 0)
-    return torch.where(wins, idx[:, :slots], -1), torch.where(wins, top[:, 1:slots+1].clamp(min=reserve), 0.)
+    return torch.where(wins, idx[:, :slots], -1), torch.where(
+        wins, top[:, 1 : slots + 1].clamp(min=reserve), 0.0
+    )
+
 
 def gsp_auction(
-    bids:Tensor,            # (n,A) one row per auction, one column per bidder; 0 is no bid
-    reserve:float=0.,       # Least bid that wins, and least price
-    slots:int=3,            # Slots per auction, S
-)->tuple[Tensor, Tensor]:   # (n,S) bidder of each slot or -1; (n,S) its price if seen, 0 where unsold
+    bids: Tensor,  # (n,A) one row per auction, one column per bidder; 0 is no bid
+    reserve: float = 0.0,  # Least bid that wins, and least price
+    slots: int = 3,  # Slots per auction, S
+) -> tuple[
+    Tensor, Tensor
+]:  # (n,S) bidder of each slot or -1; (n,S) its price if seen, 0 where unsold
     "Generalised second-price auctions, ties to the lower index"
     bids = _check_bids(bids, reserve, slots)
     return _award(*_top(bids, slots + 1), reserve, slots)
@@ -77,104 +96,147 @@ def gsp_auction(
 # %% ../../nbs/vamo/07_slots.ipynb #69d1630e
 class Outcome(NamedTuple):
     "What a batch of auctions in order of arrival came to"
-    winner:Tensor       # (n,S) bidder of each slot or -1
-    price:Tensor        # (n,S) price if seen
-    shown:Tensor        # (n,S) bool: seen
-    converted:Tensor    # (n,S) bool: seen and converted
-    cost:Tensor         # (A,) money paid by each bidder
-    conversions:Tensor  # (A,) conversions of each bidder
-    left:Tensor         # (A,) impression at which a bidder ran out of budget; n if it did not
+
+    winner: Tensor  # (n,S) bidder of each slot or -1
+    price: Tensor  # (n,S) price if seen
+    shown: Tensor  # (n,S) bool: seen
+    converted: Tensor  # (n,S) bool: seen and converted
+    cost: Tensor  # (A,) money paid by each bidder
+    conversions: Tensor  # (A,) conversions of each bidder
+    left: Tensor  # (A,) impression at which a bidder ran out of budget; n if it did not
 
 # %% ../../nbs/vamo/07_slots.ipynb #73e7930c
 def run_auctions_loop(
-    bids:Tensor,            # (n,A)
-    values:Tensor,          # (n,A) conversion probabilities
-    budget:Tensor,          # (A,) money left
-    draws:Tensor,           # (n,2S) uniform numbers: S for being seen, S for converting
-    reserve:float=0.,       # Least price
-    exposure:Sequence[float]=(1., .8, .6), # Probability that a slot is seen if the one above was
-)->Outcome:                 # The same as `run_auctions`
+    bids: Tensor,  # (n,A)
+    values: Tensor,  # (n,A) conversion probabilities
+    budget: Tensor,  # (A,) money left
+    draws: Tensor,  # (n,2S) uniform numbers: S for being seen, S for converting
+    reserve: float = 0.0,  # Least price
+    exposure: Sequence[float] = (
+        1.0,
+        0.8,
+        0.6,
+    ),  # Probability that a slot is seen if the one above was
+) -> Outcome:  # The same as `run_auctions`
     "The rules, one impression at a time"
     bids, left_money, S, n = bids.clone(), budget.double().clone(), len(exposure), len(bids)
     out, left = [], torch.full((bids.shape[1],), n)
     for i in range(n):
         while True:
-            w, p = (x[0].tolist() for x in gsp_auction(bids[i:i+1], reserve, S))
+            w, p = (x[0].tolist() for x in gsp_auction(bids[i : i + 1], reserve, S))
             broke = [j for j, q in zip(w, p) if j >= 0 and q > left_money[j]]
-            if not broke: break
-            bids[i:, broke[0]] = 0; left[broke[0]] = i
-        seen = torch.cumprod(draws[i, :S] < torch.tensor(exposure), 0).bool() & (torch.tensor(w) >= 0)
+            if not broke:
+                break
+            bids[i:, broke[0]] = 0
+            left[broke[0]] = i
+        seen = torch.cumprod(draws[i, :S] < torch.tensor(exposure), 0).bool() & (
+            torch.tensor(w) >= 0
+        )
         for j, q, s in zip(w, p, seen.tolist()):
-            if s: left_money[j] -= q
-        converted = [bool(s and u < values[i, j]) for j, s, u in zip(w, seen.tolist(), draws[i, S:].tolist())]
+            if s:
+                left_money[j] -= q
+        converted = [
+            bool(s and u < values[i, j]) for j, s, u in zip(w, seen.tolist(), draws[i, S:].tolist())
+        ]
         out.append((w, p, seen.tolist(), converted))
-    w, p, seen, conv = (torch.tensor(x, dtype=d) for x, d in zip(zip(*out), (torch.long, bids.dtype, torch.bool, torch.bool)))
+    w, p, seen, conv = (
+        torch.tensor(x, dtype=d)
+        for x, d in zip(zip(*out), (torch.long, bids.dtype, torch.bool, torch.bool))
+    )
     counts = torch.bincount(w[conv], minlength=len(budget)).double()
     return Outcome(w, p, seen, conv, budget.double() - left_money, counts, left)
 
 # %% ../../nbs/vamo/07_slots.ipynb #15e9c19e
 _low = 0.022750131948179195  # normal distribution function at -2
 
+
 def _first_broke(winner, price, seen, budget):
     "(row, bidder) of the first slot in order of arrival that its winner cannot pay, or None"
     S, flat, A = winner.shape[1], winner.flatten(), len(budget)
-    charge = torch.where(seen, price, 0.).flatten().double()
+    charge = torch.where(seen, price, 0.0).flatten().double()
     total = torch.bincount(flat + 1, charge, minlength=A + 1)[1:]
-    dear = torch.zeros(A + 1, dtype=torch.double).scatter_reduce(0, flat + 1, price.flatten().double(), "amax")[1:]
+    dear = torch.zeros(A + 1, dtype=torch.double).scatter_reduce(
+        0, flat + 1, price.flatten().double(), "amax"
+    )[1:]
     risky = (total + dear > budget).nonzero().squeeze(1)
     found = []
     for j in risky.tolist():
         at = (flat == j).nonzero().squeeze(1)
         before = charge[at].cumsum(0) - charge[at]
         bad = (price.flatten()[at] > budget[j] - before).nonzero()
-        if len(bad): found.append((int(at[bad[0, 0]]), j))
-    return (lambda f: (f[0]//S, f[1]))(min(found)) if found else None
+        if len(bad):
+            found.append((int(at[bad[0, 0]]), j))
+    return (lambda f: (f[0] // S, f[1]))(min(found)) if found else None
 
 # %% ../../nbs/vamo/07_slots.ipynb #c0ffee12
 def _outcome(winner, price, seen, values, sigma, draws, A, left):
     S = winner.shape[1]
     seen, at = seen & (winner >= 0), winner.clamp(min=0)
-    p, coin = values.gather(1, at), draws[:, S:2*S]
-    if sigma is None: converted = seen & (coin < p)
+    p, coin = values.gather(1, at), draws[:, S : 2 * S]
+    if sigma is None:
+        converted = seen & (coin < p)
     else:
         s = sigma.gather(1, at)
-        converted = seen & (coin < p + 2.001*s)  # the cut leaves the noise below two deviations: only these can convert
+        converted = seen & (
+            coin < p + 2.001 * s
+        )  # the cut leaves the noise below two deviations: only these can convert
         near = converted.nonzero(as_tuple=True)
-        noise = torch.special.ndtri(_low + (1 - 2*_low)*draws[:, 2*S:][near]).to(p.dtype)
-        converted[near] = coin[near] < p[near] + s[near]*noise
+        noise = torch.special.ndtri(_low + (1 - 2 * _low) * draws[:, 2 * S :][near]).to(p.dtype)
+        converted[near] = coin[near] < p[near] + s[near] * noise
     who = (winner + 1).flatten()
-    cost = torch.bincount(who, torch.where(seen, price, 0.).flatten().double(), minlength=A + 1)[1:]
-    return Outcome(winner, price, seen, converted, cost, torch.bincount(who, converted.flatten().double(), minlength=A + 1)[1:], left)
+    cost = torch.bincount(who, torch.where(seen, price, 0.0).flatten().double(), minlength=A + 1)[
+        1:
+    ]
+    return Outcome(
+        winner,
+        price,
+        seen,
+        converted,
+        cost,
+        torch.bincount(who, converted.flatten().double(), minlength=A + 1)[1:],
+        left,
+    )
 
 # %% ../../nbs/vamo/07_slots.ipynb #77870fc7
 def run_auctions(
-    bids:Tensor,            # (n,A) in order of arrival; 0 is no bid
-    values:Tensor,          # (n,A) conversion probabilities
-    budget:Tensor,          # (A,) money left; inf for no limit
-    generator:torch.Generator|None=None, # Source of chance; or give `draws`
-    draws:Tensor|None=None, # (n,2S) uniform numbers: S for being seen, S for converting; (n,3S) with `sigma`
-    sigma:Tensor|None=None, # (n,A) uncertainty of `values`: normal, cut at two deviations; None is certain
-    reserve:float=0.,       # Least bid that wins, and least price
-    exposure:Sequence[float]=(1., .8, .6), # Probability that a slot is seen if the one above was
-)->Outcome:                 # Winners, prices, exposure, conversions, and totals of each bidder
+    bids: Tensor,  # (n,A) in order of arrival; 0 is no bid
+    values: Tensor,  # (n,A) conversion probabilities
+    budget: Tensor,  # (A,) money left; inf for no limit
+    generator: torch.Generator | None = None,  # Source of chance; or give `draws`
+    draws: Tensor
+    | None = None,  # (n,2S) uniform numbers: S for being seen, S for converting; (n,3S) with `sigma`
+    sigma: Tensor
+    | None = None,  # (n,A) uncertainty of `values`: normal, cut at two deviations; None is certain
+    reserve: float = 0.0,  # Least bid that wins, and least price
+    exposure: Sequence[float] = (
+        1.0,
+        0.8,
+        0.6,
+    ),  # Probability that a slot is seen if the one above was
+) -> Outcome:  # Winners, prices, exposure, conversions, and totals of each bidder
     "Auctions in order of arrival, exact in budgets"
     S = len(exposure)
     bids = _check_bids(bids, reserve, S)
     n, A = bids.shape
     budget = torch.as_tensor(budget, dtype=torch.double)
-    if values.shape != bids.shape or budget.shape != (A,): raise ValueError(f"values and budget must be {(n, A)} and ({A},)")
-    if torch.isnan(budget).any() or (budget < 0).any(): raise ValueError("budget must not be negative or NaN")
+    if values.shape != bids.shape or budget.shape != (A,):
+        raise ValueError(f"values and budget must be {(n, A)} and ({A},)")
+    if torch.isnan(budget).any() or (budget < 0).any():
+        raise ValueError("budget must not be negative or NaN")
     if draws is None:
-        if generator is None: raise ValueError("give a generator or draws")
-        draws = torch.rand(n, (2 if sigma is None else 3)*S, generator=generator)
+        if generator is None:
+            raise ValueError("give a generator or draws")
+        draws = torch.rand(n, (2 if sigma is None else 3) * S, generator=generator)
     seen = torch.cumprod(draws[:, :S] < torch.tensor(exposure, dtype=draws.dtype), 1).bool()
     top, idx = _top(bids, S + 1)
     winner, price = _award(top, idx, reserve, S)
     left, own = torch.full((A,), n), False
     while n and (hit := _first_broke(winner, price, seen & (winner >= 0), budget)):
         i, j = hit
-        if not own: bids, own = bids.clone(), True
-        bids[i:, j] = 0; left[j] = i
+        if not own:
+            bids, own = bids.clone(), True
+        bids[i:, j] = 0
+        left[j] = i
         again = ((idx[i:] == j) & (top[i:] > 0)).any(1).nonzero().squeeze(1) + i
         top[again], idx[again] = _top(bids[again], S + 1)
         winner[again], price[again] = _award(top[again], idx[again], reserve, S)
@@ -183,62 +245,96 @@ def run_auctions(
 # %% ../../nbs/vamo/07_slots.ipynb #1910f993
 class ResponseCurve:
     "Expected cost and value of one bidder against given rivals, as a function of the multiplier"
-    def __init__(self,
-        values:Tensor,          # (n,) value of each impression to the bidder; 0 is never won
-        rivals:Tensor,          # (n,S) strongest rivals' bids, descending; 0 for none
-        exposure:Sequence[float]=(1., .8, .48), # (S,) marginal probability that a slot is seen, descending
-        reserve:float=0.,       # Least bid that wins, and least price
-        worth:Tensor|None=None, # (n,) a second quantity to add up, e.g. conversions where `values` is revenue; None repeats `values`
+
+    def __init__(
+        self,
+        values: Tensor,  # (n,) value of each impression to the bidder; 0 is never won
+        rivals: Tensor,  # (n,S) strongest rivals' bids, descending; 0 for none
+        exposure: Sequence[float] = (
+            1.0,
+            0.8,
+            0.48,
+        ),  # (S,) marginal probability that a slot is seen, descending
+        reserve: float = 0.0,  # Least bid that wins, and least price
+        worth: Tensor
+        | None = None,  # (n,) a second quantity to add up, e.g. conversions where `values` is revenue; None repeats `values`
     ):
         v, c = torch.as_tensor(values).double(), torch.as_tensor(rivals).double()
         e = torch.as_tensor(exposure, dtype=torch.double)
         w = v if worth is None else torch.as_tensor(worth).double()
         if c.ndim != 2 or v.shape != c.shape[:1] or w.shape != v.shape or e.shape != c.shape[1:]:
-            raise ValueError(f"values, rivals, worth, exposure of shapes {[tuple(x.shape) for x in (v, c, w, e)]} must be (n,), (n,S), (n,), (S,)")
-        if not all(torch.isfinite(x).all() and (x >= 0).all() for x in (v, c, w)): raise ValueError("values, rivals and worth must be finite and not negative")
-        if c.shape[1] > 1 and (c[:, 1:] > c[:, :-1]).any(): raise ValueError("rivals must descend within a row; sort them")
-        if (e[1:] > e[:-1]).any() or (e < 0).any() or (e > 1).any(): raise ValueError(f"exposure={exposure} must descend within [0, 1]")
+            raise ValueError(
+                f"values, rivals, worth, exposure of shapes {[tuple(x.shape) for x in (v, c, w, e)]} must be (n,), (n,S), (n,), (S,)"
+            )
+        if not all(torch.isfinite(x).all() and (x >= 0).all() for x in (v, c, w)):
+            raise ValueError("values, rivals and worth must be finite and not negative")
+        if c.shape[1] > 1 and (c[:, 1:] > c[:, :-1]).any():
+            raise ValueError("rivals must descend within a row; sort them")
+        if (e[1:] > e[:-1]).any() or (e < 0).any() or (e > 1).any():
+            raise ValueError(f"exposure={exposure} must descend within [0, 1]")
         c = c.clamp(min=reserve)
         n, S = c.shape
         self.n, self.S = n, S
         below = lambda x: torch.nn.functional.pad(x, (0, 1))[..., 1:]
-        de, slot = e - below(e), torch.eye(S, dtype=torch.double) - torch.diag(torch.ones(S - 1, dtype=torch.double), 1)
-        inc = torch.cat([torch.stack([e*c - below(e*c), de*v[:, None], de*w[:, None]], -1), slot.expand(n, S, S)], -1).flatten(0, 1)
-        theta = torch.where(v[:, None] > 0, c/v[:, None], torch.inf).flatten()
+        de, slot = (
+            e - below(e),
+            torch.eye(S, dtype=torch.double) - torch.diag(torch.ones(S - 1, dtype=torch.double), 1),
+        )
+        inc = torch.cat(
+            [
+                torch.stack([e * c - below(e * c), de * v[:, None], de * w[:, None]], -1),
+                slot.expand(n, S, S),
+            ],
+            -1,
+        ).flatten(0, 1)
+        theta = torch.where(v[:, None] > 0, c / v[:, None], torch.inf).flatten()
         keep = theta < torch.inf
         self.thresholds, order = theta[keep].sort(stable=True)
-        self.table = torch.cat([torch.zeros(1, 3 + S, dtype=torch.double), inc[keep][order].cumsum(0)])
+        self.table = torch.cat(
+            [torch.zeros(1, 3 + S, dtype=torch.double), inc[keep][order].cumsum(0)]
+        )
 
 # %% ../../nbs/vamo/07_slots.ipynb #abc5542f
 @patch
-def totals(self:ResponseCurve,
-    a:Tensor,  # (B,) multipliers, at least 0
-)->Tensor:     # (B,3+S) cost, value, worth, and impressions won at each slot
+def totals(
+    self: ResponseCurve,
+    a: Tensor,  # (B,) multipliers, at least 0
+) -> Tensor:  # (B,3+S) cost, value, worth, and impressions won at each slot
     "All totals at any number of multipliers"
     a = torch.as_tensor(a).double()
-    if torch.isnan(a).any() or (a < 0).any(): raise ValueError("a must not be negative or NaN")
+    if torch.isnan(a).any() or (a < 0).any():
+        raise ValueError("a must not be negative or NaN")
     at = torch.searchsorted(self.thresholds, a, right=True)
     return self.table[torch.where(a > 0, at, 0)]
 
+
 @patch
-def evaluate(self:ResponseCurve,
-    a:Tensor,                        # (B,) multipliers, at least 0
-)->tuple[Tensor, Tensor, Tensor]:    # (B,) expected cost; (B,) expected value; (B,S) impressions won at each slot
+def evaluate(
+    self: ResponseCurve,
+    a: Tensor,  # (B,) multipliers, at least 0
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # (B,) expected cost; (B,) expected value; (B,S) impressions won at each slot
     "Cost, value and slots at any number of multipliers"
     x = self.totals(a)
     return x[..., 0], x[..., 1], x[..., 3:]
 
 # %% ../../nbs/vamo/07_slots.ipynb #b0855c2d
 def score(
-    conversions,      # Conversions, at least 0; any shape
-    cost,             # Money spent, same shape
-    cpa_target,       # Largest cost per conversion, positive; inf for none
-    beta:float=2.,    # Exponent of the penalty, at least 0
-)->Tensor:            # Conversions, reduced where their cost exceeds the target; 0 without conversions
+    conversions,  # Conversions, at least 0; any shape
+    cost,  # Money spent, same shape
+    cpa_target,  # Largest cost per conversion, positive; inf for none
+    beta: float = 2.0,  # Exponent of the penalty, at least 0
+) -> Tensor:  # Conversions, reduced where their cost exceeds the target; 0 without conversions
     "Benchmark score of a bidder"
-    v, c, target = torch.broadcast_tensors(*(torch.as_tensor(x, dtype=torch.double) for x in (conversions, cost, cpa_target)))
-    if not (math.isfinite(beta) and beta >= 0): raise ValueError(f"beta={beta} must be a finite number, at least 0")
-    if not (v >= 0).all() or not (c >= 0).all(): raise ValueError("conversions and cost must not be negative or NaN")
-    if not (target > 0).all(): raise ValueError("cpa_target must be positive; inf means no target")
-    over = (c > target*v) & (v > 0)
-    return v*torch.where(over, (target*v/c.clamp(min=1e-300)), 1.)**beta
+    v, c, target = torch.broadcast_tensors(
+        *(torch.as_tensor(x, dtype=torch.double) for x in (conversions, cost, cpa_target))
+    )
+    if not (math.isfinite(beta) and beta >= 0):
+        raise ValueError(f"beta={beta} must be a finite number, at least 0")
+    if not (v >= 0).all() or not (c >= 0).all():
+        raise ValueError("conversions and cost must not be negative or NaN")
+    if not (target > 0).all():
+        raise ValueError("cpa_target must be positive; inf means no target")
+    over = (c > target * v) & (v > 0)
+    return v * torch.where(over, (target * v / c.clamp(min=1e-300)), 1.0) ** beta

@@ -17,105 +17,136 @@ from torch.nn import functional as F
 # %% ../../nbs/vamo/04_temporal.ipynb #91053cc9
 def _series(x, name="x", least=4):
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a tensor of floats, not {getattr(x, 'dtype', type(x).__name__)}")
-    if x.ndim != 3 or 0 in x.shape: raise ValueError(f"{name} has shape {tuple(x.shape)}; it needs (batch, steps, channels), none empty")
-    if x.shape[1] < least: raise ValueError(f"{name} has {x.shape[1]} steps; a period needs at least {least}")
-    if not x.isfinite().all(): raise ValueError(f"{name} has NaN or infinite values; fill the gaps first")
+        raise TypeError(
+            f"{name} must be a tensor of floats, not {getattr(x, 'dtype', type(x).__name__)}"
+        )
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; it needs (batch, steps, channels), none empty"
+        )
+    if x.shape[1] < least:
+        raise ValueError(f"{name} has {x.shape[1]} steps; a period needs at least {least}")
+    if not x.isfinite().all():
+        raise ValueError(f"{name} has NaN or infinite values; fill the gaps first")
+
 
 def amplitudes(
-    x:Tensor, # (B,T,C) series
-)->Tensor:    # (B, T//2+1) amplitude at 0, 1, ... cycles per window, the first set to 0
+    x: Tensor,  # (B,T,C) series
+) -> Tensor:  # (B, T//2+1) amplitude at 0, 1, ... cycles per window, the first set to 0
     "Mean amplitude over the channels at each frequency"
     _series(x)
-    A = torch.fft.rfft((x - x[:, :1]).to(torch.promote_types(x.dtype, torch.float32)), dim=1).abs().mean(2)
+    A = (
+        torch.fft.rfft((x - x[:, :1]).to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+        .abs()
+        .mean(2)
+    )
     return F.pad(A[:, 1:], (1, 0))
 
 # %% ../../nbs/vamo/04_temporal.ipynb #ddecf6a6
 def _top(A, k):
     "The k strongest frequencies of a spectrum (...,F), strongest first, ties to the lower one"
     n = A.shape[-1] - 1
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n: raise ValueError(f"k={k} must be between 1 and {n}, the frequencies of this window")
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
+        raise ValueError(f"k={k} must be between 1 and {n}, the frequencies of this window")
     return A[..., 1:].sort(dim=-1, descending=True, stable=True).indices[..., :k] + 1
+
 
 def _comb(A, k):
     "k fundamentals of a spectrum (F,): strongest comb of harmonics, taken out before the next is sought"
     n, rest, found = len(A) - 1, (A - A[1:].median()).clone(), []
     for _ in range(k):
-        score = torch.stack([rest[f::f].sum()/len(rest[f::f])**.5 for f in range(1, n + 1)])
-        if found: score[torch.tensor(found) - 1] = -torch.inf
+        score = torch.stack([rest[f::f].sum() / len(rest[f::f]) ** 0.5 for f in range(1, n + 1)])
+        if found:
+            score[torch.tensor(found) - 1] = -torch.inf
         found.append(int(score.sort(descending=True, stable=True).indices[0]) + 1)
-        rest[found[-1]::found[-1]] = 0
+        rest[found[-1] :: found[-1]] = 0
     return torch.tensor(found, device=A.device)
 
 # %% ../../nbs/vamo/04_temporal.ipynb #9adc0776
 def detect_periods(
-    x:Tensor,              # (B,T,C) series, T >= 4
-    k:int,                 # How many periods, at most T/2
-    comb:bool=False,       # Look for fundamentals with their harmonics instead of single frequencies
-)->tuple[Tensor, Tensor]:  # Periods (k,) in steps, strongest first, and each sample's amplitude (B,k) at their frequencies
+    x: Tensor,  # (B,T,C) series, T >= 4
+    k: int,  # How many periods, at most T/2
+    comb: bool = False,  # Look for fundamentals with their harmonics instead of single frequencies
+) -> tuple[
+    Tensor, Tensor
+]:  # Periods (k,) in steps, strongest first, and each sample's amplitude (B,k) at their frequencies
     "The strongest periods of a batch, from its mean spectrum"
     A = amplitudes(x)
     f = _top(A.mean(0), k)
-    if comb: f = _comb(A.mean(0), k)
-    return x.shape[1]//f, A[:, f]
+    if comb:
+        f = _comb(A.mean(0), k)
+    return x.shape[1] // f, A[:, f]
 
 # %% ../../nbs/vamo/04_temporal.ipynb #63b26ca1
 def planted_days(
-    periods:Sequence,               # Periods in steps
-    B:int=4,                        # Days
-    T:int=48,                       # Steps of a day
-    C:int=2,                        # Channels
-    noise:float=1.,                 # Standard deviation of the white noise
-    generator:torch.Generator|None=None, # Source of phases, heights and noise
-)->Tensor:                          # (B,T,C)
+    periods: Sequence,  # Periods in steps
+    B: int = 4,  # Days
+    T: int = 48,  # Steps of a day
+    C: int = 2,  # Channels
+    noise: float = 1.0,  # Standard deviation of the white noise
+    generator: torch.Generator | None = None,  # Source of phases, heights and noise
+) -> Tensor:  # (B,T,C)
     "Sines of the given periods with random phases, and white noise"
-    if any(p <= 0 for p in periods): raise ValueError(f"periods={list(periods)} must be positive")
-    if noise < 0: raise ValueError(f"noise={noise} must not be negative")
+    if any(p <= 0 for p in periods):
+        raise ValueError(f"periods={list(periods)} must be positive")
+    if noise < 0:
+        raise ValueError(f"noise={noise} must not be negative")
     t, g = torch.arange(float(T))[:, None], generator
-    x = noise*torch.randn(B, T, C, generator=g)
+    x = noise * torch.randn(B, T, C, generator=g)
     for p in periods:
-        phase, height = 2*torch.pi*torch.rand(B, 1, C, generator=g), .8 + .4*torch.rand(B, 1, C, generator=g)
-        x = x + height*torch.sin(2*torch.pi*t/p + phase)
+        phase, height = (
+            2 * torch.pi * torch.rand(B, 1, C, generator=g),
+            0.8 + 0.4 * torch.rand(B, 1, C, generator=g),
+        )
+        x = x + height * torch.sin(2 * torch.pi * t / p + phase)
     return x
 
 # %% ../../nbs/vamo/04_temporal.ipynb #157a9dfc
 def fold(
-    x:Tensor, # (B,T,C) series
-    p:int,    # Period in steps
-)->Tensor:    # (B,C,rows,p), one period a row, the last padded with zeros
+    x: Tensor,  # (B,T,C) series
+    p: int,  # Period in steps
+) -> Tensor:  # (B,C,rows,p), one period a row, the last padded with zeros
     "A series as a matrix with one period per row"
     B, T, C = x.shape
-    if not 1 <= p <= T: raise ValueError(f"p={p} must be between 1 and T={T}")
-    return F.pad(x, (0, 0, 0, -T % p)).reshape(B, -(-T//p), p, C).permute(0, 3, 1, 2)
+    if not 1 <= p <= T:
+        raise ValueError(f"p={p} must be between 1 and T={T}")
+    return F.pad(x, (0, 0, 0, -T % p)).reshape(B, -(-T // p), p, C).permute(0, 3, 1, 2)
+
 
 def unfold(
-    z:Tensor, # (B,C,rows,p) folded series
-    T:int,    # Steps to keep
-)->Tensor:    # (B,T,C)
+    z: Tensor,  # (B,C,rows,p) folded series
+    T: int,  # Steps to keep
+) -> Tensor:  # (B,T,C)
     "The series of a folded matrix"
     return z.flatten(2)[:, :, :T].transpose(1, 2)
 
 # %% ../../nbs/vamo/04_temporal.ipynb #56cb23de
 class Inception(nn.Module):
     "2-D convolutions of sizes 1, 3, ..., averaged, run as one"
-    def __init__(self,
-        c_in:int,       # Channels in
-        c_out:int,      # Channels out
-        kernels:int=3,  # How many sizes
+
+    def __init__(
+        self,
+        c_in: int,  # Channels in
+        c_out: int,  # Channels out
+        kernels: int = 3,  # How many sizes
     ):
         super().__init__()
-        if kernels < 1: raise ValueError(f"kernels={kernels} must be at least 1")
-        self.convs = nn.ModuleList(nn.Conv2d(c_in, c_out, 2*i + 1, padding=i) for i in range(kernels))
+        if kernels < 1:
+            raise ValueError(f"kernels={kernels} must be at least 1")
+        self.convs = nn.ModuleList(
+            nn.Conv2d(c_in, c_out, 2 * i + 1, padding=i) for i in range(kernels)
+        )
 
-    def merged(self)->tuple[Tensor, Tensor]: # Kernel (c_out, c_in, 2j-1, 2j-1) and bias (c_out,)
+    def merged(self) -> tuple[Tensor, Tensor]:  # Kernel (c_out, c_in, 2j-1, 2j-1) and bias (c_out,)
         "The averaged kernel"
         j = len(self.convs)
-        w = sum(F.pad(c.weight, (j - 1 - i,)*4) for i, c in enumerate(self.convs))/j
-        return w, sum(c.bias for c in self.convs)/j
+        w = sum(F.pad(c.weight, (j - 1 - i,) * 4) for i, c in enumerate(self.convs)) / j
+        return w, sum(c.bias for c in self.convs) / j
 
-    def forward(self,
-        z:Tensor, # (B,c_in,rows,p)
-    )->Tensor:    # (B,c_out,rows,p)
+    def forward(
+        self,
+        z: Tensor,  # (B,c_in,rows,p)
+    ) -> Tensor:  # (B,c_out,rows,p)
         "Convolve with the averaged kernel"
         w, b = self.merged()
         return F.conv2d(z, w, b, padding=len(self.convs) - 1)
@@ -123,121 +154,167 @@ class Inception(nn.Module):
 # %% ../../nbs/vamo/04_temporal.ipynb #e1b7d89a
 class TimesBlock(nn.Module):
     "Fold at the strongest periods, convolve over time and phase, mix by amplitude, add the input"
-    def __init__(self,
-        d:int,                     # Channels in and out
-        d_ff:int,                  # Channels between the convolutions
-        T:int,                     # Steps of a series
-        k:int=2,                   # Periods
-        kernels:int=3,             # Kernel sizes of a convolution
-        periods:Sequence|None=None,# Fixed periods in steps, 2 to T; None detects them
-        weights:str="raw",         # Mix by "raw" amplitudes (TimesNet) or by "mean" ones, divided by T
+
+    def __init__(
+        self,
+        d: int,  # Channels in and out
+        d_ff: int,  # Channels between the convolutions
+        T: int,  # Steps of a series
+        k: int = 2,  # Periods
+        kernels: int = 3,  # Kernel sizes of a convolution
+        periods: Sequence | None = None,  # Fixed periods in steps, 2 to T; None detects them
+        weights: str = "raw",  # Mix by "raw" amplitudes (TimesNet) or by "mean" ones, divided by T
     ):
         super().__init__()
-        if T < 4: raise ValueError(f"T={T} steps are too few for a period; at least 4")
-        if weights not in ("raw", "mean"): raise ValueError(f"weights={weights!r} must be 'raw' or 'mean'")
-        if periods is not None and (not len(periods) or any(int(p) != p or not 2 <= p <= T for p in periods)):
+        if T < 4:
+            raise ValueError(f"T={T} steps are too few for a period; at least 4")
+        if weights not in ("raw", "mean"):
+            raise ValueError(f"weights={weights!r} must be 'raw' or 'mean'")
+        if periods is not None and (
+            not len(periods) or any(int(p) != p or not 2 <= p <= T for p in periods)
+        ):
             raise ValueError(f"periods={periods} must be whole numbers between 2 and T={T}")
         self.k = len(periods) if periods is not None else k
-        if not 1 <= self.k <= T//2: raise ValueError(f"k={self.k} must be between 1 and T/2={T//2}")
+        if not 1 <= self.k <= T // 2:
+            raise ValueError(f"k={self.k} must be between 1 and T/2={T // 2}")
         self.T, self.weights = T, weights
-        self.freqs = None if periods is None else [round(T/p) for p in periods]
+        self.freqs = None if periods is None else [round(T / p) for p in periods]
         self.periods = None if periods is None else [int(p) for p in periods]
         self.first, self.second = Inception(d, d_ff, kernels), Inception(d_ff, d, kernels)
 
 # %% ../../nbs/vamo/04_temporal.ipynb #1cf65bab
 @patch
-def mixing(self:TimesBlock,
-    x:Tensor,        # (B,T,d)
-    freqs:Sequence,  # Frequencies in cycles per window
-)->Tensor:           # (B,k) weights, rows sum to one
+def mixing(
+    self: TimesBlock,
+    x: Tensor,  # (B,T,d)
+    freqs: Sequence,  # Frequencies in cycles per window
+) -> Tensor:  # (B,k) weights, rows sum to one
     "Softmax over each sample's amplitudes at the given frequencies"
-    angle = 2*torch.pi*torch.arange(self.T, dtype=x.dtype, device=x.device)[:, None]*torch.tensor(freqs, dtype=x.dtype, device=x.device)/self.T
+    angle = (
+        2
+        * torch.pi
+        * torch.arange(self.T, dtype=x.dtype, device=x.device)[:, None]
+        * torch.tensor(freqs, dtype=x.dtype, device=x.device)
+        / self.T
+    )
     c, s = (torch.einsum("btd,tk->bkd", x, w) for w in (angle.cos(), angle.sin()))
     A = (c**2 + s**2 + 1e-8).sqrt().mean(2)
-    return (A if self.weights == "raw" else A/self.T).softmax(1)
+    return (A if self.weights == "raw" else A / self.T).softmax(1)
+
 
 @patch
-def _mix(self:TimesBlock, x, freqs, periods):
+def _mix(self: TimesBlock, x, freqs, periods):
     w, out = self.mixing(x, freqs), x
-    for p in dict.fromkeys(periods):   # several frequencies may share a period: fold once
+    for p in dict.fromkeys(periods):  # several frequencies may share a period: fold once
         y = unfold(self.second(F.gelu(self.first(fold(x, p)))), self.T)
-        out = out + w[:, [i for i, q in enumerate(periods) if q == p]].sum(1)[:, None, None]*y
+        out = out + w[:, [i for i, q in enumerate(periods) if q == p]].sum(1)[:, None, None] * y
     return out
 
 # %% ../../nbs/vamo/04_temporal.ipynb #46885ccc
 @patch
-def forward(self:TimesBlock,
-    x:Tensor, # (B,T,d)
-)->Tensor:    # (B,T,d)
+def forward(
+    self: TimesBlock,
+    x: Tensor,  # (B,T,d)
+) -> Tensor:  # (B,T,d)
     "Periodic residual update (TimesNet, Eq. 5 and 6)"
-    if x.ndim != 3 or x.shape[1] != self.T: raise ValueError(f"x has shape {tuple(x.shape)}; this block takes (batch, T={self.T}, d)")
-    if self.freqs is not None: return self._mix(x, self.freqs, self.periods)
+    if x.ndim != 3 or x.shape[1] != self.T:
+        raise ValueError(f"x has shape {tuple(x.shape)}; this block takes (batch, T={self.T}, d)")
+    if self.freqs is not None:
+        return self._mix(x, self.freqs, self.periods)
     A = amplitudes(x.detach())
     if self.training:
         f = _top(A.mean(0), self.k)
-        return self._mix(x, f.tolist(), (self.T//f).tolist())
+        return self._mix(x, f.tolist(), (self.T // f).tolist())
     own, group = _top(A, self.k).unique(dim=0, return_inverse=True)
     out = torch.empty_like(x)
-    for i, f in enumerate(own): out[group == i] = self._mix(x[group == i], f.tolist(), (self.T//f).tolist())
+    for i, f in enumerate(own):
+        out[group == i] = self._mix(x[group == i], f.tolist(), (self.T // f).tolist())
     return out
 
+
 @patch
-def fix_periods(self:TimesBlock,
-    x:Tensor,         # (N,T,C) training series, of the same length
-    comb:bool=False,  # Look for fundamentals, as in `detect_periods`
-)->list:              # The periods in steps
+def fix_periods(
+    self: TimesBlock,
+    x: Tensor,  # (N,T,C) training series, of the same length
+    comb: bool = False,  # Look for fundamentals, as in `detect_periods`
+) -> list:  # The periods in steps
     "Use the strongest periods of these series from now on"
-    if x.ndim != 3 or x.shape[1] != self.T: raise ValueError(f"x has shape {tuple(x.shape)}; it needs (N, T={self.T}, channels)")
+    if x.ndim != 3 or x.shape[1] != self.T:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it needs (N, T={self.T}, channels)")
     A = amplitudes(x).mean(0)
     f = _comb(A, self.k) if comb else _top(A, self.k)
-    self.freqs, self.periods = f.tolist(), (self.T//f).tolist()
+    self.freqs, self.periods = f.tolist(), (self.T // f).tolist()
     return self.periods
 
 # %% ../../nbs/vamo/04_temporal.ipynb #cef9d127
 class TimeOfDay(nn.Module):
     "Sines and cosines of the time of day, mapped to d channels"
-    def __init__(self,
-        d:int,            # Channels
-        T:int=48,         # Steps of a day
-        harmonics:int=3,  # Frequencies 1, 2, ... per day
+
+    def __init__(
+        self,
+        d: int,  # Channels
+        T: int = 48,  # Steps of a day
+        harmonics: int = 3,  # Frequencies 1, 2, ... per day
     ):
         super().__init__()
-        if not 1 <= harmonics <= T//2: raise ValueError(f"harmonics={harmonics} must be between 1 and T/2={T//2}")
-        self.T, self.harmonics, self.map = T, harmonics, nn.Linear(2*harmonics, d)
+        if not 1 <= harmonics <= T // 2:
+            raise ValueError(f"harmonics={harmonics} must be between 1 and T/2={T // 2}")
+        self.T, self.harmonics, self.map = T, harmonics, nn.Linear(2 * harmonics, d)
 
-    def forward(self,
-        steps:Tensor, # (...) step numbers, any day: 48 is midnight again
-    )->Tensor:        # (...,d)
+    def forward(
+        self,
+        steps: Tensor,  # (...) step numbers, any day: 48 is midnight again
+    ) -> Tensor:  # (...,d)
         "Embedding of each step"
         w = self.map.weight
-        angle = 2*torch.pi*steps.to(w.dtype)[..., None]*torch.arange(1, self.harmonics + 1, dtype=w.dtype, device=w.device)/self.T
+        angle = (
+            2
+            * torch.pi
+            * steps.to(w.dtype)[..., None]
+            * torch.arange(1, self.harmonics + 1, dtype=w.dtype, device=w.device)
+            / self.T
+        )
         return self.map(torch.cat([angle.cos(), angle.sin()], -1))
 
 # %% ../../nbs/vamo/04_temporal.ipynb #c8b7766b
 class ContextEncoder(nn.Module):
     "Several past days as one condition vector"
-    def __init__(self,
-        c_in:int,                   # Channels of the context: traffic, price level, value level, ...
-        d:int,                      # Size of the vector
-        T:int=48,                   # Steps of a day
-        days:int=3,                 # Past days
-        blocks:int=1,               # TimesBlocks
-        kernels:int=2,              # Kernel sizes of each
-        periods:Sequence|None=None, # Fixed periods in steps; None takes the day and half a day
+
+    def __init__(
+        self,
+        c_in: int,  # Channels of the context: traffic, price level, value level, ...
+        d: int,  # Size of the vector
+        T: int = 48,  # Steps of a day
+        days: int = 3,  # Past days
+        blocks: int = 1,  # TimesBlocks
+        kernels: int = 2,  # Kernel sizes of each
+        periods: Sequence
+        | None = None,  # Fixed periods in steps; None takes the day and half a day
     ):
         super().__init__()
-        if days < 1: raise ValueError(f"days={days} must be at least 1")
+        if days < 1:
+            raise ValueError(f"days={days} must be at least 1")
         self.T, self.days, self.c_in = T, days, c_in
         self.embed, self.clock = nn.Linear(c_in, d), TimeOfDay(d, T)
-        self.blocks = nn.ModuleList(TimesBlock(d, d, days*T, kernels=kernels, periods=periods or (T, T//2), weights="mean") for _ in range(blocks))
-        self.norm, self.out = nn.LayerNorm(3*d), nn.Linear(3*d, d)
+        self.blocks = nn.ModuleList(
+            TimesBlock(
+                d, d, days * T, kernels=kernels, periods=periods or (T, T // 2), weights="mean"
+            )
+            for _ in range(blocks)
+        )
+        self.norm, self.out = nn.LayerNorm(3 * d), nn.Linear(3 * d, d)
 
-    def forward(self,
-        x:Tensor, # (B, days*T, c_in) oldest step first
-    )->Tensor:    # (B,d)
+    def forward(
+        self,
+        x: Tensor,  # (B, days*T, c_in) oldest step first
+    ) -> Tensor:  # (B,d)
         "The context vector"
-        want = (self.days*self.T, self.c_in)
-        if x.ndim != 3 or x.shape[1:] != want: raise ValueError(f"x has shape {tuple(x.shape)}; it needs (batch, days*T={want[0]}, channels={want[1]})")
+        want = (self.days * self.T, self.c_in)
+        if x.ndim != 3 or x.shape[1:] != want:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; it needs (batch, days*T={want[0]}, channels={want[1]})"
+            )
         h = self.embed(x) + self.clock(torch.arange(want[0], device=x.device))
-        for b in self.blocks: h = b(h)
-        return self.out(self.norm(torch.cat([h.mean(1), h[:, -self.T:].mean(1), h[:, -1]], 1)))
+        for b in self.blocks:
+            h = b(h)
+        return self.out(self.norm(torch.cat([h.mean(1), h[:, -self.T :].mean(1), h[:, -1]], 1)))
