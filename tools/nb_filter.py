@@ -1,5 +1,9 @@
-"Notebook filter for the site: nbdev directives in, a plain Quarto notebook out (standard input to standard output)"
+"""Notebook filter for the site: our notebook in, a plain Quarto notebook out (standard input to standard output).
 
+A notebook reads right in JupyterLab as it stands: equations carry `\\tag{n}`, a figure's cell ends with `caption(n, "...")`,
+and the prose says "Figure n" and "equation (n)". Here those become the labels and references that Quarto links."""
+
+import ast
 import json
 import re
 import sys
@@ -56,7 +60,9 @@ def option(src: str, key: str):  # Value of `#| key: value`, or None
         m = re.match(rf"^\s*#\s*\|\s*{re.escape(key)}\s*:\s*(.+?)\s*$", line)
         if m:
             val = m[1]
-            return val[1:-1] if len(val) > 1 and val[0] == val[-1] and val[0] in "\"'" else val
+            if len(val) > 1 and val[0] == val[-1] and val[0] in "\"'":
+                return val[1:-1].replace("''", "'") if val[0] == "'" else val[1:-1]
+            return val
     return None
 
 
@@ -72,6 +78,49 @@ def title_cell(src: str):  # (title, description, rest) or None
         return None
     desc = " ".join(line.lstrip("> \t").rstrip() for line in m[2].splitlines())
     return m[1], desc, m[3].strip()
+
+
+def caption_call(src: str):  # (number, the cell without it) or None
+    "The `caption(number, text)` that ends a figure cell"
+    if "caption(" not in src:
+        return None
+    try:
+        last = ast.parse(re.sub(r"^(\s*)[%!]", r"\1#", src, flags=re.M)).body[-1]
+    except (SyntaxError, IndexError):
+        return None
+    call = getattr(last, "value", None)
+    if not isinstance(call, ast.Call) or getattr(call.func, "id", "") != "caption":
+        return None
+    if len(call.args) != 2 or not isinstance(call.args[0], ast.Constant):
+        return None
+    return call.args[0].value, "\n".join(src.splitlines()[: last.lineno - 1])
+
+
+def _prose(src, change):
+    "Apply a function to Markdown outside of code and maths"
+    parts = re.split(r"(```.*?```|``.+?``|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$)", src, flags=re.S)
+    return "".join(p if i % 2 else change(p) for i, p in enumerate(parts))
+
+
+def labelled(src: str):  # Markdown with `{#eq-n}` behind the equations that carry a tag
+    "Tags of equations as labels"
+    return re.sub(r"\s*\\tag\{(\d+)\}\s*\$\$", r" $$ {#eq-\1}", src)
+
+
+def referring(src: str, numbers: dict):  # `numbers`: fig and eq -> numbers there are on the page
+    "Words that name a figure or an equation of this page as references"
+
+    def link(kind):
+        def f(m):
+            return f"{m[1]}@{kind}-{m[2]}" if int(m[2]) in numbers[kind] else m[0]
+
+        return f
+
+    def change(p):
+        p = re.sub(r"(^|[\s(])Figure (\d+)\b", link("fig"), p)
+        return re.sub(r"(^|[\s(])[Ee]quation \((\d+)\)", link("eq"), p)
+
+    return _prose(src, change)
 
 
 def _outputs(outs):
@@ -90,6 +139,10 @@ def _outputs(outs):
 
 def convert(nb: dict):  # Notebook as read by `json`; changed in place and returned
     "Apply the filter to one notebook"
+    sources = [(c["cell_type"], text(c["source"])) for c in nb["cells"]]
+    captions = [caption_call(body(s)) for t, s in sources if t == "code"]
+    tags = re.findall(r"\\tag\{(\d+)\}", "\n".join(s for t, s in sources if t == "markdown"))
+    numbers = dict(fig={c[0] for c in captions if c}, eq={int(n) for n in tags})
     cells = []
     for c in nb["cells"]:
         src, tags = text(c["source"]), c.get("metadata", {}).get("tags", [])
@@ -100,8 +153,17 @@ def convert(nb: dict):  # Notebook as read by `json`; changed in place and retur
             head = [l for l, n in zip(src.splitlines(), names) if n not in OURS]
             if EXPORT & set(names):
                 head.append("#| classes: exported")
-            c["source"] = "\n".join(head + [body(src)])
-            c["outputs"] = _outputs(c.get("outputs", []))
+            code, outputs = body(src), _outputs(c.get("outputs", []))
+            if found := caption_call(code):
+                number, code = found
+                lead = f"**Figure {number}.** "
+                shown = [text(o.get("data", {}).get("text/markdown", "")) for o in outputs]
+                what = next((t.removeprefix(lead) for t in shown if t.startswith(lead)), "")
+                quoted = referring(what, numbers).replace("'", "''")
+                head += [f"#| label: fig-{number}", f"#| fig-cap: '{quoted}'"]
+                outputs = [o for o, t in zip(outputs, shown) if not t.startswith(lead)]
+            c["source"] = "\n".join(head + [code])
+            c["outputs"] = outputs
         elif not cells and c["cell_type"] == "markdown" and (t := title_cell(src)):
             meta = dict(title=t[0]) | (dict(description=t[1]) if t[1] else {})
             front = (
@@ -113,6 +175,8 @@ def convert(nb: dict):  # Notebook as read by `json`; changed in place and retur
             if t[2]:
                 cells.append(dict(cell_type="markdown", metadata={}, source=t[2], id="front-body"))
             continue
+        elif c["cell_type"] == "markdown":
+            c["source"] = referring(labelled(src), numbers)
         cells.append(c)
     for c in cells:
         c["source"] = text(c["source"]).splitlines(
