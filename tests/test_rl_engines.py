@@ -6,15 +6,8 @@ from hypothesis import given, settings, strategies as st
 
 from llmpapers.core.lm import TinyLMConfig, tiny_lm, word_tokenizer
 from llmpapers.rl.decoder import why_not
-from llmpapers.rl.engines import (
-    HFEngine,
-    ScriptedEngine,
-    WeightSyncError,
-    check_sync,
-    generate,
-    probe_ids,
-    sample_tokens,
-)
+from llmpapers.rl.engines import HFEngine, ScriptedEngine, generate, sample_tokens
+from llmpapers.rl.weights import WeightSyncError, check_sync, probe_ids
 from llmpapers.rl.logprobs import token_logprobs
 from llmpapers.rl.types import Request, SamplingConfig
 

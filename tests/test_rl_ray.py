@@ -15,9 +15,9 @@ import json, os, signal, sys, threading, time
 import torch
 from pathlib import Path
 from llmpapers.rl.buffer import SampleBuffer
-from llmpapers.rl.controller import AsyncController
+from llmpapers.rl.loop import AsyncController
 from llmpapers.rl.engines import ScriptedEngine
-from llmpapers.rl.pool import RolloutPool, start_ray
+from llmpapers.rl.ray import RolloutPool, start_ray
 from llmpapers.rl.types import Sample, SamplingConfig
 
 class Engine(ScriptedEngine):

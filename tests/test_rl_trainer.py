@@ -19,7 +19,7 @@ from llmpapers.core.lm import TinyLMConfig, char_tokenizer, tiny_lm
 from llmpapers.rl.buffer import SampleBuffer
 from llmpapers.rl.checkpoint import checkpoint_fault, latest, load, save
 from llmpapers.rl.losses import PolicyLossConfig, losses, modes
-from llmpapers.rl.metrics import MetricsLog, read_metrics
+from llmpapers.rl.checkpoint import MetricsLog, read_metrics
 from llmpapers.rl.trainer import PolicyTrainer, micro_batches, terminal_rewards
 from llmpapers.rl.types import Group, Sample, collate
 

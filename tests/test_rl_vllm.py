@@ -14,7 +14,8 @@ import json, sys, random
 import torch
 from pathlib import Path
 from llmpapers.core.lm import LM, TinyLMConfig, save_lm, tiny_lm, word_tokenizer
-from llmpapers.rl.engines import HFEngine, WeightSyncError, check_sync, generate, probe_ids
+from llmpapers.rl.engines import HFEngine, generate
+from llmpapers.rl.weights import WeightSyncError, check_sync, probe_ids
 from llmpapers.rl.logprobs import token_logprobs
 from llmpapers.rl.types import Request, SamplingConfig
 from llmpapers.rl.vllm import VLLMEngine
@@ -73,9 +74,9 @@ if __name__ == "__main__":
     e.abort()
     # training through the engine
     from llmpapers.rl.buffer import SampleBuffer
-    from llmpapers.rl.controller import AsyncController
-    from llmpapers.rl.env import SingleTurn
-    from llmpapers.rl.loop import InProcessPool
+    from llmpapers.rl.loop import AsyncController
+    from llmpapers.rl.rollout import SingleTurn
+    from llmpapers.rl.pools import InProcessPool
     from llmpapers.rl.losses import PolicyLossConfig
     from llmpapers.rl.trainer import PolicyTrainer
     m = lm(0); t = PolicyTrainer(m, torch.optim.AdamW(m.parameters(), lr=3e-3), PolicyLossConfig("ppo"))
@@ -91,10 +92,10 @@ actors = (
     + r"""
 if __name__ == "__main__":
     from llmpapers.rl.buffer import SampleBuffer
-    from llmpapers.rl.controller import AsyncController
-    from llmpapers.rl.env import SingleTurn
+    from llmpapers.rl.loop import AsyncController
+    from llmpapers.rl.rollout import SingleTurn
     from llmpapers.rl.losses import PolicyLossConfig
-    from llmpapers.rl.pool import RolloutPool, start_ray
+    from llmpapers.rl.ray import RolloutPool, start_ray
     from llmpapers.rl.trainer import PolicyTrainer
     folder = str(save_lm(LM(lm(0), tok, "a"), sys.argv[1] + "/model"))
     start_ray(2)

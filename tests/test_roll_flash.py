@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from llmpapers.rl.buffer import SampleBuffer
-from llmpapers.rl.sim import simulate
+from llmpapers.roll_flash.simulator import simulate
 from llmpapers.roll_flash.environments import simulate_env_rollout, simulate_redundancy
 from llmpapers.roll_flash.rollout import (
     simulate_batch_filtering,

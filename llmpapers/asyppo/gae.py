@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..rl.advantages import gae
-from ..rl.logprobs import masked_mean, masked_whiten as whiten
+from ..rl.logprobs import masked_mean
+from ..rl.logprobs import masked_whiten as whiten
 from ..rl.trainer import terminal_rewards as _of_batch
 
 # %% ../../nbs/asyppo/01_gae.ipynb #a632ff0a

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .critics import ValueModel, ensemble_stats, shard_groups
 from .gae import gae, terminal_rewards, whiten
@@ -22,7 +21,7 @@ from .loss import asyppo_loss
 from .masks import advantage_mask, random_mask
 from .train import AsyPPOConfig, MiniCritic, SumTask, start_model, train_asyppo
 from ..core.artifacts import artifact
-from ..core.lm import LM, TinyLMConfig, tiny_lm
+from ..core.lm import TinyLMConfig, tiny_lm
 from ..core.scale import rng
 from ..rl.advantages import group_advantages
 

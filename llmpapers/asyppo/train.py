@@ -13,22 +13,22 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
+from ..rl.pools import InProcessPool
+from ..rl.rollout import SingleTurn
 from torch import Tensor, nn
 
 from .critics import ValueModel, check_vocab, ensemble_stats, shard_groups
 from .gae import explained_variance, gae, terminal_rewards, whiten
 from .loss import asyppo_loss
 from .masks import advantage_mask, entropy_mask, random_mask
-from ..core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm, word_tokenizer
 from ..core.artifacts import artifact
+from ..core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm, word_tokenizer
 from ..core.scale import need, rng
 from ..core.train import TrainConfig, train
 from ..rl.advantages import group_advantages
 from ..rl.buffer import SampleBuffer
-from ..rl.controller import AsyncController
 from ..rl.engines import HFEngine
-from ..rl.env import SingleTurn
-from ..rl.loop import InProcessPool, train_sync
+from ..rl.loop import AsyncController, train_sync
 from ..rl.losses import PolicyLossConfig, policy_loss
 from ..rl.trainer import PolicyTrainer, cpu_copy
 from ..rl.types import Batch, SamplingConfig

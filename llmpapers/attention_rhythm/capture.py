@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from llmpapers.attention_rhythm.metrics import (
     HeadSplit,
+    _response,
     aggregate_heads,
     fai,
     fai_support,
@@ -34,7 +34,6 @@ from llmpapers.attention_rhythm.metrics import (
     split_heads,
     waad,
 )
-from .metrics import _response
 from ..core.bench import extra_peak
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #809cfebf

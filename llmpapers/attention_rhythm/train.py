@@ -18,13 +18,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from fastcore.basics import patch
+from ..rl.pools import InProcessPool
+from ..rl.rollout import SingleTurn
 from torch import Tensor
 
 from .analysis import token_entropy
@@ -55,14 +57,12 @@ from llmpapers.core.lm import (
     tiny_lm,
 )
 from ..core.scale import rng
-from ..core.tasks import ChainLMConfig, ChainTask, chain_lm, chain_scales
+from ..core.tasks import ChainTask, chain_lm, chain_scales
 from ..core.train import TrainConfig, train
 from ..rl.advantages import group_advantages
 from ..rl.buffer import SampleBuffer
-from ..rl.controller import AsyncController
 from ..rl.engines import HFEngine, generate
-from ..rl.env import SingleTurn
-from ..rl.loop import InProcessPool, train_sync
+from ..rl.loop import AsyncController, train_sync
 from ..rl.losses import PolicyLossConfig
 from ..rl.rewards import ChainReward, Countdown, evaluate
 from ..rl.trainer import PolicyTrainer

@@ -72,9 +72,10 @@ def run_ours(
 ) -> dict:  # Lists: seconds, tokens, reward
     "GRPO with this library"
     import torch
+    from llmpapers.rl.rollout import SingleTurn
+
     from llmpapers.core.lm import LM
     from llmpapers.rl.engines import HFEngine
-    from llmpapers.rl.env import SingleTurn
     from llmpapers.rl.loop import train_sync
     from llmpapers.rl.losses import PolicyLossConfig
     from llmpapers.rl.trainer import PolicyTrainer

@@ -13,22 +13,35 @@ from torch import Tensor
 def _check(logits, input_ids, temperature):
     if logits.shape[:2] != input_ids.shape:
         raise ValueError(
-            f"logits has shape {tuple(logits.shape)}, input_ids {tuple(input_ids.shape)}; the first two sizes must agree"
+            f"logits has shape {tuple(logits.shape)}, input_ids {tuple(input_ids.shape)}; "
+            "the first two sizes must agree"
         )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
 
 
-def _gather(logits, ids, temperature):
+def _among(z, allowed):
+    "Logits of the allowed tokens (..,A), -inf where there is none, and which positions have any"
+    some = (allowed >= 0).any(-1)
+    chosen = z.gather(-1, allowed.clamp(min=0)).masked_fill(allowed < 0, -torch.inf)
+    return chosen.masked_fill(~some[..., None], 0.0), some
+
+
+def _gather(logits, ids, temperature, allowed):
     z = logits.float() / temperature
-    return z.gather(-1, ids[..., None]).squeeze(-1) - z.logsumexp(-1)
+    total = z.logsumexp(-1)
+    if allowed is not None:
+        chosen, some = _among(z, allowed)
+        total = torch.where(some, chosen.logsumexp(-1), total)
+    return z.gather(-1, ids[..., None]).squeeze(-1) - total
 
 
 def token_logprobs(
     logits: Tensor,  # (N,L,V) logits; row t predicts token t+1
     input_ids: Tensor,  # (N,L) token ids
     temperature: float = 1.0,  # Divides the logits, as it did when sampling
-    chunk: int = None,  # Positions at once; None takes all
+    chunk: int | None = None,  # Positions at once; None takes all
+    allowed: Tensor | None = None,  # (N,L,A) tokens each was drawn from, see `Batch.allowed`
 ) -> Tensor:  # (N,L) float32; position t is about token t, position 0 is 0
     "Log-probability of every token given those before it"
     _check(logits, input_ids, temperature)
@@ -36,29 +49,42 @@ def token_logprobs(
         raise ValueError(f"chunk={chunk} must be at least 1")
     last = input_ids.shape[1] - 1
     step = chunk or max(1, last)
-    parts = [
-        _gather(
-            logits[:, i : min(i + step, last)],
-            input_ids[:, i + 1 : min(i + step, last) + 1],
-            temperature,
-        )
-        for i in range(0, max(1, last), step)
-    ]
+    parts = []
+    for start in range(0, max(1, last), step):
+        end = min(start + step, last)
+        sets = None if allowed is None else allowed[:, start + 1 : end + 1]
+        ids = input_ids[:, start + 1 : end + 1]
+        parts.append(_gather(logits[:, start:end], ids, temperature, sets))
     return torch.nn.functional.pad(torch.cat(parts, 1), (1, 0))
 
 # %% ../../nbs/rl/02_logprobs.ipynb #4256a664
+def _entropies(logits, temperature, allowed):
+    z = logits.float() / temperature
+    logp = z.log_softmax(-1)
+    res = -(logp.exp() * logp).sum(-1)
+    if allowed is None:
+        return res
+    chosen, some = _among(z, allowed)
+    logp = chosen.log_softmax(-1)
+    narrow = -(logp.exp() * torch.where(logp.isfinite(), logp, 0.0)).sum(-1)
+    return torch.where(some, narrow, res)
+
+
 def entropy(
     logits: Tensor,  # (N,L,V) logits; row t predicts token t+1
     mask: Tensor,  # (N,L) bool, positions wanted
     temperature: float = 1.0,  # Divides the logits
-    chunk: int = None,  # Positions at once; None takes all
+    chunk: int | None = None,  # Positions at once; None takes all
+    allowed: Tensor | None = None,  # (N,L,A) tokens each was drawn from, see `Batch.allowed`
 ) -> Tensor:  # (N,L) float32 nats; 0 outside the mask and at position 0
     "Entropy of the distribution each token was drawn from"
     _check(logits, mask, temperature)
-    res, L = torch.zeros(mask.shape, device=logits.device), mask.shape[1]
-    for i in range(0, max(0, L - 1), chunk or max(1, L)):
-        z = (logits[:, i : min(i + (chunk or L), L - 1)].float() / temperature).log_softmax(-1)
-        res[:, i + 1 : i + 1 + z.shape[1]] = -(z.exp() * z).sum(-1)
+    res, last = torch.zeros(mask.shape, device=logits.device), mask.shape[1] - 1
+    step = chunk or max(1, last)
+    for start in range(0, max(0, last), step):
+        end = min(start + step, last)
+        sets = None if allowed is None else allowed[:, start + 1 : end + 1]
+        res[:, start + 1 : end + 1] = _entropies(logits[:, start:end], temperature, sets)
     return torch.where(mask.bool(), res, 0.0)
 
 # %% ../../nbs/rl/02_logprobs.ipynb #1ea3cd62

@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from .simulator import SimResult
+from .simulator import simulate as simulate_async
 
-from ..rl.sim import SimResult, simulate as simulate_async
 from .theory import async_step_bound, best_split, list_schedule
 
 # %% ../../nbs/roll_flash/02_sim.ipynb #9556d89b
