@@ -4,7 +4,8 @@ import threading
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from llmpapers.attention_rhythm import capture

@@ -16,7 +16,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-
 from common import notebooks, root
 from test_style import copy_of_tree
 

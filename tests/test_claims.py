@@ -3,8 +3,8 @@
 import json
 
 import pytest
-
 from common import nbs
+
 from llmpapers.core.claims import Claim, claims_in, claims_table
 
 

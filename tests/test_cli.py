@@ -10,7 +10,6 @@ import time
 
 import psutil
 import pytest
-
 from common import notebooks, root
 
 pytestmark = pytest.mark.xdist_group("cli")

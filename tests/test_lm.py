@@ -1,11 +1,17 @@
 "Tiny language models: tokenizers, seeded weights, save and load, and the same numbers in a vLLM engine"
 
-import importlib.util, json, os, random, subprocess, sys
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmpapers.core.lm import (

@@ -7,14 +7,13 @@ import re
 import nbformat
 import papermill as pm
 import pytest
-
 from common import (
     Processes,
     kind,
     machine_traces,
+    nbs,
     needs_parameters,
     notebooks,
-    nbs,
     output_text,
     root,
 )

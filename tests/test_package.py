@@ -9,7 +9,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
 from common import notebooks, root
 
 pytestmark = [pytest.mark.xdist_group("package"), pytest.mark.slow, pytest.mark.timeout(1500)]

@@ -4,7 +4,8 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmpapers.rl.buffer import SampleBuffer
 from llmpapers.rl.types import Sample

@@ -9,20 +9,20 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llmpapers.rl.env import EnvPool
 
 from llmpapers.core.lm import TinyLMConfig, tiny_lm, word_tokenizer
 from llmpapers.rl.buffer import SampleBuffer
-from llmpapers.rl.loop import AsyncController
 from llmpapers.rl.engines import HFEngine, ScriptedEngine
-from llmpapers.rl.weights import WeightSyncError
-from llmpapers.rl.env import EnvPool
-from llmpapers.rl.rollout import SingleTurn, StepResult, rollout_episode
-from llmpapers.rl.loop import train_sync
-from llmpapers.rl.pools import EngineProxy, InProcessPool, RolloutPoolError
+from llmpapers.rl.loop import AsyncController, train_sync
 from llmpapers.rl.losses import PolicyLossConfig
+from llmpapers.rl.pools import EngineProxy, InProcessPool, RolloutPoolError
+from llmpapers.rl.rollout import SingleTurn, StepResult, rollout_episode
 from llmpapers.rl.trainer import PolicyTrainer
 from llmpapers.rl.types import Completion, Sample, SamplingConfig
+from llmpapers.rl.weights import WeightSyncError
 
 tok = word_tokenizer([*"abcdefgh"])
 

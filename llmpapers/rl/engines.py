@@ -314,8 +314,8 @@ class DecodePath(Protocol):
     ) -> list[int]:  # The same numbers, in the new order of the rows
         "Let the others go"
 
-    def clear(self) -> None:
-        "Let all go"
+    def refresh(self) -> None:
+        "Let all rows go; the weights of the model may have changed"
 
 # %% ../../nbs/rl/07_engines.ipynb #b65b6d43
 def _left(seqs, pad, device):
@@ -346,8 +346,8 @@ class CachedPath:
         self.model, self.pad_id, self.waves = model, pad_id, []
         self.device = next(model.parameters()).device
 
-    def clear(self) -> None:
-        "Let all go"
+    def refresh(self) -> None:
+        "Let all rows go; the weights of the model may have changed"
         self.waves = []
 
 # %% ../../nbs/rl/07_engines.ipynb #674a3118
@@ -440,7 +440,7 @@ def path_fault(
     except Exception as e:  # whatever a foreign cache raises is a reason not to use it
         return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else e!r}"
     finally:
-        path.clear()
+        path.refresh()
     return None
 
 # %% ../../nbs/rl/07_engines.ipynb #7afa8a91
@@ -479,19 +479,26 @@ def _alike(rows):
 def _fresh(self: HFEngine):
     "Begin with empty memory and the weights of now, by the fastest path that the model passes"
     self.stale, kind = False, model_kind(self.model)
-    if kind != self.kind:
-        self.kind, self.why_plain, self.makers = kind, None, []
-        makers = [self.decoder] if self.decoder else []
-        for make in makers + [lambda model: CachedPath(model, self.pad_id)]:
-            try:
-                fault = path_fault(self.model, make(self.model))
-            except ValueError as e:  # a decoder that does not know this model
-                fault = str(e)
-            if fault is None:
-                self.makers = [make]
-                break
-            self.why_plain = fault
-    self.path = self.makers[0](self.model) if self.makers else None
+    if kind == self.kind:
+        if self.path is not None:
+            self.path.refresh()
+        return
+    self.kind, self.path, self.why_plain = kind, None, None
+    for make in ([self.decoder] if self.decoder else []) + [self._own_cache]:
+        try:
+            path = make(self.model)
+            fault = path_fault(self.model, path)
+        except ValueError as e:  # a decoder that does not know this model
+            fault = str(e)
+        if fault is None:
+            self.path = path
+            return
+        self.why_plain = fault
+
+
+@patch
+def _own_cache(self: HFEngine, model):
+    return CachedPath(model, self.pad_id)
 
 # %% ../../nbs/rl/07_engines.ipynb #9b808d83
 @patch

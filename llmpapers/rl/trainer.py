@@ -372,9 +372,7 @@ def _skip(self: PolicyTrainer, batch, name):
     ):
         folder = Path(self.dump_dir) / "nonfinite"
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(
-            {k: v.cpu() for k, v in vars(batch).items()}, folder / f"step_{self.n_steps:06d}.pt"
-        )
+        torch.save(vars(batch.to("cpu")), folder / f"step_{self.n_steps:06d}.pt")
     if self.skipped_in_row >= self.max_skipped:
         raise FloatingPointError(
             f"{name} is not finite; {self.skipped_in_row} batches in a row were skipped, the last is number {self.n_steps}. "
