@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -55,6 +56,36 @@ def _quiet():
             os.dup2(saved, 2)
             os.close(saved)
 
+# %% ../../nbs/rl/09_vllm.ipynb #10ccdcbf
+_constraints: dict[str, tuple] = {}  # key of a request -> its constraint and the tokens before
+
+
+def _among_allowed(constraint, prefix, output_ids, logits):
+    "Leave only what a request may go on with; an empty set is ended by the engine, not here"
+    allowed = constraint.allowed((*prefix, *output_ids))
+    if not allowed:
+        return logits
+    keep = torch.tensor(list(allowed), device=logits.device)
+    return torch.full_like(logits, -torch.inf).index_copy_(0, keep, logits[keep])
+
+
+@cache
+def _constraint_processor():
+    "The logits processor, as a class of vLLM"
+    base = need("vllm.v1.sample.logits_processor", "vllm").AdapterLogitsProcessor
+
+    class ConstraintProcessor(base):
+        "Restricts the requests that name a constraint"
+
+        def is_argmax_invariant(self):
+            return False
+
+        def new_req_logits_processor(self, params):
+            found = _constraints.get((params.extra_args or {}).get("constraint"))
+            return partial(_among_allowed, *found) if found else None
+
+    return ConstraintProcessor
+
 # %% ../../nbs/rl/09_vllm.ipynb #3895192f
 class VLLMEngine:
     "vLLM in this process as a rollout engine"
@@ -93,6 +124,7 @@ class VLLMEngine:
             generation_config="vllm",
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            logits_processors=[_constraint_processor()],
         ) | (dict(max_model_len=max_len) if max_len else {})
         with _quiet():
             self.llm = vllm.LLM(str(model), **args | engine_args)
@@ -144,7 +176,10 @@ def add(
         ignore_eos=True,
         detokenize=False,
         output_kind=self.cumulative,
+        extra_args=dict(constraint=name) if request.constraint else None,
     )
+    if request.constraint:
+        _constraints[name] = (request.constraint, tuple(row.ids))
     self.engine.add_request(name, dict(prompt_token_ids=request.prompt_ids + row.ids), params)
     self.rows[name] = (row, len(row.ids))
 
@@ -156,18 +191,29 @@ def step(self: VLLMEngine) -> list[Completion]:  # The finished ones
     if not self.rows and not self.scored:
         return done
     for out in self.engine.step():
-        if out.request_id in self.scored:
-            self.scored[out.request_id] = out
+        name = out.request_id
+        if name in self.scored:
+            self.scored[name] = out
             continue
-        row, offset = self.rows[out.request_id]
+        row, offset = self.rows[name]
         o = out.outputs[0]
         for t in range(len(row.ids) - offset, len(o.token_ids)):
             token = o.token_ids[t]
-            row.push(token, o.logprobs[t][token].logprob, self.version)
-        if out.finished:
-            done.append(row.done("stop" if o.finish_reason == "stop" else "length"))
-            del self.rows[out.request_id]
+            row.push(token, o.logprobs[t][token].logprob, self.version, row.allowed())
+        ended = row.allowed() == ()
+        if ended and not out.finished:
+            self.engine.abort_request([name])
+        if ended or out.finished:
+            done.append(row.done("stop" if ended or o.finish_reason == "stop" else "length"))
+            self._leave(name)
     return done
+
+
+@patch
+def _leave(self: VLLMEngine, name):
+    "Forget a request"
+    _constraints.pop(name, None)
+    return self.rows.pop(name)[0]
 
 # %% ../../nbs/rl/09_vllm.ipynb #ae42a3dd
 @patch
@@ -179,7 +225,7 @@ def abort(
     ids = [i for i in (list(self.rows) if ids is None else ids) if i in self.rows]
     if ids:
         self.engine.abort_request(ids)
-    return [self.rows.pop(i)[0].done("abort") for i in ids]
+    return [self._leave(i).done("abort") for i in ids]
 
 # %% ../../nbs/rl/09_vllm.ipynb #a193db20
 @patch
