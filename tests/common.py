@@ -11,26 +11,18 @@ from pathlib import Path
 
 import psutil
 
-root = Path(__file__).parents[1]
-nbs = root / "nbs"
+from nb_read import kind, nbs, notebooks, root
 
-
-def notebooks():
-    "All notebooks of the project, as paths relative to nbs/"
-    found = (p.relative_to(nbs) for p in nbs.rglob("*.ipynb"))
-    return sorted(p for p in found if not any(q.startswith((".", "_")) for q in p.parts))
-
-
-def kind(
-    rel,
-):  # index, paper (the 00 page of a room), results, core (core and rl), benchmarks or part
-    "What sort of notebook this is: its limits depend on it"
-    if len(rel.parts) == 1:
-        return "index"
-    room, name = rel.parts[0], rel.stem
-    if room in ("core", "rl", "benchmarks"):
-        return "benchmarks" if room == "benchmarks" else "core"
-    return "paper" if name.startswith("00_") else "results" if name.endswith("results") else "part"
+__all__ = [
+    "Processes",
+    "kind",
+    "machine_traces",
+    "nbs",
+    "needs_parameters",
+    "notebooks",
+    "output_text",
+    "root",
+]
 
 
 def needs_parameters(rel):

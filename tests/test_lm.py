@@ -1,11 +1,17 @@
 "Tiny language models: tokenizers, seeded weights, save and load, and the same numbers in a vLLM engine"
 
-import importlib.util, json, os, random, subprocess, sys
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmpapers.core.lm import (
@@ -29,12 +35,26 @@ def tok():
     return word_tokenizer(words)
 
 
+SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
+@given(texts.filter(lambda s: not any(special in s for special in SPECIALS)))
+@example("<eos")
 def test_char_round_trip(text):
     t = char_tokenizer(text)
     ids = t(text).input_ids
     assert t.decode(ids) == text and len(ids) == len(text) and t.unk_token_id not in ids
+
+
+@pytest.mark.parametrize("special", SPECIALS)
+def test_a_special_token_in_a_text_is_one_token(special):
+    "As the notebook says under Pitfalls; the text comes back all the same"
+    text = f"a{special}b"
+    t = char_tokenizer(text)
+    ids = t(text).input_ids
+    assert len(ids) == 3 and ids[1] == SPECIALS.index(special) and t.decode(ids) == text
 
 
 @settings(max_examples=100, deadline=None)
