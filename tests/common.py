@@ -1,4 +1,5 @@
-"Helpers of several test files: which notebooks there are, what must not be in them, processes and their CPU time"
+"""Helpers of several test files: which notebooks there are, what must not be in them, processes and
+their CPU time"""
 
 import os
 import re
@@ -65,9 +66,9 @@ def output_text(cell):
 class Processes:
     """CPU time of the processes started inside a `with` block, dead ones included.
 
-    A thread samples the descendants, so that processes that outlive their parent stay in view; the kernel's own account of
-    children that were waited for covers what dies between two samples. The larger of the two counts. A mark in the
-    environment finds processes that left the tree."""
+    A thread samples the descendants, so that processes that outlive their parent stay in view; the
+    kernel's own account of children that were waited for covers what dies between two samples. The
+    larger of the two counts. A mark in the environment finds processes that left the tree."""
 
     def __init__(self, every=0.5):
         self.every, self.seen, self.stop, self.mark = every, {}, threading.Event(), uuid.uuid4().hex

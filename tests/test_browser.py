@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 
@@ -52,7 +51,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-# ---- JupyterLab -----------------------------------------------------------------------------------------------------
+# ---- JupyterLab ----------------------------------------------------------------------------------
 def smoke_copy(dst):
     "The project with every notebook at smoke scale and without outputs"
     copy_of_tree(dst)
@@ -74,7 +73,8 @@ def smoke_copy(dst):
 
 @pytest.fixture
 def lab(tmp_path, browser):  # (address, token)
-    "A server of JupyterLab on a copy of the project, started as a user does: `llmpapers lab --no-browser --port N`"
+    """A server of JupyterLab on a copy of the project, started as a user does: `llmpapers lab
+    --no-browser --port N`"""
     proj, conf, port = tmp_path / "project", tmp_path / "conf", free_port()
     smoke_copy(proj)
     settings = conf / "settings" / "@jupyterlab" / "notebook-extension"
@@ -83,8 +83,10 @@ def lab(tmp_path, browser):  # (address, token)
         '{"windowingMode": "none"}'
     )  # render all cells, not just those in view
     (conf / "jupyter_lab_config.py").write_text(
-        "c.LabApp.expose_app_in_browser = True\nc.LabApp.news_url = None\n"
-        'c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"\nc.ServerApp.allow_root = True\n'
+        "c.LabApp.expose_app_in_browser = True\n"
+        "c.LabApp.news_url = None\n"
+        'c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"\n'
+        "c.ServerApp.allow_root = True\n"
     )
     env = os.environ | dict(
         PYTHONPATH=str(proj),
@@ -136,7 +138,10 @@ def notebook_to_open():
         (p.as_posix() for p in notebooks()),
         key=lambda n: (n != "attention_rhythm/01_metrics.ipynb", n),
     )
-    text = lambda n: (root / "nbs" / n).read_text(encoding="utf-8")
+
+    def text(n):
+        return (root / "nbs" / n).read_text(encoding="utf-8")
+
     return next((n for n in names if "$$" in text(n) and "#| label: fig-" in text(n)), None)
 
 
@@ -146,7 +151,10 @@ def test_a_notebook_runs_in_jupyterlab(browser, lab):
     rel = notebook_to_open()
     if not rel:
         pytest.skip("no notebook with figures and maths yet")
-    get = lambda path: urllib.request.urlopen(f"{url}/api/contents/{path}?token={token}&content=0")
+
+    def get(path):
+        return urllib.request.urlopen(f"{url}/api/contents/{path}?token={token}&content=0")
+
     try:
         get(rel)
     except OSError:
@@ -189,7 +197,7 @@ def test_a_notebook_runs_in_jupyterlab(browser, lab):
         page.close()
 
 
-# ---- the site -------------------------------------------------------------------------------------------------------
+# ---- the site ------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, browser):
     "The built site behind a small server"
@@ -213,7 +221,8 @@ def site(tmp_path_factory, browser):
 
 @pytest.fixture
 def open_page(browser):
-    "Opens pages; their errors, failed requests and requests to other hosts are collected in `.faults`"
+    """Opens pages; their errors, failed requests and requests to other hosts are collected in
+    `.faults`"""
     made, faults = [], []
 
     def open_(url, **kw):
@@ -251,7 +260,8 @@ def open_page(browser):
 
 @pytest.mark.xdist_group("browser")
 def test_site_pages(site, open_page):
-    "Every page loads with all its images, nothing is wider than the window, and no error is on the console"
+    """Every page loads with all its images, nothing is wider than the window, and no error is on
+    the console"""
     page = open_page(f"{site}/index.html")
     page.wait_for_url("**/nbs/index.html")
     links = page.eval_on_selector_all("#sidebar a", "xs => xs.map(a => a.href)")
@@ -261,7 +271,8 @@ def test_site_pages(site, open_page):
     for url in links:
         page.goto(url)
         bad = page.evaluate(
-            "() => [...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.src)"
+            """() => [...document.images]
+                .filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.src)"""
         )
         assert not bad, f"{url}: images that are not loaded: {bad}"
         for width in (1300, 390):
@@ -274,7 +285,8 @@ def test_site_pages(site, open_page):
 
 @pytest.mark.xdist_group("browser")
 def test_site_navigation(site, open_page):
-    "The sidebar leads to pages, marks the current one, and the neighbours follow its order; search finds a page"
+    """The sidebar leads to pages, marks the current one, and the neighbours follow its order;
+    search finds a page"""
     page = open_page(f"{site}/nbs/index.html")
     links = page.locator("#sidebar a")
     if links.count() < 3:
@@ -298,16 +310,20 @@ def test_site_navigation(site, open_page):
 
 @pytest.mark.xdist_group("browser")
 def test_site_light_dark_phone(site, open_page):
-    "The page follows the system's theme, the switch overrides it, and on a phone the menu opens the contents"
-    ground = lambda p: (
-        sum(
-            int(x)
-            for x in re.findall(
-                r"\d+", p.evaluate("() => getComputedStyle(document.body).backgroundColor")
-            )[:3]
+    """The page follows the system's theme, the switch overrides it, and on a phone the menu opens
+    the contents"""
+
+    def ground(p):
+        return (
+            sum(
+                int(x)
+                for x in re.findall(
+                    r"\d+", p.evaluate("() => getComputedStyle(document.body).backgroundColor")
+                )[:3]
+            )
+            / 3
         )
-        / 3
-    )
+
     rel = next((p for p in notebooks() if len(p.parts) > 1), None)
     if rel is None:
         pytest.skip("no page but the front")

@@ -1,4 +1,5 @@
-"The site is built without a fault, every kind of fault is seen, and README.md is what nbs/index.ipynb makes of it"
+"""The site is built without a fault, every kind of fault is seen, and README.md is what
+nbs/index.ipynb makes of it"""
 
 import base64
 import json
@@ -17,7 +18,10 @@ import nb_filter  # noqa: E402
 import render_docs  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("docs")
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4z8AARAwQCgAf7gP9i18U1AAAAABJRU5ErkJggg=="
+PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4z8AARAwQCgAf7gP9"
+    "i18U1AAAAABJRU5ErkJggg=="
+)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +63,7 @@ def test_readme_is_current(capsys):
     assert rc == 0, capsys.readouterr().out
 
 
-# ---- a small site to plant faults in --------------------------------------------------------------------------------
+# ---- a small site to plant faults in -------------------------------------------------------------
 def md(s):
     return dict(cell_type="markdown", metadata={}, source=s)
 
@@ -251,11 +255,14 @@ def test_sidebar_and_pages_disagree(tmp_path):
 def test_command_exits_with_1_on_a_fault(tmp_path):
     project(tmp_path / "bad", FAULTS["missing image"][0])
     project(tmp_path / "good")
-    run = lambda d: subprocess.run(
-        [sys.executable, root / "tools" / "render_docs.py", "--root", d, "--out", d / "_docs"],
-        capture_output=True,
-        text=True,
-    )
+
+    def run(d):
+        return subprocess.run(
+            [sys.executable, root / "tools" / "render_docs.py", "--root", d, "--out", d / "_docs"],
+            capture_output=True,
+            text=True,
+        )
+
     bad, good = run(tmp_path / "bad"), run(tmp_path / "good")
     assert (
         bad.returncode == 1

@@ -1,4 +1,5 @@
-"Tiny language models: tokenizers, seeded weights, save and load, and the same numbers in a vLLM engine"
+"""Tiny language models: tokenizers, seeded weights, save and load, and the same numbers in a vLLM
+engine"""
 
 import importlib.util
 import json
@@ -6,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmpapers.core.lm import (
-    LM,
     TinyLMConfig,
     archs,
     char_tokenizer,
@@ -178,18 +177,37 @@ def test_bad_sizes_name_the_field(field, value):
 
 vllm_child = r"""
 import json, os, sys
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind",
-                  VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_NO_USAGE_STATS="1",
+    HF_HUB_OFFLINE="1",
+    OMP_NUM_THREADS="1",
+)
 from vllm import LLM, SamplingParams
+
 out = {}
 for arch, folder in json.loads(sys.argv[1]).items():
     llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=8)
     prompts = json.loads(sys.argv[2])
-    res = llm.generate([dict(prompt_token_ids=p) for p in prompts],
-                       SamplingParams(temperature=0.0, max_tokens=16, logprobs=0, ignore_eos=True), use_tqdm=False)
-    text = llm.generate([sys.argv[3]], SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)[0]
-    out[arch] = dict(ids=[list(r.outputs[0].token_ids) for r in res], prompt=list(text.prompt_token_ids),
-                     logps=[[d[t].logprob for t, d in zip(r.outputs[0].token_ids, r.outputs[0].logprobs)] for r in res])
+    res = llm.generate(
+        [dict(prompt_token_ids=p) for p in prompts],
+        SamplingParams(temperature=0.0, max_tokens=16, logprobs=0, ignore_eos=True),
+        use_tqdm=False,
+    )
+    text = llm.generate(
+        [sys.argv[3]], SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False
+    )[0]
+    out[arch] = dict(
+        ids=[list(r.outputs[0].token_ids) for r in res],
+        prompt=list(text.prompt_token_ids),
+        logps=[
+            [d[t].logprob for t, d in zip(r.outputs[0].token_ids, r.outputs[0].logprobs)]
+            for r in res
+        ],
+    )
     del llm
 open(sys.argv[4], "w").write(json.dumps(out))
 """

@@ -1,4 +1,5 @@
-"Every notebook runs from top to bottom at smoke scale, offline, within its CPU time, and leaves nothing behind"
+"""Every notebook runs from top to bottom at smoke scale, offline, within its CPU time, and leaves
+nothing behind"""
 
 import json
 import os
@@ -12,9 +13,9 @@ from common import (
     Processes,
     kind,
     machine_traces,
+    nbs,
     needs_parameters,
     notebooks,
-    nbs,
     output_text,
     root,
 )
@@ -61,7 +62,7 @@ def test_notebook(rel, kernel, record_property):
     nb = nbformat.read(path, as_version=4)
     tagged = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
     if needs_parameters(rel):
-        # without the tag papermill injects above the notebook's own default and silently runs at full size
+        # without the tag papermill injects above the notebook's own default, which then wins
         assert len(tagged) == 1, (
             f"{rel} needs exactly one cell tagged `parameters`, found {len(tagged)}"
         )
@@ -115,5 +116,6 @@ def test_time_of_all_notebooks_is_known():
     known = json.loads(durations.read_text()) if durations.exists() else {}
     gone = [k for k in known if not (nbs / k).exists()]
     assert not gone, (
-        f"tests/durations.json names notebooks that are gone: {gone}; run pytest tests/test_notebooks.py --update-durations"
+        f"tests/durations.json names notebooks that are gone: {gone}; "
+        "run pytest tests/test_notebooks.py --update-durations"
     )

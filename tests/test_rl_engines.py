@@ -1,8 +1,10 @@
-"Rollout engines: schedules do not matter, versions cover every token, weights arrive whole or not at all"
+"""Rollout engines: schedules do not matter, versions cover every token, weights arrive whole or not
+at all"""
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmpapers.core.lm import TinyLMConfig, tiny_lm, word_tokenizer
 from llmpapers.rl.decoder import why_not
@@ -45,14 +47,15 @@ def requests(lengths, seed=0, new=10, temperature=1.0):
     st.sampled_from([None, False]),
 )
 def test_schedule_does_not_matter(lengths, max_active, cache, late, which, decoder):
-    "Batch size, cache, late requests and an abort with resume leave tokens as they are and log-probabilities within 1e-5"
+    """Batch size, cache, late requests and an abort with resume leave tokens as they are and
+    log-probabilities within 1e-5"""
     rs = requests(lengths)
     want = {
         c.request_id: c for r in rs for c in generate(HFEngine(models[which], use_cache=False), [r])
     }
     e = HFEngine(models[which], max_active=max_active, use_cache=cache, use_decoder=decoder)
     got = {}
-    for i, r in enumerate(rs):
+    for r in rs:
         e.add(r)
         for _ in range(late):
             got |= {c.request_id: c for c in e.step()}
@@ -180,7 +183,8 @@ def test_scripted_engine_keeps_its_script():
 
 
 def test_a_pass_leaves_the_attention_of_a_shared_model_alone():
-    "The engine switches attention for its passes only, also when one fails, and not at all for eager models"
+    """The engine switches attention for its passes only, also when one fails, and not at all for
+    eager models"""
     m = models[0]
     e = HFEngine(m, use_cache=True, use_decoder=False)
     for r in requests([2, 6]):
@@ -234,7 +238,8 @@ def test_decoder_is_used_where_it_can_be_and_hooks_are_not_lost():
 
 @pytest.mark.parametrize("told", [True, False])
 def test_decoder_sees_weights_that_change_in_place(told):
-    "A trainer changes the shared module: seen at once after `load_weights(None)`, otherwise from the next batch on"
+    """A trainer changes the shared module: seen at once after `load_weights(None)`, otherwise from
+    the next batch on"""
     m = tiny_lm(tok, TinyLMConfig(layers=2, width=32, head_dim=16, max_len=64), seed=0)
     rs, e = requests([2, 6, 1]), HFEngine(m, use_cache=True)
     generate(e, rs)

@@ -1,4 +1,5 @@
-"The asynchronous controller: equal to the synchronous loop at ratio 0, bounded, lossless, and clear about faults"
+"""The asynchronous controller: equal to the synchronous loop at ratio 0, bounded, lossless, and
+clear about faults"""
 
 import asyncio
 import json
@@ -9,7 +10,8 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmpapers.core.lm import TinyLMConfig, tiny_lm, word_tokenizer
 from llmpapers.rl.buffer import SampleBuffer
@@ -134,9 +136,12 @@ def test_completion_order_does_not_matter(seed):
 def test_bound_and_no_loss_under_delays(alpha, seed, mode):
     rnd = random.Random(seed)
     delay = {}
-    times = lambda g, k: delay.setdefault(
-        (g, k), rnd.lognormvariate(-6.5, 1.5) if rnd.random() < 0.9 else 0.05
-    )
+
+    def times(g, k):
+        return delay.setdefault(
+            (g, k), rnd.lognormvariate(-6.5, 1.5) if rnd.random() < 0.9 else 0.05
+        )
+
     seen = []
 
     class Watch(Fake):
@@ -164,7 +169,9 @@ def test_bound_and_no_loss_under_delays(alpha, seed, mode):
 
 
 def test_a_member_that_fails_once_is_repeated_and_one_that_always_fails_is_set_aside(tmp_path):
-    fail = lambda g, k, a: (g == 2 and a == 0) or (g == 5 and k == 1)
+    def fail(g, k, a):
+        return (g == 2 and a == 0) or (g == 5 and k == 1)
+
     c = controller(
         speak(fail=fail),
         Fake(),
@@ -208,7 +215,9 @@ def test_a_trainer_that_raises_stops_the_run():
 
 
 def test_filtered_groups_free_their_places():
-    keep = lambda g: g.group_id % 3 != 0
+    def keep(g):
+        return g.group_id % 3 != 0
+
     c = controller(speak(), Fake(), SampleBuffer(4, 1.0, 2), group_filter=keep)
     c.run(4)
     assert (
@@ -254,10 +263,13 @@ def test_stop_and_resume_trains_each_prompt_once(tmp_path, alpha):
             slots=5,
         )
         if stop_at:
-            c.eval_fn, c.eval_every = (
-                (lambda tr: (_ for _ in ()).throw(OSError("power cut")) if tr.n == stop_at else {}),
-                1,
-            )
+
+            def power_cut(trainer, at=stop_at):
+                if trainer.n == at:
+                    raise OSError("power cut")
+                return {}
+
+            c.eval_fn, c.eval_every = power_cut, 1
             with pytest.raises(OSError, match="power cut"):
                 c.run(10)
         else:
@@ -414,7 +426,8 @@ def test_abort_policy_starts_old_ones_again_and_loses_none():
 
 
 def test_controller_is_cheap_in_calls():
-    "Work per group does not grow with the number of groups: counted in buffer calls, not in seconds"
+    """Work per group does not grow with the number of groups: counted in buffer calls, not in
+    seconds"""
     calls = {}
 
     class Counted(SampleBuffer):
@@ -437,7 +450,8 @@ def completion(ids):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.lists(st.integers(0, 4), min_size=6, max_size=6))
 def test_episode_masks_and_context(turns, done_at, sizes):
-    "Tokens of the policy and of the environment alternate, and each context is a prefix of the final sequence"
+    """Tokens of the policy and of the environment alternate, and each context is a prefix of the
+    final sequence"""
     seen = []
 
     class E:
@@ -482,7 +496,8 @@ def test_redundancy_returns_what_was_not_finished():
 
 
 def test_environments_overlap():
-    "Eight environments, five turns: a fast one plays all of its turns while a slow one is in its first, so nobody waits for a turn of others"
+    """Eight environments, five turns: a fast one plays all of its turns while a slow one is in its
+    first, so nobody waits for a turn of others"""
     delay, order = [[0.3 if e == 0 and k == 0 else 0.005 for k in range(5)] for e in range(8)], []
 
     class Slow:

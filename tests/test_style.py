@@ -61,7 +61,7 @@ def test_there_are_notebooks():
     assert all_nbs and all_modules
 
 
-# ---- form of a notebook ---------------------------------------------------------------------------------------------
+# ---- form of a notebook --------------------------------------------------------------------------
 def test_form(nb):
     "Title, default_exp, kernel, cell ids, no counts, no directives that only nbdev_test reads"
     faults, cells = [], nb.cells
@@ -99,7 +99,8 @@ def test_form(nb):
             faults.append(f"{nb.where(c)}: no cell may call nbdev_export")
         for d in set(directives(c["source"])) & {"eval", "slow", "notest", "exporti", "gpu"}:
             faults.append(
-                f"{nb.where(c)}: directive {d} means nothing to JupyterLab and papermill; test the scale instead"
+                f"{nb.where(c)}: directive {d} means nothing to JupyterLab and papermill; "
+                "test the scale instead"
             )
     if nb.rel.parent.name and (nb.rel.parts[0] not in ROOMS or len(nb.rel.parts) != 2):
         faults.append(f"{nb.rel} is in no room of the house")
@@ -239,7 +240,8 @@ def figure_faults(nb):
 
 
 def number_faults(nb):
-    "Figures and equations are numbered 1, 2, ... and the prose names those that exist; no raw marker"
+    """Figures and equations are numbered 1, 2, ... and the prose names those that exist; no raw
+    marker"""
     faults, figures = [], [n for _, n in nb.figures]
     for what, found in (("captions", figures), ("tags of equations", nb.tags)):
         want = list(range(1, len(found) + 1))
@@ -303,8 +305,9 @@ def test_outputs(nb):
                 faults.append(f"{nb.where(c)}: stderr is saved: {text(o['text'])[:60]!r}")
             shown = text(o.get("text", o.get("data", {}).get("text/plain", "")))
             if shown.count("\n") > MAX_OUTPUT_LINES:
+                lines = shown.count("\n")
                 faults.append(
-                    f"{nb.where(c)}: an output of {shown.count(chr(10))} lines, allowed {MAX_OUTPUT_LINES}"
+                    f"{nb.where(c)}: an output of {lines} lines, allowed {MAX_OUTPUT_LINES}"
                 )
         if re.search(r"\r(?!\n)|\d+%\|", s):
             faults.append(f"{nb.where(c)}: a progress bar is saved")
@@ -335,7 +338,7 @@ def test_no_two_notebooks_export_one_module():
     )
 
 
-# ---- ruff -----------------------------------------------------------------------------------------------------------
+# ---- ruff ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("command", ["format --check", "check"])
 def test_ruff(command):
     "Notebooks, tests and tools are formatted, and without a finding"
@@ -352,7 +355,7 @@ def test_ruff(command):
     assert r.returncode == 0, f"ruff {command}\n{r.stdout[-6000:]}{r.stderr[-2000:]}"
 
 
-# ---- generated files ------------------------------------------------------------------------------------------------
+# ---- generated files -----------------------------------------------------------------------------
 def copy_of_tree(dst):
     "The files git knows or would add, copied"
     names = subprocess.run(
@@ -385,7 +388,10 @@ def differences(a, b, pattern):
         for p in d.rglob(pattern)
         if not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)
     }
-    read = lambda d, n: (d / n).read_bytes() if (d / n).exists() else None
+
+    def read(d, n):
+        return (d / n).read_bytes() if (d / n).exists() else None
+
     return sorted(n for n in names if read(a, n) != read(b, n))
 
 
@@ -410,7 +416,7 @@ def test_generated_files_are_current(tmp_path, command, folder, pattern):
     assert not changed, f"run {command} and commit: {changed}"
 
 
-# ---- the library ----------------------------------------------------------------------------------------------------
+# ---- the library ---------------------------------------------------------------------------------
 def comments(path):
     "{line: True if the line holds nothing else} of all comments"
     res = {}
@@ -476,7 +482,7 @@ def function_faults(fn, notes, name, method):
         span = range(
             a.lineno, (args[i + 1].lineno if i + 1 < len(args) else (ret or fn.body[0].lineno))
         )  # a default may run over lines
-        if not alone and (shared or not any(l in notes for l in span)):
+        if not alone and (shared or not any(line in notes for line in span)):
             faults.append(f"{name}: no comment beside parameter {a.arg}")
     if decorated(fn, "contextmanager"):
         return faults
@@ -527,7 +533,7 @@ def docment_faults(path):
                     and not m.target.id.startswith("_")
                 ):
                     if not any(
-                        l in notes for l in range(m.lineno, m.end_lineno + 1)
+                        line in notes for line in range(m.lineno, m.end_lineno + 1)
                     ) and not notes.get(m.lineno - 1):
                         faults.append(f"{node.name}.{m.target.id}: no comment beside the field")
     return faults
@@ -539,24 +545,56 @@ def docment_faults(path):
     ids=lambda p: p.relative_to(lib).as_posix(),
 )
 def test_docments(path):
-    "Every public function, method and field says what it is, each parameter and result beside its name"
+    """Every public function, method and field says what it is, each parameter and result beside its
+    name"""
     faults = docment_faults(path)
     assert not faults, f"{path.relative_to(root)}:\n  " + "\n  ".join(faults)
+
+
+GOOD = """def f(
+    a:int,   # first number
+    # the second one
+    b:int=2,
+)->int:      # their sum
+    "Sum"
+    return a + b
+
+class C:
+    "A thing"
+    def m(self,
+        x:str="a", # a name
+    ): "Do it"
+    @property
+    def p(self)->int: # a size
+        "Size"
+        return 1
+"""
+BAD = '''from dataclasses import dataclass
+def f(a, b): # both numbers
+    return a + b
+
+def g(
+    x:int,
+)->int: # result of it
+    """One
+    two"""
+    return x
+
+@dataclass
+class D:
+    "Data"
+    n:int
+    def _private(self, q): return q
+'''
 
 
 def test_docment_check_itself(tmp_path):
     "The check above sees what is missing and accepts what is there"
     good = tmp_path / "good.py"
-    good.write_text(
-        'def f(\n    a:int,   # first number\n    # the second one\n    b:int=2,\n)->int:      # their sum\n    "Sum"\n    return a + b\n\n'
-        'class C:\n    "A thing"\n    def m(self,\n        x:str="a", # a name\n    ): "Do it"\n    @property\n    def p(self)->int: # a size\n        "Size"\n        return 1\n'
-    )
+    good.write_text(GOOD)
     assert docment_faults(good) == []
     bad = tmp_path / "bad.py"
-    bad.write_text(
-        'from dataclasses import dataclass\ndef f(a, b): # both numbers\n    return a + b\n\ndef g(\n    x:int,\n)->int: # result of it\n    """One\n    two"""\n    return x\n\n'
-        '@dataclass\nclass D:\n    "Data"\n    n:int\n    def _private(self, q): return q\n'
-    )
+    bad.write_text(BAD)
     assert docment_faults(bad) == [
         "f: no docstring",
         "f: no comment beside parameter a",
@@ -567,7 +605,7 @@ def test_docment_check_itself(tmp_path):
     ]
 
 
-# ---- imports --------------------------------------------------------------------------------------------------------
+# ---- imports -------------------------------------------------------------------------------------
 def imported(syntax, package):
     "Modules that a syntax tree imports at any depth, as dotted names; `package` resolves the dots"
     names = set()
@@ -607,7 +645,8 @@ def room_imports(path):
     ids=lambda p: p.relative_to(lib).as_posix(),
 )
 def test_arrows_point_down(path):
-    "core imports nothing of ours but core, rl adds core, a paper adds core and rl and never another paper"
+    """core imports nothing of ours but core, rl adds core, a paper adds core and rl and never
+    another paper"""
     room = path.relative_to(lib).parts[0]
     allowed = dict(core={"core"}, rl={"core", "rl"}, benchmarks=ROOMS).get(
         room, {"core", "rl", room}

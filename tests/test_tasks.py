@@ -1,11 +1,11 @@
 "The chain-of-thought task: generator, roles, labels, verifier, recipe"
 
-import re
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmpapers.core.lm import TinyLMConfig
 from llmpapers.core.scale import rng

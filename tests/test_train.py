@@ -1,6 +1,13 @@
 "Supervised training: equivalent configurations, checkpoints, kills and resumes"
 
-import json, math, os, random, signal, subprocess, sys, textwrap, time, warnings
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +28,6 @@ from llmpapers.core.train import (
     param_groups,
     read_metrics,
     train,
-    write_checkpoint,
 )
 
 tok = char_tokenizer("0123456789^=;")
@@ -54,7 +60,7 @@ def run(m, d=data, out=None, **k):
     return train(m, d, TrainConfig(**k), out=out, progress=False, device="cpu", **extra)
 
 
-# ---- equivalent configurations -------------------------------------------------------------------------------
+# ---- equivalent configurations -------------------------------------------------------------------
 
 
 def test_same_as_a_plain_loop():
@@ -92,10 +98,19 @@ def test_accumulation_equals_one_batch(size, k):
 
 ddp = textwrap.dedent("""
     import sys, torch
+
     sys.path.insert(0, sys.argv[1])
     from test_train import *
+
     m = net().double()
-    h = train(m, Rows(), TrainConfig(steps=8, batch_size=4, save_every=4), out=sys.argv[2], progress=False, device="cpu")
+    h = train(
+        m,
+        Rows(),
+        TrainConfig(steps=8, batch_size=4, save_every=4),
+        out=sys.argv[2],
+        progress=False,
+        device="cpu",
+    )
     print("rank done", h.last["tokens"])
     torch.distributed.destroy_process_group()
 """)
@@ -187,7 +202,7 @@ def test_hub_data_set():
     assert h.losses[-1] < h.losses[0] / 2
 
 
-# ---- what training leaves behind -----------------------------------------------------------------------------
+# ---- what training leaves behind -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -255,7 +270,7 @@ def test_eval_values_are_in_the_rows_and_change_nothing():
         run(net(), steps=2, eval_fn=lambda m: dict(loss=0.0))
 
 
-# ---- interruptions -------------------------------------------------------------------------------------------
+# ---- interruptions -------------------------------------------------------------------------------
 
 full = dict(steps=40, grad_accum=2, log_every=7, save_every=10)
 
@@ -275,11 +290,16 @@ def same_as(straight, out, seed=9):  # other initial weights: all must come from
 
 child = textwrap.dedent("""
     import sys, time
+
     sys.path.insert(0, sys.argv[1])
     from test_train import *
+
     def slow(step, g):
-        print(step, flush=True); time.sleep(0.02); return data(step, g)
-    run(net(dropout=.1), slow, out=sys.argv[2], **full)
+        print(step, flush=True)
+        time.sleep(0.02)
+        return data(step, g)
+
+    run(net(dropout=0.1), slow, out=sys.argv[2], **full)
 """)
 
 
@@ -467,7 +487,7 @@ def test_other_model_is_refused(tmp_path):
         run(tiny_lm(tok, TinyLMConfig(layers=3, width=32)), out=tmp_path, steps=2)
 
 
-# ---- losses that are not numbers, bad values -----------------------------------------------------------------
+# ---- losses that are not numbers, bad values -----------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -548,4 +568,4 @@ def test_history():
     h = History([dict(step=1, loss=2.0), dict(step=2, loss=1.0, acc=0.5)])
     assert (h.steps, h.losses, h.last["acc"], h.column("acc")) == ([1, 2], [2.0, 1.0], 0.5, [0.5])
     with pytest.raises(ValueError, match="rows"):
-        History([]).last
+        _ = History([]).last

@@ -1,8 +1,10 @@
-"""README.md from `nbs/index.ipynb`: the filter of the site, pandoc's GitHub Markdown, links made absolute to the site.
+"""README.md from `nbs/index.ipynb`: the filter of the site, pandoc's GitHub Markdown, and links made
+absolute to the site.
 
     python tools/make_readme.py [--root DIR] [--check]
 
-`--check` writes nothing and exits 1 when README.md or one of its images differs from what it should be."""
+`--check` writes nothing and exits 1 when README.md or one of its images differs from what it should
+be."""
 
 import argparse
 import base64

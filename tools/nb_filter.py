@@ -1,7 +1,9 @@
-"""Notebook filter for the site: our notebook in, a plain Quarto notebook out (standard input to standard output).
+"""Notebook filter for the site: our notebook in, a plain Quarto notebook out (standard input to
+standard output).
 
-A notebook reads right in JupyterLab as it stands: equations carry `\\tag{n}`, a figure's cell ends with `caption(n, "...")`,
-and the prose says "Figure n" and "equation (n)". Here those become the labels and references that Quarto links."""
+A notebook reads right in JupyterLab as it stands: equations carry `\\tag{n}`, a figure's cell ends
+with `caption(n, "...")`, and the prose says "Figure n" and "equation (n)". Here those become the
+labels and references that Quarto links."""
 
 import ast
 import json
@@ -124,7 +126,8 @@ def referring(src: str, numbers: dict):  # `numbers`: fig and eq -> numbers ther
 
 
 def _outputs(outs):
-    "Outputs without forms that no page shows; Markdown wins over HTML, so that tables follow the theme"
+    """Outputs without forms that no page shows; Markdown wins over HTML, so that tables follow the
+    theme"""
     res = []
     for o in outs:
         data = o.get("data")
@@ -150,7 +153,7 @@ def convert(nb: dict):  # Notebook as read by `json`; changed in place and retur
             names = directives(src)
             if not body(src).strip() or DROP & set(names) or "injected-parameters" in tags:
                 continue
-            head = [l for l, n in zip(src.splitlines(), names) if n not in OURS]
+            head = [line for line, name in zip(src.splitlines(), names) if name not in OURS]
             if EXPORT & set(names):
                 head.append("#| classes: exported")
             code, outputs = body(src), _outputs(c.get("outputs", []))

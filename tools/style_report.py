@@ -2,8 +2,9 @@
 
     python tools/style_report.py [WORD ...]
 
-prints a row for each notebook whose path contains one of the words (all without a word). A figure outside of the range
-that the models have carries a star. Nothing fails: a notebook with a star may be right as it is."""
+prints a row for each notebook whose path contains one of the words (all without a word). A figure
+outside of the range that the models have carries a star. Nothing fails: a notebook with a star may
+be right as it is."""
 
 import argparse
 import statistics
@@ -12,8 +13,9 @@ import sys
 from nb_filter import directives
 from nb_read import EQUATION, Notebook, asserting, code_lines, notebooks
 
-# Ranges found in good literate notebooks, by the kind of notebook; "silent" is the longest run of lesson cells without
-# an output, "median", "p90" and "max" are lines of code a cell, "width" is the longest line of code.
+# Ranges found in good literate notebooks, by the kind of notebook; "silent" is the longest run of
+# lesson cells without an output; "median", "p90" and "max" are lines of code a cell; "width" is the
+# longest line of code.
 CODE = dict(silent=(0, 3), median=(1, 6), p90=(1, 20), max=(1, 45), width=(1, 100))
 MODELS = dict(
     part=dict(
