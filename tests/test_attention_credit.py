@@ -173,12 +173,12 @@ def test_coupled_is_additive_and_conserves_the_bonus(case, q, amp, alpha, k, tau
         and (p.gamma[~mask] == 1).all()
     )
     bonus, full = (p.gamma - 1).sum(-1), b * T.sum(-1)
-    distinct = I.sum(-1) == D.sum(-1)
+    distinct = intros.sum(-1) == D.sum(-1)
     assert (bonus <= full + 1e-4).all()
     torch.testing.assert_close(bonus[distinct], full[distinct].float())
     if b * alpha > 0:
         assert (bonus[~distinct] < full[~distinct] - 1e-6).all()
-    assert (I.any(-1) == D.any(-1)).all()
+    assert (intros.any(-1) == D.any(-1)).all()
 
 
 def test_anchor_and_intro_reach_one_point_seventy_five():

@@ -98,10 +98,18 @@ def caption_call(src: str):  # (number, the cell without it) or None
     return call.args[0].value, "\n".join(src.splitlines()[: last.lineno - 1])
 
 
+_apart = re.compile(
+    r"(```.*?```|``.+?``|`[^`\n]+`"  # code
+    r"|\$\$.*?\$\$|\$[^$\n]+\$"  # maths
+    r"|!?\[[^\]\n]*\]\([^)\n]*\)"  # links and images
+    r"|^\#{1,6} [^\n]*)",  # headings
+    flags=re.S | re.M,
+)
+
+
 def _prose(src, change):
-    "Apply a function to Markdown outside of code and maths"
-    parts = re.split(r"(```.*?```|``.+?``|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$)", src, flags=re.S)
-    return "".join(p if i % 2 else change(p) for i, p in enumerate(parts))
+    "Apply a function to Markdown outside of code, maths, links and headings"
+    return "".join(p if i % 2 else change(p) for i, p in enumerate(_apart.split(src)))
 
 
 def labelled(src: str):  # Markdown with `{#eq-n}` behind the equations that carry a tag
@@ -162,7 +170,7 @@ def convert(nb: dict):  # Notebook as read by `json`; changed in place and retur
                 lead = f"**Figure {number}.** "
                 shown = [text(o.get("data", {}).get("text/markdown", "")) for o in outputs]
                 what = next((t.removeprefix(lead) for t in shown if t.startswith(lead)), "")
-                quoted = referring(what, numbers).replace("'", "''")
+                quoted = " ".join(referring(what, numbers).split()).replace("'", "''")
                 head += [f"#| label: fig-{number}", f"#| fig-cap: '{quoted}'"]
                 outputs = [o for o, t in zip(outputs, shown) if not t.startswith(lead)]
             c["source"] = "\n".join(head + [code])

@@ -1,10 +1,10 @@
-"""Build the site described by `_quarto.yml` with pandoc, where Quarto is not installed, and refuse a
-site with faults.
+"""Build the site described by `_quarto.yml` with pandoc, where Quarto is not installed, and refuse
+a site with faults.
 
     python tools/render_docs.py [--root DIR] [--out DIR]
 
-Exit status 1 and one line per fault on: an unresolved or doubly defined reference, numbers of figures
-or equations out of order, TeX that pandoc cannot parse, a dead link or anchor, a missing or remote
+Exit status 1 and one line per fault on: an unresolved or doubly defined reference, figures or
+equations out of order, TeX that pandoc cannot parse, a dead link or anchor, a missing or remote
 image, a page without a title, a directive or a cell option that nobody reads, an output that a page
 cannot show, a warning or a progress bar left in an output, and pages and sidebar that disagree."""
 
@@ -316,6 +316,9 @@ def number(page, doc):
             page.fault(f"{label} is defined twice")
         kind = label.split("-")[0]
         count[kind] += 1
+        given = label.split("-")[1]
+        if given.isdigit() and int(given) != count[kind]:
+            page.fault(f"{WORDS[kind]} {given} is number {count[kind]} on the page")
         names[label] = f"{WORDS[kind]} {count[kind]}"
         return count[kind]
 
