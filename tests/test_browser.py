@@ -1,5 +1,6 @@
-"A real browser opens a notebook in JupyterLab and runs it, and reads the built site"
+"A real browser opens notebooks in JupyterLab, runs one, and reads them and the built site"
 
+import contextlib
 import functools
 import http.server
 import json
@@ -17,6 +18,7 @@ import urllib.request
 import pytest
 
 from common import notebooks, root
+from nb_read import Notebook
 from test_style import copy_of_tree
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
@@ -71,12 +73,12 @@ def smoke_copy(dst):
         p.write_text(json.dumps(nb, indent=1))
 
 
-@pytest.fixture
-def lab(tmp_path, browser):  # (address, token)
+@contextlib.contextmanager
+def jupyterlab(tmp_path, prepare):  # (address, token)
     """A server of JupyterLab on a copy of the project, started as a user does: `llmpapers lab
     --no-browser --port N`"""
     proj, conf, port = tmp_path / "project", tmp_path / "conf", free_port()
-    smoke_copy(proj)
+    prepare(proj)
     settings = conf / "settings" / "@jupyterlab" / "notebook-extension"
     settings.mkdir(parents=True)
     (settings / "tracker.jupyterlab-settings").write_text(
@@ -132,50 +134,64 @@ def lab(tmp_path, browser):  # (address, token)
             os.killpg(server.pid, signal.SIGKILL)
 
 
-def notebook_to_open():
-    "A notebook with figures and maths: the first method of the first paper, else one of core"
-    names = sorted(
-        (p.as_posix() for p in notebooks()),
-        key=lambda n: (n != "attention_rhythm/01_metrics.ipynb", n),
-    )
+@pytest.fixture
+def lab(tmp_path, browser):
+    "JupyterLab with notebooks to run"
+    with jupyterlab(tmp_path, smoke_copy) as server:
+        yield server
 
-    def text(n):
-        return (root / "nbs" / n).read_text(encoding="utf-8")
 
-    return next((n for n in names if "$$" in text(n) and "#| label: fig-" in text(n)), None)
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory, browser):
+    "JupyterLab with the notebooks as they are, outputs and all"
+    with jupyterlab(tmp_path_factory.mktemp("reading"), copy_of_tree) as server:
+        yield server
+
+
+def open_notebook(page, server, rel):
+    "Show a notebook in JupyterLab, all of its cells drawn"
+    url, token = server
+    try:
+        urllib.request.urlopen(f"{url}/api/contents/{rel}?token={token}&content=0")
+    except OSError:
+        rel = f"nbs/{rel}"
+    page.goto(f"{url}/lab/tree/{rel}?token={token}&reset", wait_until="domcontentloaded")
+    page.wait_for_selector(".jp-Notebook")
+    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext")
+
+
+def busiest(room):
+    "The notebook of a room with most figures and equations; None if it has no figure"
+    books = [Notebook(p) for p in notebooks() if p.parts[0] == room]
+    books = [nb for nb in books if nb.figures and nb.tags] or [nb for nb in books if nb.figures]
+    return max(books, key=lambda nb: len(nb.figures) + len(nb.tags), default=None)
 
 
 @pytest.mark.xdist_group("lab")
 def test_a_notebook_runs_in_jupyterlab(browser, lab):
-    url, token = lab
-    rel = notebook_to_open()
-    if not rel:
-        pytest.skip("no notebook with figures and maths yet")
-
-    def get(path):
-        return urllib.request.urlopen(f"{url}/api/contents/{path}?token={token}&content=0")
-
-    try:
-        get(rel)
-    except OSError:
-        rel = f"nbs/{rel}"
     page = browser.new_page(viewport=dict(width=1400, height=1000))
     page.set_default_timeout(120_000)
     errors = []
     page.on("pageerror", lambda e: errors.append(str(e)))
     try:
-        page.goto(f"{url}/lab/tree/{rel}?token={token}&reset", wait_until="domcontentloaded")
-        page.wait_for_selector(".jp-Notebook")
-        page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext")
+        open_notebook(page, lab, "attention_rhythm/01_metrics.ipynb")
         # the status indicator is idle before the kernel is connected, so wait for the kernel itself
-        page.evaluate("""async () => { const w = jupyterapp.shell.currentWidget; await w.context.ready; await w.sessionContext.ready;
-                         await w.sessionContext.session.kernel.info; }""")
+        page.evaluate("""async () => {
+            const w = jupyterapp.shell.currentWidget;
+            await w.context.ready;
+            await w.sessionContext.ready;
+            await w.sessionContext.session.kernel.info;
+        }""")
         page.evaluate('async () => { await jupyterapp.commands.execute("notebook:run-all-cells") }')
         page.wait_for_timeout(1000)
-        cells = page.evaluate("""() => jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells
-            .filter(c => c.cell_type == "code" && [].concat(c.source).join("").trim())
-            .map(c => ({src: [].concat(c.source).join("").slice(0, 80), n: c.execution_count,
-                        err: c.outputs.filter(o => o.output_type == "error").map(o => o.ename + ": " + o.evalue)}))""")
+        cells = page.evaluate("""() => {
+            const error = o => o.output_type == "error" ? [o.ename + ": " + o.evalue] : [];
+            const text = c => [].concat(c.source).join("");
+            return jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells
+                .filter(c => c.cell_type == "code" && text(c).trim())
+                .map(c => ({src: text(c).slice(0, 80), n: c.execution_count,
+                            err: c.outputs.flatMap(error)}));
+        }""")
         assert len(cells) > 5, cells
         assert not [c for c in cells if c["err"]], [c for c in cells if c["err"]]
         assert not [c for c in cells if c["n"] is None], (
@@ -186,7 +202,8 @@ def test_a_notebook_runs_in_jupyterlab(browser, lab):
             "maths that MathJax cannot read"
         )
         images = page.evaluate(
-            """() => [...document.querySelectorAll(".jp-OutputArea-output img")].map(i => [i.naturalWidth, i.getBoundingClientRect().width])"""
+            """() => [...document.querySelectorAll(".jp-OutputArea-output img")]
+                .map(i => [i.naturalWidth, i.getBoundingClientRect().width])"""
         )
         assert images and all(w > 0 and shown > 0 for w, shown in images), (
             f"figures that are not drawn: {images}"
@@ -194,6 +211,78 @@ def test_a_notebook_runs_in_jupyterlab(browser, lab):
         assert not errors, errors
     finally:
         page.screenshot(path=shots / "jupyterlab.png")
+        page.close()
+
+
+# What a reader sees of a notebook: the text outside of code and maths, faults of the maths, the
+# numbers of equations with the place where they stand, and figures with their captions
+SEEN = """() => {
+    const all = (e, q) => [...e.querySelectorAll(q)], root = document.querySelector(".jp-Notebook");
+    const box = e => { const r = e.getBoundingClientRect();
+                       return {left: r.left, right: r.right, top: r.top, bottom: r.bottom}; };
+    const texts = [];
+    for (const e of all(root, ".jp-RenderedMarkdown, .jp-RenderedHTML")) {
+        const walk = document.createTreeWalker(e, NodeFilter.SHOW_TEXT);
+        while (walk.nextNode())
+            if (!walk.currentNode.parentElement.closest("code, pre, mjx-container"))
+                texts.push(walk.currentNode.data);
+    }
+    const captions = all(root, ".jp-OutputArea-output.jp-RenderedMarkdown").flatMap(e => {
+        const lead = e.querySelector("strong"), m = lead?.textContent.match(/^Figure (\\d+)[.]$/);
+        if (!m) return [];
+        const images = all(e.closest(".jp-OutputArea"), "img, .jp-RenderedSVG svg");
+        return [{n: +m[1], caption: box(e), words: e.innerText.length,
+                 images: images.map(i => ({...box(i), width: i.naturalWidth ?? 1}))}];
+    });
+    const equations = all(root, "mjx-container").flatMap(e =>
+        all(e, "mlabeledtr > mtd:first-child").map(t => ({
+            text: t.textContent, label: box(e.querySelector("mjx-labels mjx-mtext"))})));
+    return {texts, captions, equations, page: box(root),
+            maths: all(root, "mjx-container").length,
+            wrong: all(root, 'mjx-merror, merror, mtext[mathcolor="red"], mstyle[mathcolor="red"]')
+                .map(e => e.textContent)};
+}"""
+
+
+@pytest.mark.xdist_group("lab")
+@pytest.mark.parametrize("room", sorted({p.parts[0] for p in notebooks() if len(p.parts) > 1}))
+def test_nothing_raw_is_read_in_jupyterlab(browser, reading, room):
+    "Maths and captions are set, equations have their numbers, and every caption is below its image"
+    nb = busiest(room)
+    assert nb is not None, f"{room} has no figure"
+    page = browser.new_page(viewport=dict(width=1400, height=1000))
+    page.set_default_timeout(120_000)
+    try:
+        open_notebook(page, reading, nb.rel.as_posix())
+        if any("$" in c["source"] for c in nb.md):
+            page.wait_for_selector("mjx-container", state="attached")
+        n = len(nb.cells)
+        page.wait_for_function(f"document.querySelectorAll('.jp-Notebook .jp-Cell').length == {n}")
+        page.wait_for_function(
+            f"document.querySelectorAll('.jp-Notebook mjx-labels').length == {len(nb.tags)}"
+        )
+        seen = page.evaluate(SEEN)
+        raw = re.compile(r"@(?:fig|eq)-|\{#|\\(?:tag|label|begin|frac)\b|\$\$")
+        assert not [t for t in seen["texts"] if raw.search(t)]
+        assert sum(len(t) for t in seen["texts"]) > 1000, "hardly any text was drawn"
+        assert not seen["wrong"], f"maths that MathJax cannot read: {seen['wrong']}"
+        assert [e["text"] for e in seen["equations"]] == [f"({t})" for t in nb.tags]
+        for e in seen["equations"]:
+            label, inside = e["label"], seen["page"]
+            assert inside["left"] < label["left"] < label["right"] <= inside["right"] + 1, e
+            assert label["bottom"] > label["top"], e
+        assert [c["n"] for c in seen["captions"]] == [n for _, n in nb.figures]
+        for c in seen["captions"]:
+            assert c["images"] and all(i["width"] > 0 for i in c["images"]), c
+            below = c["caption"]["top"] - max(i["bottom"] for i in c["images"])
+            assert -1 <= below < 60 and c["words"] > 20, c
+        shown = page.locator(".jp-Cell", has=page.locator("strong", has_text="Figure 1.")).first
+        shown.scroll_into_view_if_needed()
+        page.screenshot(path=shots / f"read_{room}_figure.png")
+        if nb.tags:
+            page.locator("mjx-labels").first.scroll_into_view_if_needed()
+            page.screenshot(path=shots / f"read_{room}_equation.png")
+    finally:
         page.close()
 
 
