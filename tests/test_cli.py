@@ -183,6 +183,7 @@ def test_bad_out(tmp_path):
 
 
 # ---- run -----------------------------------------------------------------------------------------
+@pytest.mark.notebook
 @needs_paper
 @pytest.mark.timeout(600)
 def test_run_one_notebook(tmp_path):
@@ -215,6 +216,7 @@ def children_of(pid):
         return []
 
 
+@pytest.mark.notebook
 @needs_paper
 @pytest.mark.timeout(900)
 def test_interrupt_and_rerun(tmp_path):

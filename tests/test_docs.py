@@ -30,11 +30,13 @@ def site(tmp_path_factory):
     return out, render_docs.build(root, out)
 
 
+@pytest.mark.build
 def test_site_has_no_fault(site):
     out, faults = site
     assert not faults, "\n".join(faults)
 
 
+@pytest.mark.build
 def test_every_notebook_is_a_page_with_its_code_and_outputs(site):
     out, _ = site
     for rel in notebooks():

@@ -18,11 +18,13 @@ OPTIONAL = {"vllm", "ray", "datasets", "playwright", "jupyterlab", "fastapi", "b
 HEAVY = OPTIONAL | {"torch", "matplotlib", "transformers", "scipy", "pandas"}
 MAX_BARE, MAX_MODULES = 200, 6000  # modules loaded; torch and transformers alone are some 2500
 
-# torch and transformers are loaded once; each module is then imported in a process of its own,
+# What many modules load is loaded once; each module is then imported in a process of its own,
 # forked from that
 PROBE = """
 import json, os, sys
-import torch, transformers
+import scipy.stats
+import torch
+import transformers.models.qwen3.modeling_qwen3
 
 early = set(sys.modules)
 for name in json.load(sys.stdin):

@@ -138,6 +138,7 @@ def test_save_refuses_other_folders(tok, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_hub_id_without_network_says_what_to_do(tmp_path):
     code = "from llmpapers.core.lm import load_lm\nload_lm('nobody/no-such-model')"
     env = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
@@ -213,6 +214,7 @@ open(sys.argv[4], "w").write(json.dumps(out))
 """
 
 
+@pytest.mark.vllm
 @pytest.mark.xdist_group("vllm")
 @pytest.mark.timeout(600)
 def test_vllm_computes_the_same_numbers(tok, tmp_path):

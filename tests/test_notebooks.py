@@ -20,7 +20,7 @@ from common import (
     root,
 )
 
-CPU_LIMIT = float(os.environ.get("NOTEBOOK_CPU_LIMIT", 90))  # seconds, children included
+CPU_LIMIT = float(os.environ.get("NOTEBOOK_CPU_LIMIT", 60))  # seconds, children included
 durations = root / "tests" / "durations.json"
 
 
@@ -56,6 +56,7 @@ def files_beside(folder):
         for p in slowest_first()
     ],
 )
+@pytest.mark.notebook
 @pytest.mark.timeout(900)
 def test_notebook(rel, kernel, record_property):
     path = nbs / rel

@@ -12,7 +12,7 @@ import pytest
 
 from common import notebooks, root
 
-pytestmark = [pytest.mark.xdist_group("package"), pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.xdist_group("package"), pytest.mark.build, pytest.mark.timeout(1500)]
 ABSENT = "ray vllm jupyterlab playwright bm25s fastapi nbdev pytest".split()
 
 

@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("heavy"), pytest.mark.timeout(600)]
 
 common = r"""
 import json, os, signal, sys, threading, time

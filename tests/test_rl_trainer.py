@@ -418,6 +418,7 @@ def one_rank(group, batches, bad):
     return w, logs, same(u, make()) and u.n_skipped == 1
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process():
     from llmpapers.rl.parallel import run_ranks
 

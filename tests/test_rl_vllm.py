@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm"), pytest.mark.timeout(600)]
 
 common = r"""
 import json, sys, random
@@ -273,6 +273,7 @@ def test_training_through_vllm(out):
     assert out["trained"] and out["staleness"] <= 1 and out["kl"] < 1
 
 
+@pytest.mark.ray
 def test_two_vllm_actors_on_ray(tmp_path):
     """Behaviour log-probabilities of two actors equal the trainer's at every step, so every update
     arrived in both"""

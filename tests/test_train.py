@@ -116,6 +116,7 @@ ddp = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_two_micro_batches(tmp_path):
     (tmp_path / "ddp.py").write_text(ddp)
     env = os.environ | dict(
@@ -327,6 +328,7 @@ def wait_for(p, step):
     raise AssertionError(p.stderr.read())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 24, 33])
 def test_sigkill_then_resume(step, straight, tmp_path):
     p = start(tmp_path)
@@ -340,6 +342,7 @@ def test_sigkill_then_resume(step, straight, tmp_path):
     same_as(straight, tmp_path / "run", seed=0 if found is None else 9)
 
 
+@pytest.mark.slow
 def test_ctrl_c_finishes_the_step_and_saves(straight, tmp_path):
     p = start(tmp_path)
     wait_for(p, 15)
