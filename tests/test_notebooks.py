@@ -5,8 +5,6 @@ import json
 import os
 import re
 
-import nbformat
-import papermill as pm
 import pytest
 
 from common import (
@@ -19,6 +17,7 @@ from common import (
     output_text,
     root,
 )
+from nb_read import Notebook
 
 CPU_LIMIT = float(os.environ.get("NOTEBOOK_CPU_LIMIT", 60))  # seconds, children included
 durations = root / "tests" / "durations.json"
@@ -31,12 +30,8 @@ def slowest_first():
 
 def heavy(rel):
     "Notebooks that start Ray or vLLM run one at a time"
-    code = [c.source for c in nbformat.read(nbs / rel, 4).cells if c.cell_type == "code"]
-    return any(
-        k in s
-        for s in code
-        for k in ("ray.init", "start_ray(", "RolloutPool(", "RayLearners(", "VLLMEngine(")
-    )
+    starts = ("ray.init", "start_ray(", "RolloutPool(", "RayLearners(", "VLLMEngine(")
+    return any(k in c["source"] for c in Notebook(rel).code for k in starts)
 
 
 def files_beside(folder):
@@ -59,6 +54,9 @@ def files_beside(folder):
 @pytest.mark.notebook
 @pytest.mark.timeout(900)
 def test_notebook(rel, kernel, record_property):
+    import nbformat
+    import papermill  # heavy, and other tests of this process need none of it
+
     path = nbs / rel
     nb = nbformat.read(path, as_version=4)
     tagged = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
@@ -75,7 +73,7 @@ def test_notebook(rel, kernel, record_property):
     procs = Processes()
     try:
         with procs:
-            pm.execute_notebook(
+            papermill.execute_notebook(
                 path,
                 out,
                 parameters=params,

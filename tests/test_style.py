@@ -1,6 +1,7 @@
 "The house style of notebooks and of the library, read from the files: no kernel is started"
 
 import ast
+import functools
 import graphlib
 import json
 import os
@@ -48,9 +49,15 @@ def prints_text(call):
     )
 
 
+@functools.cache
+def read(rel):
+    "A notebook, read once"
+    return Notebook(rel)
+
+
 @pytest.fixture(params=all_nbs, ids=lambda p: p.as_posix())
 def nb(request):
-    return Notebook(request.param)
+    return read(request.param)
 
 
 def fail(nb, faults):
@@ -324,7 +331,7 @@ def test_outputs(nb):
 def test_no_two_notebooks_export_one_module():
     made = {}
     for rel in all_nbs:
-        for c in Notebook(rel).code:
+        for c in read(rel).code:
             for m in re.finditer(r"^#\s*\|\s*default_exp\s+(\S+)", c["source"], flags=re.M):
                 made.setdefault(m[1], []).append(rel.as_posix())
     assert not {k: v for k, v in made.items() if len(v) > 1}
@@ -680,7 +687,7 @@ def order_faults(books):
 
 def test_reading_order_is_import_order():
     "In every room a notebook imports only notebooks with a smaller number, wherever the import is"
-    faults = order_faults([Notebook(rel) for rel in all_nbs])
+    faults = order_faults([read(rel) for rel in all_nbs])
     assert not faults, "\n  ".join(["a reader meets these too late:", *faults])
 
 

@@ -1,6 +1,7 @@
 "Which notebooks there are, and what is in them: read by the tests of style and by the report on it"
 
 import ast
+import functools
 import json
 import re
 from pathlib import Path
@@ -75,8 +76,13 @@ def silent(c):
 
 def tree(c):
     "Syntax tree of a code cell, IPython magics left out"
-    lines = [line for line in body(c["source"]).splitlines() if not re.match(r"\s*[%!]", line)]
-    return ast.parse("\n".join(lines))
+    return parsed(body(c["source"]))
+
+
+@functools.cache
+def parsed(src):
+    "Syntax tree of code, IPython magics left out"
+    return ast.parse("\n".join(x for x in src.splitlines() if not re.match(r"\s*[%!]", x)))
 
 
 def is_import(s):
