@@ -6,7 +6,9 @@ PAPER  ?= attention_rhythm
 SCALE  ?= laptop
 JOBS   ?= 2
 
-.PHONY: help env run test lab docs readme notebooks export clean
+QUICK  := not (notebook or ray or vllm or browser or build or slow)
+
+.PHONY: help env run check test style lab docs readme notebooks export clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -17,8 +19,16 @@ env: ## create or repair the environment
 run: env ## execute the flagship series and print its claims (PAPER=..., SCALE=...)
 	@$(BIN)/llmpapers run $(PAPER) --scale $(SCALE)
 
+check: env ## minutes: ruff, generated files, unit and property tests
+	@$(BIN)/ruff format --check nbs tests tools setup.py
+	@$(BIN)/ruff check nbs tests tools setup.py
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "$(QUICK)" tests
+
 test: env ## run everything that is tested
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests
+
+style: env ## how the notebooks read, in figures beside good models: a report
+	@$(BIN)/python tools/style_report.py
 
 lab: env ## open JupyterLab on the notebooks
 	@$(BIN)/llmpapers lab

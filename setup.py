@@ -1,8 +1,10 @@
-"Package metadata for `llmpapers`, read from settings.ini; the wheel carries the notebooks as `llmpapers/_nbs`"
+"""Package metadata for `llmpapers`, read from settings.ini; the wheel carries the notebooks as
+`llmpapers/_nbs`"""
 
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
+
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 

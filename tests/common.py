@@ -1,4 +1,5 @@
-"Helpers of several test files: which notebooks there are, what must not be in them, processes and their CPU time"
+"""Helpers of several test files: which notebooks there are, what must not be in them, processes and
+their CPU time"""
 
 import os
 import re
@@ -11,26 +12,18 @@ from pathlib import Path
 
 import psutil
 
-root = Path(__file__).parents[1]
-nbs = root / "nbs"
+from nb_read import kind, nbs, notebooks, root
 
-
-def notebooks():
-    "All notebooks of the project, as paths relative to nbs/"
-    found = (p.relative_to(nbs) for p in nbs.rglob("*.ipynb"))
-    return sorted(p for p in found if not any(q.startswith((".", "_")) for q in p.parts))
-
-
-def kind(
-    rel,
-):  # index, paper (the 00 page of a room), results, core (core and rl), benchmarks or part
-    "What sort of notebook this is: its limits depend on it"
-    if len(rel.parts) == 1:
-        return "index"
-    room, name = rel.parts[0], rel.stem
-    if room in ("core", "rl", "benchmarks"):
-        return "benchmarks" if room == "benchmarks" else "core"
-    return "paper" if name.startswith("00_") else "results" if name.endswith("results") else "part"
+__all__ = [
+    "Processes",
+    "kind",
+    "machine_traces",
+    "nbs",
+    "needs_parameters",
+    "notebooks",
+    "output_text",
+    "root",
+]
 
 
 def needs_parameters(rel):
@@ -73,9 +66,9 @@ def output_text(cell):
 class Processes:
     """CPU time of the processes started inside a `with` block, dead ones included.
 
-    A thread samples the descendants, so that processes that outlive their parent stay in view; the kernel's own account of
-    children that were waited for covers what dies between two samples. The larger of the two counts. A mark in the
-    environment finds processes that left the tree."""
+    A thread samples the descendants, so that processes that outlive their parent stay in view; the
+    kernel's own account of children that were waited for covers what dies between two samples. The
+    larger of the two counts. A mark in the environment finds processes that left the tree."""
 
     def __init__(self, every=0.5):
         self.every, self.seen, self.stop, self.mark = every, {}, threading.Event(), uuid.uuid4().hex

@@ -1,4 +1,5 @@
-"What all tests share: a quiet, offline environment, a kernel for this interpreter, and a summary of times and skips"
+"""What all tests share: a quiet, offline environment, a kernel for this interpreter, and a summary
+of times and skips"""
 
 import json
 import os
@@ -30,7 +31,8 @@ def is_worker(config):
 
 
 def pytest_configure(config):
-    "One private folder per run for the cache, the kernel and the configuration of Jupyter; workers inherit it"
+    """One private folder per run for the cache, the kernel and the configuration of Jupyter;
+    workers inherit it"""
     if (
         signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     ):  # nohup and background jobs ignore Ctrl-C, which some tests send
@@ -117,7 +119,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    "`--dist loadgroup` with its groups taken from a file: pytest 9.2 ignores the suffix by which xdist 3.8 passes them"
+    """`--dist loadgroup` with its groups taken from a file: pytest 9.2 ignores the suffix by which
+    xdist 3.8 passes them"""
     if config.getvalue("dist") != "loadgroup":
         return None
     from xdist.scheduler import LoadGroupScheduling

@@ -1,4 +1,5 @@
-"AsyPPO: advantages, shards, spread, masks and objective hold for any input; bad input is refused; a run resumes exactly"
+"""AsyPPO: advantages, shards, spread, masks and objective hold for any input; bad input is refused;
+a run resumes exactly"""
 
 import copy
 import warnings
@@ -56,7 +57,7 @@ def loop(r, v, m, gamma, lam):
     return A
 
 
-# ---- advantages -----------------------------------------------------------------------------------------------------
+# ---- advantages ----------------------------------------------------------------------------------
 def test_one_implementation():
     assert gae is advantages.gae
 
@@ -97,7 +98,8 @@ def test_gae_limits(seed, shape):
 @quick
 @given(seeds, st.integers(1, 5), st.integers(1, 6))
 def test_true_values_are_martingales(seed, n, G):
-    "In expectation over the next token a true value does not change: checked by the exact formula at the last outcome"
+    """In expectation over the next token a true value does not change: checked by the exact formula
+    at the last outcome"""
     world = SurvivalMDP()
     e = world.sample(n, G, rng(seed, "mdp"))
     V = world.true_values(e)
@@ -108,7 +110,7 @@ def test_true_values_are_martingales(seed, n, G):
     assert np.isnan(explained_variance(V, torch.ones_like(V), e.mask))
 
 
-# ---- shards and spread ----------------------------------------------------------------------------------------------
+# ---- shards and spread ---------------------------------------------------------------------------
 @quick
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=24), st.integers(1, 4), st.integers(0, 9))
 def test_shards(groups, M, seed):
@@ -163,7 +165,7 @@ def test_each_critic_learns_from_its_shard_only(seed, M, shape):
     assert torch.equal(critic_loss(v, junk, m, shard)[1], per)
 
 
-# ---- masks ----------------------------------------------------------------------------------------------------------
+# ---- masks ---------------------------------------------------------------------------------------
 @quick
 @given(seeds, sizes, share)
 def test_masks_are_exact(seed, shape, k):
@@ -208,7 +210,7 @@ def test_masks_refuse(f, name):
     assert f(x, m, 0.0).all() and not f(x, m, 1.0)[m].any()
 
 
-# ---- objective ------------------------------------------------------------------------------------------------------
+# ---- objective -----------------------------------------------------------------------------------
 @quick
 @given(seeds, sizes)
 def test_without_additions_it_is_ppo(seed, shape):
@@ -271,7 +273,7 @@ def test_objective_edges():
     assert whiten(A, m)[m].mean().abs() < 1e-6
 
 
-# ---- models and runs ------------------------------------------------------------------------------------------------
+# ---- models and runs -----------------------------------------------------------------------------
 task = SumTask(3)
 cfg_lm = TinyLMConfig(layers=1, width=16, heads=2, kv_heads=2, head_dim=8, max_len=16)
 

@@ -1,4 +1,5 @@
-"Token credit: the invariants of the coefficients as properties, on random signals with ties, masks and padding"
+"""Token credit: the invariants of the coefficients as properties, on random signals with ties,
+masks and padding"""
 
 import math
 from dataclasses import replace
@@ -33,7 +34,8 @@ props = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCh
 
 @st.composite
 def signals(draw, n_max=24, b_max=4, h_lo=None):
-    "WAAD, FAI, entropy with many ties, a response mask with rows of any length (0 too), and the support"
+    """WAAD, FAI, entropy with many ties, a response mask with rows of any length (0 too), and the
+    support"""
     b, n, seed = (
         draw(st.integers(1, b_max)),
         draw(st.integers(1, n_max)),
@@ -45,7 +47,10 @@ def signals(draw, n_max=24, b_max=4, h_lo=None):
         lo = draw(st.integers(0, n))
         mask[i, lo : draw(st.integers(lo, n))] = True
     lo = draw(st.integers(0, 6)) if h_lo is None else h_lo
-    x = lambda: torch.randint(0, levels, (b, n), generator=g).float() / levels
+
+    def x():
+        return torch.randint(0, levels, (b, n), generator=g).float() / levels
+
     return (
         dict(waad=10 * x(), fai=x() * mask, entropy=x(), support=fai_support(mask, lo, lo + 8)),
         mask,
@@ -61,11 +66,12 @@ def size(q, n):
     return 0 if q == 0 else max(1, math.floor(q * n + 0.5 + 1e-9))
 
 
-# ---- selection --------------------------------------------------------------------------------------------------------
+# ---- selection -----------------------------------------------------------------------------------
 @props
 @given(signals(), shares, st.booleans())
 def test_top_q_is_exact_ordered_and_deterministic(case, q, largest):
-    "Exactly min(m, candidates) tokens; nothing left out is better; among equals the earlier one is in"
+    """Exactly min(m, candidates) tokens; nothing left out is better; among equals the earlier one
+    is in"""
     s, mask, _ = case
     chosen = top_q(s["fai"], s["support"] > 0, q, mask.sum(-1), largest)
     assert not (chosen & (s["support"] == 0)).any()
@@ -81,7 +87,8 @@ def test_top_q_is_exact_ordered_and_deterministic(case, q, largest):
 @props
 @given(signals(), shares, amps, st.sampled_from(["top", "bottom"]))
 def test_single_strategies_have_two_values_and_exact_counts(case, q, amp, select):
-    "Values are 1 and amp; m tokens at amp, never more than the candidates, none outside the response"
+    """Values are 1 and amp; m tokens at amp, never more than the candidates, none outside the
+    response"""
     s, mask, seed = case
     n, last = mask.sum(-1), (mask.sum(-1) - 1).clamp(min=0)
     for gamma, room in (
@@ -117,7 +124,7 @@ def test_ties_take_the_earliest(case, q):
     )
 
 
-# ---- the coupled strategy ---------------------------------------------------------------------------------------------
+# ---- the coupled strategy ------------------------------------------------------------------------
 @props
 @given(signals(), shares, amps, st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.integers(0, 4))
 def test_coupled_equals_the_loop(case, q, amp, alpha, k):
@@ -140,7 +147,8 @@ def test_coupled_equals_the_loop(case, q, amp, alpha, k):
     st.sampled_from([None, 0.0, 2.0]),
 )
 def test_coupled_is_additive_and_conserves_the_bonus(case, q, amp, alpha, k, tau_waad, tau_delta):
-    "gamma is the sum of its three terms, at most 1+(1+alpha)(amp-1); the bonus is |T|(amp-1), exactly if intros are distinct"
+    """gamma is the sum of its three terms, at most 1+(1+alpha)(amp-1); the bonus is |T|(amp-1),
+    exactly if intros are distinct"""
     s, mask, _ = case
     p = coupled_gamma(
         s["waad"],
@@ -155,9 +163,9 @@ def test_coupled_is_additive_and_conserves_the_bonus(case, q, amp, alpha, k, tau
         s["support"],
         return_parts=True,
     )
-    b, T, D, I = amp - 1, p.anchors, p.dominated, p.intros
-    assert (D <= T).all() and not (I & ~mask).any() and not p.gamma.requires_grad
-    parts = 1 + b * (T & ~D).float() + (1 - alpha) * b * D.float() + alpha * b * I.float()
+    b, T, D, intros = amp - 1, p.anchors, p.dominated, p.intros
+    assert (D <= T).all() and not (intros & ~mask).any() and not p.gamma.requires_grad
+    parts = 1 + b * (T & ~D).float() + (1 - alpha) * b * D.float() + alpha * b * intros.float()
     torch.testing.assert_close(p.gamma, parts)
     assert (
         p.gamma.min() >= 1
@@ -165,12 +173,12 @@ def test_coupled_is_additive_and_conserves_the_bonus(case, q, amp, alpha, k, tau
         and (p.gamma[~mask] == 1).all()
     )
     bonus, full = (p.gamma - 1).sum(-1), b * T.sum(-1)
-    distinct = I.sum(-1) == D.sum(-1)
+    distinct = intros.sum(-1) == D.sum(-1)
     assert (bonus <= full + 1e-4).all()
     torch.testing.assert_close(bonus[distinct], full[distinct].float())
     if b * alpha > 0:
         assert (bonus[~distinct] < full[~distinct] - 1e-6).all()
-    assert (I.any(-1) == D.any(-1)).all()
+    assert (intros.any(-1) == D.any(-1)).all()
 
 
 def test_anchor_and_intro_reach_one_point_seventy_five():
@@ -217,7 +225,7 @@ def test_thresholds_per_row(case, k, q):
     assert torch.equal(whole, torch.stack(rows))
 
 
-# ---- short responses, padding, batches --------------------------------------------------------------------------------
+# ---- short responses, padding, batches -----------------------------------------------------------
 @props
 @given(signals(h_lo=6), shares)
 def test_short_responses_have_no_anchor(case, q):
@@ -234,7 +242,10 @@ def test_short_responses_have_no_anchor(case, q):
 @given(signals(), st.integers(0, 5), st.integers(0, 5), shares)
 def test_padding_and_batch_do_not_matter(case, left, right, q):
     s, mask, _ = case
-    pad = lambda x: torch.nn.functional.pad(x, (left, right))
+
+    def pad(x):
+        return torch.nn.functional.pad(x, (left, right))
+
     for strategy in set(strategies) - {"random"}:
         gamma = credit_gamma(strategy, mask, **s, q=q)
         padded = credit_gamma(strategy, pad(mask), **{k: pad(v) for k, v in s.items()}, q=q)
@@ -254,21 +265,28 @@ def test_uniform_has_the_mean_of_a_selection(case, q, amp):
     torch.testing.assert_close(gamma, torch.where(mask, 1 + q * (amp - 1), 1.0).float())
 
 
-# ---- the advantage ----------------------------------------------------------------------------------------------------
+# ---- the advantage -------------------------------------------------------------------------------
 def rows(seed, b=6, n=9):
     "A batch of `b` scored samples in groups of two, with log-probabilities"
     g = torch.Generator().manual_seed(seed)
     lens = torch.randint(1, n, (b,), generator=g).tolist()
-    sample = lambda l: Sample(
-        [1, 2],
-        [3] * l,
-        [True] * l,
-        torch.rand(l, generator=g).neg().tolist(),
-        [0] * l,
-        float(torch.rand((), generator=g)),
-    )
+
+    def sample(length):
+        return Sample(
+            [1, 2],
+            [3] * length,
+            [True] * length,
+            torch.rand(length, generator=g).neg().tolist(),
+            [0] * length,
+            float(torch.rand((), generator=g)),
+        )
+
     batch = collate(
-        [Group(i, None, 0, samples=[sample(l), sample(l)]) for i, l in enumerate(lens)], 0
+        [
+            Group(i, None, 0, samples=[sample(length), sample(length)])
+            for i, length in enumerate(lens)
+        ],
+        0,
     )
     return batch, -torch.rand(batch.input_ids.shape, generator=g)
 
@@ -335,7 +353,7 @@ def test_no_gradient_and_half_precision():
     )
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 M, X = torch.ones(2, 6).bool(), torch.rand(2, 6)
 holes = torch.tensor([1, 0, 1, 1, 1, 1]).bool().expand(2, 6)
 bad = {

@@ -66,7 +66,7 @@ horizons = st.tuples(st.integers(0, 6), st.one_of(st.none(), st.integers(0, 9)))
 )
 
 
-# ---- metrics ----------------------------------------------------------------------------------------------------------
+# ---- metrics -------------------------------------------------------------------------------------
 @quick
 @given(cases(), st.integers(1, 20))
 def test_waad_loop_bounds_and_first_token(case, window):
@@ -315,7 +315,7 @@ def test_half_precision_rows_get_the_wider_tolerance():
         waad(off, torch.ones(1, 9).bool())
 
 
-# ---- capture ----------------------------------------------------------------------------------------------------------
+# ---- capture -------------------------------------------------------------------------------------
 SMALL = dict(
     vocab_size=61,
     hidden_size=32,
@@ -357,14 +357,15 @@ def models():
 
 
 def batch(seed, lens, side, n=None):
-    "Ids, attention mask, response mask of sequences with given lengths; the tokens do not depend on the padding"
+    """Ids, attention mask, response mask of sequences with given lengths; the tokens do not depend
+    on the padding"""
     n = max(lens) if n is None else n
     ids, mask, resp = torch.zeros(3, len(lens), n, dtype=torch.long)
-    for i, l in enumerate(lens):
-        g, o = torch.Generator().manual_seed(seed * 100 + i), 0 if side == "right" else n - l
-        p = int(torch.randint(1, l, (1,), generator=g))
-        ids[i, o : o + l], mask[i, o : o + l], resp[i, o + p : o + l] = (
-            torch.randint(1, 61, (l,), generator=g),
+    for i, length in enumerate(lens):
+        g, o = torch.Generator().manual_seed(seed * 100 + i), 0 if side == "right" else n - length
+        p = int(torch.randint(1, length, (1,), generator=g))
+        ids[i, o : o + length], mask[i, o : o + length], resp[i, o + p : o + length] = (
+            torch.randint(1, 61, (length,), generator=g),
             1,
             1,
         )
@@ -433,10 +434,12 @@ def test_company_order_chunk_and_padding_do_not_matter(models, seed, lens, chunk
     shifted = rhythm_signals(model, *left, heads=whole.heads, **kw)
     for k in ("waad", "fai", "support"):
         assert_close(getattr(shifted, k)[left[2]], getattr(whole, k)[b[2]], atol=1e-5, rtol=1e-5)
-    for i, l in enumerate(lens):  # alone, without a batch axis
-        alone = rhythm_signals(model, b[0][i, :l], None, b[2][i, :l], heads=whole.heads, **kw)
+    for i, length in enumerate(lens):  # alone, without a batch axis
+        alone = rhythm_signals(
+            model, b[0][i, :length], None, b[2][i, :length], heads=whole.heads, **kw
+        )
         for k in ("waad", "fai", "support"):
-            assert_close(getattr(alone, k), getattr(whole, k)[i, :l], atol=1e-5, rtol=1e-5)
+            assert_close(getattr(alone, k), getattr(whole, k)[i, :length], atol=1e-5, rtol=1e-5)
 
 
 def test_learned_positions_count_from_the_first_real_token():
@@ -552,7 +555,8 @@ def test_another_thread_sees_plain_attention(models):
 
 
 def test_forward_output_is_untouched_when_the_pass_runs_on(models, monkeypatch):
-    "Without the early stop, the hidden states under left padding are those of SDPA, and still no logits are made"
+    """Without the early stop, the hidden states under left padding are those of SDPA, and still no
+    logits are made"""
     m, (ids, mask, resp) = models["window"], batch(4, [15, 22], "left")
     seen, head = [], []
     logits = m.lm_head.register_forward_hook(lambda *_: head.append(1))

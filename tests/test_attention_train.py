@@ -63,7 +63,8 @@ def flat(lm):
 
 
 def test_amp_one_is_grpo_and_the_plug_acts(lm, problems):
-    "Bit for bit the weights of plain GRPO with amp = 1, whatever the strategy; other weights with 1.5; the given model is untouched"
+    """Bit for bit the weights of plain GRPO with amp = 1, whatever the strategy; other weights with
+    1.5; the given model is untouched"""
     before = flat(lm).clone()
     plain = flat(train_rhythm(lm, problems, replace(few, strategy="none")).lm)
     assert not torch.equal(plain, before) and torch.equal(flat(lm), before)
@@ -75,7 +76,8 @@ def test_amp_one_is_grpo_and_the_plug_acts(lm, problems):
 
 
 def test_signals_in_parts_use_one_head_split(lm, problems):
-    "Rows of one forward pass: parts after the first use its heads, and the model's attention is what it was"
+    """Rows of one forward pass: parts after the first use its heads, and the model's attention is
+    what it was"""
     run = train_rhythm(lm, problems, few)
     seen, credit = [], RhythmCredit(run.trainer, replace(few, signal_rows=2))
     real, T.rhythm_signals = (
@@ -137,7 +139,8 @@ def test_checkpoint_goes_on(lm, problems, tmp_path):
 
 
 def test_vllm_path(lm, problems, monkeypatch, tmp_path):
-    "engine='vllm' hands vLLM a folder with the policy, and the same loop trains; nothing of it is imported otherwise"
+    """engine='vllm' hands vLLM a folder with the policy, and the same loop trains; nothing of it is
+    imported otherwise"""
     from llmpapers.rl import vllm
 
     made = []
@@ -189,7 +192,7 @@ def test_bad_configuration(kw):
         RhythmConfig(**kw)
 
 
-# ---- Countdown --------------------------------------------------------------------------------------------------------
+# ---- Countdown -----------------------------------------------------------------------------------
 def test_countdown_traces_are_right_and_readable_by_the_verifier():
     p = countdown_problems(Countdown(), 3)
     for i in range(60):
@@ -231,7 +234,7 @@ def test_countdown_outcome_is_cached(tmp_path, monkeypatch):
     )
 
 
-# ---- the tabular world ------------------------------------------------------------------------------------------------
+# ---- the tabular world ---------------------------------------------------------------------------
 small = TabularConfig(seeds=3, prompts=3, group=4, iterations=4)
 
 
@@ -274,7 +277,8 @@ def test_tabular_equivalences_and_pairing():
 
 
 def test_tabular_start_and_gradient():
-    "The start is p_start to the number of decisive choices; one update without clip or norm equals the policy gradient by hand"
+    """The start is p_start to the number of decisive choices; one update without clip or norm
+    equals the policy gradient by hand"""
     cfg = replace(small, iterations=1, updates=1, max_norm=math.inf, clip=10.0)
     world = tabular_world(cfg)
     start = (cfg.p_start ** world.decisive.sum(-1).double()).mean(-1)

@@ -1,5 +1,6 @@
-"A real browser opens a notebook in JupyterLab and runs it, and reads the built site"
+"A real browser opens notebooks in JupyterLab, runs one, and reads them and the built site"
 
+import contextlib
 import functools
 import http.server
 import json
@@ -13,10 +14,10 @@ import sys
 import threading
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 from common import notebooks, root
+from nb_read import Notebook
 from test_style import copy_of_tree
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
@@ -51,7 +52,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-# ---- JupyterLab -----------------------------------------------------------------------------------------------------
+# ---- JupyterLab ----------------------------------------------------------------------------------
 def smoke_copy(dst):
     "The project with every notebook at smoke scale and without outputs"
     copy_of_tree(dst)
@@ -71,19 +72,22 @@ def smoke_copy(dst):
         p.write_text(json.dumps(nb, indent=1))
 
 
-@pytest.fixture
-def lab(tmp_path, browser):  # (address, token)
-    "A server of JupyterLab on a copy of the project, started as a user does: `llmpapers lab --no-browser --port N`"
+@contextlib.contextmanager
+def jupyterlab(tmp_path, prepare):  # (address, token)
+    """A server of JupyterLab on a copy of the project, started as a user does: `llmpapers lab
+    --no-browser --port N`"""
     proj, conf, port = tmp_path / "project", tmp_path / "conf", free_port()
-    smoke_copy(proj)
+    prepare(proj)
     settings = conf / "settings" / "@jupyterlab" / "notebook-extension"
     settings.mkdir(parents=True)
     (settings / "tracker.jupyterlab-settings").write_text(
         '{"windowingMode": "none"}'
     )  # render all cells, not just those in view
     (conf / "jupyter_lab_config.py").write_text(
-        "c.LabApp.expose_app_in_browser = True\nc.LabApp.news_url = None\n"
-        'c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"\nc.ServerApp.allow_root = True\n'
+        "c.LabApp.expose_app_in_browser = True\n"
+        "c.LabApp.news_url = None\n"
+        'c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"\n'
+        "c.ServerApp.allow_root = True\n"
     )
     env = os.environ | dict(
         PYTHONPATH=str(proj),
@@ -129,44 +133,64 @@ def lab(tmp_path, browser):  # (address, token)
             os.killpg(server.pid, signal.SIGKILL)
 
 
-def notebook_to_open():
-    "A notebook with figures and maths: the first method of the first paper, else one of core"
-    names = sorted(
-        (p.as_posix() for p in notebooks()),
-        key=lambda n: (n != "attention_rhythm/01_metrics.ipynb", n),
-    )
-    text = lambda n: (root / "nbs" / n).read_text(encoding="utf-8")
-    return next((n for n in names if "$$" in text(n) and "#| label: fig-" in text(n)), None)
+@pytest.fixture
+def lab(tmp_path, browser):
+    "JupyterLab with notebooks to run"
+    with jupyterlab(tmp_path, smoke_copy) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory, browser):
+    "JupyterLab with the notebooks as they are, outputs and all"
+    with jupyterlab(tmp_path_factory.mktemp("reading"), copy_of_tree) as server:
+        yield server
+
+
+def open_notebook(page, server, rel):
+    "Show a notebook in JupyterLab, all of its cells drawn"
+    url, token = server
+    try:
+        urllib.request.urlopen(f"{url}/api/contents/{rel}?token={token}&content=0")
+    except OSError:
+        rel = f"nbs/{rel}"
+    page.goto(f"{url}/lab/tree/{rel}?token={token}&reset", wait_until="domcontentloaded")
+    page.wait_for_selector(".jp-Notebook")
+    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext")
+
+
+def busiest(room):
+    "The notebook of a room with most figures and equations; None if it has no figure"
+    books = [Notebook(p) for p in notebooks() if p.parts[0] == room]
+    books = [nb for nb in books if nb.figures and nb.tags] or [nb for nb in books if nb.figures]
+    return max(books, key=lambda nb: len(nb.figures) + len(nb.tags), default=None)
 
 
 @pytest.mark.xdist_group("lab")
 def test_a_notebook_runs_in_jupyterlab(browser, lab):
-    url, token = lab
-    rel = notebook_to_open()
-    if not rel:
-        pytest.skip("no notebook with figures and maths yet")
-    get = lambda path: urllib.request.urlopen(f"{url}/api/contents/{path}?token={token}&content=0")
-    try:
-        get(rel)
-    except OSError:
-        rel = f"nbs/{rel}"
     page = browser.new_page(viewport=dict(width=1400, height=1000))
     page.set_default_timeout(120_000)
     errors = []
     page.on("pageerror", lambda e: errors.append(str(e)))
     try:
-        page.goto(f"{url}/lab/tree/{rel}?token={token}&reset", wait_until="domcontentloaded")
-        page.wait_for_selector(".jp-Notebook")
-        page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext")
+        open_notebook(page, lab, "attention_rhythm/01_metrics.ipynb")
         # the status indicator is idle before the kernel is connected, so wait for the kernel itself
-        page.evaluate("""async () => { const w = jupyterapp.shell.currentWidget; await w.context.ready; await w.sessionContext.ready;
-                         await w.sessionContext.session.kernel.info; }""")
+        page.evaluate("""async () => {
+            const w = jupyterapp.shell.currentWidget;
+            await w.context.ready;
+            await w.sessionContext.ready;
+            await w.sessionContext.session.kernel.info;
+        }""")
         page.evaluate('async () => { await jupyterapp.commands.execute("notebook:run-all-cells") }')
         page.wait_for_timeout(1000)
-        cells = page.evaluate("""() => jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells
-            .filter(c => c.cell_type == "code" && [].concat(c.source).join("").trim())
-            .map(c => ({src: [].concat(c.source).join("").slice(0, 80), n: c.execution_count,
-                        err: c.outputs.filter(o => o.output_type == "error").map(o => o.ename + ": " + o.evalue)}))""")
+        cells = page.evaluate("""() => {
+            const error = o => o.output_type == "error" ? [o.ename + ": " + o.evalue] : [];
+            const text = c => [].concat(c.source).join("");
+            return jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells
+                .filter(c => c.cell_type == "code" && text(c).trim())
+                .map(c => ({src: text(c).slice(0, 80), n: c.execution_count,
+                            err: c.outputs.flatMap(error)}));
+        }""")
         assert len(cells) > 5, cells
         assert not [c for c in cells if c["err"]], [c for c in cells if c["err"]]
         assert not [c for c in cells if c["n"] is None], (
@@ -177,7 +201,8 @@ def test_a_notebook_runs_in_jupyterlab(browser, lab):
             "maths that MathJax cannot read"
         )
         images = page.evaluate(
-            """() => [...document.querySelectorAll(".jp-OutputArea-output img")].map(i => [i.naturalWidth, i.getBoundingClientRect().width])"""
+            """() => [...document.querySelectorAll(".jp-OutputArea-output img")]
+                .map(i => [i.naturalWidth, i.getBoundingClientRect().width])"""
         )
         assert images and all(w > 0 and shown > 0 for w, shown in images), (
             f"figures that are not drawn: {images}"
@@ -188,7 +213,79 @@ def test_a_notebook_runs_in_jupyterlab(browser, lab):
         page.close()
 
 
-# ---- the site -------------------------------------------------------------------------------------------------------
+# What a reader sees of a notebook: the text outside of code and maths, faults of the maths, the
+# numbers of equations with the place where they stand, and figures with their captions
+SEEN = """() => {
+    const all = (e, q) => [...e.querySelectorAll(q)], root = document.querySelector(".jp-Notebook");
+    const box = e => { const r = e.getBoundingClientRect();
+                       return {left: r.left, right: r.right, top: r.top, bottom: r.bottom}; };
+    const texts = [];
+    for (const e of all(root, ".jp-RenderedMarkdown, .jp-RenderedHTML")) {
+        const walk = document.createTreeWalker(e, NodeFilter.SHOW_TEXT);
+        while (walk.nextNode())
+            if (!walk.currentNode.parentElement.closest("code, pre, mjx-container"))
+                texts.push(walk.currentNode.data);
+    }
+    const captions = all(root, ".jp-OutputArea-output.jp-RenderedMarkdown").flatMap(e => {
+        const lead = e.querySelector("strong"), m = lead?.textContent.match(/^Figure (\\d+)[.]$/);
+        if (!m) return [];
+        const images = all(e.closest(".jp-OutputArea"), "img, .jp-RenderedSVG svg");
+        return [{n: +m[1], caption: box(e), words: e.innerText.length,
+                 images: images.map(i => ({...box(i), width: i.naturalWidth ?? 1}))}];
+    });
+    const equations = all(root, "mjx-container").flatMap(e =>
+        all(e, "mlabeledtr > mtd:first-child").map(t => ({
+            text: t.textContent, label: box(e.querySelector("mjx-labels mjx-mtext"))})));
+    return {texts, captions, equations, page: box(root),
+            maths: all(root, "mjx-container").length,
+            wrong: all(root, 'mjx-merror, merror, mtext[mathcolor="red"], mstyle[mathcolor="red"]')
+                .map(e => e.textContent)};
+}"""
+
+
+@pytest.mark.xdist_group("lab")
+@pytest.mark.parametrize("room", sorted({p.parts[0] for p in notebooks() if len(p.parts) > 1}))
+def test_nothing_raw_is_read_in_jupyterlab(browser, reading, room):
+    "Maths and captions are set, equations have their numbers, and every caption is below its image"
+    nb = busiest(room)
+    assert nb is not None, f"{room} has no figure"
+    page = browser.new_page(viewport=dict(width=1400, height=1000))
+    page.set_default_timeout(120_000)
+    try:
+        open_notebook(page, reading, nb.rel.as_posix())
+        if any("$" in c["source"] for c in nb.md):
+            page.wait_for_selector("mjx-container", state="attached")
+        n = len(nb.cells)
+        page.wait_for_function(f"document.querySelectorAll('.jp-Notebook .jp-Cell').length == {n}")
+        page.wait_for_function(
+            f"document.querySelectorAll('.jp-Notebook mjx-labels').length == {len(nb.tags)}"
+        )
+        seen = page.evaluate(SEEN)
+        raw = re.compile(r"@(?:fig|eq)-|\{#|\\(?:tag|label|begin|frac)\b|\$\$")
+        assert not [t for t in seen["texts"] if raw.search(t)]
+        assert sum(len(t) for t in seen["texts"]) > 1000, "hardly any text was drawn"
+        assert not seen["wrong"], f"maths that MathJax cannot read: {seen['wrong']}"
+        assert [e["text"] for e in seen["equations"]] == [f"({t})" for t in nb.tags]
+        for e in seen["equations"]:
+            label, inside = e["label"], seen["page"]
+            assert inside["left"] < label["left"] < label["right"] <= inside["right"] + 1, e
+            assert label["bottom"] > label["top"], e
+        assert [c["n"] for c in seen["captions"]] == [n for _, n in nb.figures]
+        for c in seen["captions"]:
+            assert c["images"] and all(i["width"] > 0 for i in c["images"]), c
+            below = c["caption"]["top"] - max(i["bottom"] for i in c["images"])
+            assert -1 <= below < 60 and c["words"] > 20, c
+        shown = page.locator(".jp-Cell", has=page.locator("strong", has_text="Figure 1.")).first
+        shown.scroll_into_view_if_needed()
+        page.screenshot(path=shots / f"read_{room}_figure.png")
+        if nb.tags:
+            page.locator("mjx-labels").first.scroll_into_view_if_needed()
+            page.screenshot(path=shots / f"read_{room}_equation.png")
+    finally:
+        page.close()
+
+
+# ---- the site ------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, browser):
     "The built site behind a small server"
@@ -212,7 +309,8 @@ def site(tmp_path_factory, browser):
 
 @pytest.fixture
 def open_page(browser):
-    "Opens pages; their errors, failed requests and requests to other hosts are collected in `.faults`"
+    """Opens pages; their errors, failed requests and requests to other hosts are collected in
+    `.faults`"""
     made, faults = [], []
 
     def open_(url, **kw):
@@ -250,7 +348,8 @@ def open_page(browser):
 
 @pytest.mark.xdist_group("browser")
 def test_site_pages(site, open_page):
-    "Every page loads with all its images, nothing is wider than the window, and no error is on the console"
+    """Every page loads with all its images, nothing is wider than the window, and no error is on
+    the console"""
     page = open_page(f"{site}/index.html")
     page.wait_for_url("**/nbs/index.html")
     links = page.eval_on_selector_all("#sidebar a", "xs => xs.map(a => a.href)")
@@ -260,7 +359,8 @@ def test_site_pages(site, open_page):
     for url in links:
         page.goto(url)
         bad = page.evaluate(
-            "() => [...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.src)"
+            """() => [...document.images]
+                .filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.src)"""
         )
         assert not bad, f"{url}: images that are not loaded: {bad}"
         for width in (1300, 390):
@@ -273,7 +373,8 @@ def test_site_pages(site, open_page):
 
 @pytest.mark.xdist_group("browser")
 def test_site_navigation(site, open_page):
-    "The sidebar leads to pages, marks the current one, and the neighbours follow its order; search finds a page"
+    """The sidebar leads to pages, marks the current one, and the neighbours follow its order;
+    search finds a page"""
     page = open_page(f"{site}/nbs/index.html")
     links = page.locator("#sidebar a")
     if links.count() < 3:
@@ -297,16 +398,20 @@ def test_site_navigation(site, open_page):
 
 @pytest.mark.xdist_group("browser")
 def test_site_light_dark_phone(site, open_page):
-    "The page follows the system's theme, the switch overrides it, and on a phone the menu opens the contents"
-    ground = lambda p: (
-        sum(
-            int(x)
-            for x in re.findall(
-                r"\d+", p.evaluate("() => getComputedStyle(document.body).backgroundColor")
-            )[:3]
+    """The page follows the system's theme, the switch overrides it, and on a phone the menu opens
+    the contents"""
+
+    def ground(p):
+        return (
+            sum(
+                int(x)
+                for x in re.findall(
+                    r"\d+", p.evaluate("() => getComputedStyle(document.body).backgroundColor")
+                )[:3]
+            )
+            / 3
         )
-        / 3
-    )
+
     rel = next((p for p in notebooks() if len(p.parts) > 1), None)
     if rel is None:
         pytest.skip("no page but the front")

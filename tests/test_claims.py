@@ -71,10 +71,12 @@ def test_other_pages_of_a_folder_are_read_in_order(tmp_path):
 
 @pytest.mark.parametrize("page", sorted(nbs.glob("*/00_*.ipynb")), ids=lambda p: p.parent.name)
 def test_paper_pages_claim_nothing_of_their_own(page):
-    "Every row of a paper's page comes from a part of its series, so that leaving the page out loses nothing"
+    """Every row of a paper's page comes from a part of its series, so that leaving the page out
+    loses nothing"""
     own = {(c.paper, c.key) for c in claims_in(page)} - {
         (c.paper, c.key) for c in claims_in(page.parent)
     }
     assert not own, (
-        f"{page.parent.name}: no part makes these claims (renamed? then run the page again): {sorted(own)}"
+        f"{page.parent.name}: no part makes these claims (renamed? then run the page again): "
+        f"{sorted(own)}"
     )

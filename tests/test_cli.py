@@ -49,7 +49,7 @@ def numbers(paper):
     return [p.stem[:2] for p in notebooks() if p.parts[0] == paper]
 
 
-# ---- help and listing -----------------------------------------------------------------------------------------------
+# ---- help and listing ----------------------------------------------------------------------------
 def test_help():
     r = cli("--help")
     assert r.returncode == 0 and not r.stderr, r
@@ -75,7 +75,9 @@ def test_help_is_quick_to_load():
     "Help loads no framework"
     code = (
         CMD[2].replace("sys.exit(main())", "")
-        + '\ntry: main(["--help"])\nexcept SystemExit: pass\nprint([m for m in ("torch", "transformers", "papermill", "matplotlib") if m in sys.modules])'
+        + '\ntry: main(["--help"])\nexcept SystemExit: pass\n'
+        + 'heavy = ("torch", "transformers", "papermill", "matplotlib")\n'
+        + "print([m for m in heavy if m in sys.modules])"
     )
     r = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=root.parent
@@ -94,7 +96,7 @@ def test_no_command_points_to_the_help():
     refused(cli(), "COMMAND", "--help")
 
 
-# ---- claims ---------------------------------------------------------------------------------------------------------
+# ---- claims --------------------------------------------------------------------------------------
 def claims_of_outputs():
     "Claims in the committed outputs, read without the library"
     found = {}
@@ -127,7 +129,7 @@ def test_claims_of_a_paper():
         assert c["verdict"] in text.stdout
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "args, words",
     [
@@ -179,7 +181,8 @@ def test_bad_out(tmp_path):
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
-# ---- run ------------------------------------------------------------------------------------------------------------
+# ---- run -----------------------------------------------------------------------------------------
+@pytest.mark.notebook
 @needs_paper
 @pytest.mark.timeout(600)
 def test_run_one_notebook(tmp_path):
@@ -212,10 +215,12 @@ def children_of(pid):
         return []
 
 
+@pytest.mark.notebook
 @needs_paper
 @pytest.mark.timeout(900)
 def test_interrupt_and_rerun(tmp_path):
-    "Ctrl-C ends a run at once with code 130 and one line, leaves no process behind, and the same command goes on where it was"
+    """Ctrl-C ends a run at once with code 130 and one line, leaves no process behind, and the same
+    command goes on where it was"""
     out, log = tmp_path / "out", tmp_path / "log"
     names = [p.name for p in notebooks() if p.parts[0] == PAPER and not p.stem.startswith("00_")][
         :2

@@ -1,4 +1,5 @@
-"The site is built without a fault, every kind of fault is seen, and README.md is what nbs/index.ipynb makes of it"
+"""The site is built without a fault, every kind of fault is seen, and README.md is what
+nbs/index.ipynb makes of it"""
 
 import base64
 import json
@@ -16,7 +17,10 @@ import nb_filter  # noqa: E402
 import render_docs  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("docs")
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4z8AARAwQCgAf7gP9i18U1AAAAABJRU5ErkJggg=="
+PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4z8AARAwQCgAf7gP9"
+    "i18U1AAAAABJRU5ErkJggg=="
+)
 
 
 @pytest.fixture(scope="session")
@@ -25,11 +29,13 @@ def site(tmp_path_factory):
     return out, render_docs.build(root, out)
 
 
+@pytest.mark.build
 def test_site_has_no_fault(site):
     out, faults = site
     assert not faults, "\n".join(faults)
 
 
+@pytest.mark.build
 def test_every_notebook_is_a_page_with_its_code_and_outputs(site):
     out, _ = site
     for rel in notebooks():
@@ -58,7 +64,7 @@ def test_readme_is_current(capsys):
     assert rc == 0, capsys.readouterr().out
 
 
-# ---- a small site to plant faults in --------------------------------------------------------------------------------
+# ---- a small site to plant faults in -------------------------------------------------------------
 def md(s):
     return dict(cell_type="markdown", metadata={}, source=s)
 
@@ -97,17 +103,28 @@ def write(folder, name, cells):
     )
 
 
-FIGURE = code(
-    "#| label: fig-line\n#| fig-cap: A line rises with $n$.\nplot();",
-    data(image__png=PNG, text__plain="<Figure>"),
+def figure(n, caption="A line rises with $n$.", call=True):
+    "A cell as a notebook of ours has it: the image, and below it the caption"
+    src = f'plot()\ncaption({n}, f"A {{what}} rises with $n$.")' if call else "plot();"
+    return code(
+        src,
+        data(image__png=PNG, text__plain="<Figure>"),
+        data(text__markdown=f"**Figure {n}.** {caption}", text__plain="<Markdown object>"),
+    )
+
+
+FIGURE = figure(1)
+TABLE = (
+    "| claim | verdict |\n|---|---|\n"
+    "| a long claim that is wider than the usual seventy-two columns of a text | direction |"
 )
-TABLE = "| claim | verdict |\n|---|---|\n| a long claim that is wider than the usual seventy-two columns of a text | direction |"
 GOOD = [
     md("# Part\n\n> What it does"),
     code("#| default_exp core.part"),
     code("#| hide\nimport secret_helper"),
     md(
-        "See @eq-sum, @fig-line and [the front](../index.ipynb#start).\n\n$$\n\\sum_i x_i\n$$ {#eq-sum}\n\n![a picture](pic.png)"
+        "See equation (1), Figure 1 and [the front](../index.ipynb#start).\n\n"
+        "$$\n\\sum_i x_i \\tag{1}\n$$\n\n![a picture](pic.png)"
     ),
     code("#| export\ndef total(x): return sum(x)"),
     FIGURE,
@@ -145,7 +162,12 @@ def build(tmp):
 def test_clean_project(tmp_path):
     assert build(project(tmp_path)) == []
     page = (tmp_path / "_docs" / "nbs" / "core" / "01_part.html").read_text()
-    assert "<strong>Figure 1.</strong>" in page and 'href="#eq-sum"' in page and "(1)" in page
+    assert page.count("<strong>Figure 1.</strong>") == 1 and "A line rises with" in page
+    assert "caption(" not in page and "{what}" not in page  # the caption as it came out
+    for ref, word in (("eq-1", "Equation 1"), ("fig-1", "Figure 1")):
+        assert re.search(rf'<a[^>]*href="#{ref}"[^>]*>{word}</a>', page), f"no link to {ref}"
+        assert f'id="{ref}"' in page
+    assert re.search(r'<span class="number">\(1\)</span>', page) and "\\tag" not in page
     assert (
         "cell of a frame" in page and ">old<" not in page and "direction" in page and ">hi" in page
     )
@@ -161,9 +183,31 @@ def plus(*cells):
 
 
 FAULTS = {
-    "unresolved equation": (plus(md("As in @eq-nowhere.")), "unresolved reference @eq-nowhere"),
-    "unresolved figure": (plus(md("As in (@fig-nowhere).")), "unresolved reference @fig-nowhere"),
-    "label twice": (plus(md("$$\nx\n$$ {#eq-sum}")), "eq-sum is defined twice"),
+    "unresolved equation": (plus(md("As in @eq-7.")), "unresolved reference @eq-7"),
+    "unresolved figure": (plus(md("As in (@fig-line).")), "unresolved reference @fig-line"),
+    "tag twice": (plus(md("$$ x \\tag{1} $$")), "eq-1 is defined twice"),
+    "tag out of order": (plus(md("$$ x \\tag{3} $$")), "Equation 3 is number 2 on the page"),
+    "caption twice": (plus(figure(1)), "fig-1 is defined twice"),
+    "caption out of order": (plus(figure(3)), "Figure 3 is number 2 on the page"),
+    "caption that did not come out": (
+        plus(code('plot()\ncaption(2, "It rises")', data(image__png=PNG))),
+        "fig-2 has no caption",
+    ),
+    "caption of another figure": (
+        plus(
+            code(
+                'plot()\ncaption(2, "It rises")',
+                data(image__png=PNG),
+                data(text__markdown="**Figure 1.** It rises"),
+            )
+        ),
+        "fig-2 has no caption",
+    ),
+    "figure that did not come out": (
+        plus(code('plot()\ncaption(2, "It rises")', data(text__markdown="**Figure 2.** It rises"))),
+        "fig-2 has no image",
+    ),
+    "label of an equation nobody knows": (plus(md("$$ x $$ {#eq-sum}, {#fig-x}")), "belongs to"),
     "dead link to a notebook": (
         plus(md("[gone](../core/09_gone.ipynb)")),
         "dead link ../core/09_gone.ipynb",
@@ -177,14 +221,6 @@ FAULTS = {
     "missing image": (plus(md("![gone](gone.png)")), "missing image gone.png"),
     "image outside of the project": (plus(md("![up](../../../up.png)")), "missing image"),
     "remote image": (plus(md("![far](https://example.org/x.png)")), "remote or embedded image"),
-    "figure without an image": (
-        plus(code("#| label: fig-empty\n#| fig-cap: Nothing.\nplot();")),
-        "fig-empty has no image",
-    ),
-    "figure without a caption": (
-        plus(code("#| label: fig-bare\nplot();", data(image__png=PNG))),
-        "fig-bare has no caption",
-    ),
     "bad TeX": (plus(md("$$\n\\frac{a}{\n$$")), "Could not convert TeX math"),
     "bad TeX in a line": (
         plus(md("Here $\\undefinedmacro{x}$ stands.")),
@@ -250,11 +286,14 @@ def test_sidebar_and_pages_disagree(tmp_path):
 def test_command_exits_with_1_on_a_fault(tmp_path):
     project(tmp_path / "bad", FAULTS["missing image"][0])
     project(tmp_path / "good")
-    run = lambda d: subprocess.run(
-        [sys.executable, root / "tools" / "render_docs.py", "--root", d, "--out", d / "_docs"],
-        capture_output=True,
-        text=True,
-    )
+
+    def run(d):
+        return subprocess.run(
+            [sys.executable, root / "tools" / "render_docs.py", "--root", d, "--out", d / "_docs"],
+            capture_output=True,
+            text=True,
+        )
+
     bad, good = run(tmp_path / "bad"), run(tmp_path / "good")
     assert (
         bad.returncode == 1
@@ -278,6 +317,81 @@ def test_readme_follows_the_front_page(tmp_path):
     assert make_readme.main(args) == 0 and (tmp_path / "nbs" / "images" / "index-1.png").exists()
     (tmp_path / "nbs" / "images" / "index-1.png").write_bytes(b"old")
     assert make_readme.main(args + ["--check"]) == 1
+
+
+# ---- the filter ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "src, want",
+    [
+        ("See Figure 1 and equation (2).", "See @fig-1 and @eq-2."),
+        ("Figure 1 shows it (Figure 2).", "@fig-1 shows it (@fig-2)."),
+        ("Equation (1) says so.", "@eq-1 says so."),
+        ("**Figure 1** in bold", "**Figure 1** in bold"),
+        ("the paper's Fig. 1, Eq. 1", "the paper's Fig. 1, Eq. 1"),
+        ("Figure 3 and equation (3)", "Figure 3 and equation (3)"),  # none of this page
+        ("Figure 10", "Figure 10"),
+        ("`see Figure 1`, ``see ` Figure 1``", "`see Figure 1`, ``see ` Figure 1``"),
+        (
+            "```\nsee Figure 1\n\nFigure 2\n```\nFigure 1",
+            "```\nsee Figure 1\n\nFigure 2\n```\n@fig-1",
+        ),
+        ("$x = $ Figure 1 $= y$", "$x = $ @fig-1 $= y$"),
+        ("$$ a \\text{ of Figure 1} $$", "$$ a \\text{ of Figure 1} $$"),
+        ("[as Figure 1](a.ipynb) and Figure 1", "[as Figure 1](a.ipynb) and @fig-1"),
+        ("![of Figure 1](a.png)", "![of Figure 1](a.png)"),
+        ("## The same as Figure 1\n\nFigure 1", "## The same as Figure 1\n\n@fig-1"),
+    ],
+)
+def test_words_become_references(src, want):
+    assert nb_filter.referring(src, dict(fig={1, 2}, eq={1, 2})) == want
+
+
+@pytest.mark.parametrize(
+    "src, want",
+    [
+        ("$$ x \\tag{1} $$", "$$ x $$ {#eq-1}"),
+        ("$$\nx\n\\tag{12}\n$$ and so on", "$$\nx $$ {#eq-12} and so on"),
+        ("$$ x $$", "$$ x $$"),
+        ("a $x$, then $$ y \\tag{2}$$", "a $x$, then $$ y $$ {#eq-2}"),
+    ],
+)
+def test_tags_become_labels(src, want):
+    assert nb_filter.labelled(src) == want
+
+
+@pytest.mark.parametrize(
+    "src, want",
+    [
+        ('plot()\ncaption(2, "It rises")', (2, "plot()")),
+        ('%time plot()\ncaption(\n    2,\n    f"It {x}",\n)', (2, "%time plot()")),
+        ('caption(2, "It rises")\nplot()', None),
+        ("def caption(number, text):\n    pass", None),
+        ('caption("a")', None),
+        ("caption(n, text)", None),
+        ("figures.caption(", None),
+    ],
+)
+def test_the_caption_call_is_taken_off(src, want):
+    assert nb_filter.caption_call(src) == want
+
+
+def test_a_figure_cell_gets_label_and_caption_from_its_output():
+    rest = data(text__markdown="**Note.** a table")
+    cell = figure(1, "It's 40 % higher, as Figure 1 and\nequation (1) say: `Figure 1`.")
+    cell["outputs"].append(rest)
+    nb = nb_filter.convert(dict(cells=[md("$$ x \\tag{1} $$"), cell]))
+    label, option, *source = nb["cells"][1]["source"]
+    assert label == "#| label: fig-1\n" and source == ["plot()"]
+    assert nb_filter.option(label + option, "fig-cap") == (
+        "It's 40 % higher, as @fig-1 and @eq-1 say: `Figure 1`."
+    )
+    assert [list(o["data"]) for o in nb["cells"][1]["outputs"]][1:] == [["text/markdown"]]
+    assert nb["cells"][1]["outputs"][1] == rest and len(nb["cells"][1]["outputs"]) == 2
+
+
+def test_readme_has_words_again():
+    given = "By @eq-1, @fig-2: $$ x $$ {#eq-1}"
+    assert make_readme.as_words(given) == "By equation (1), Figure 2: $$ x \\tag{1} $$"
 
 
 def test_filter_is_a_program():

@@ -1,11 +1,10 @@
-"Every notebook runs from top to bottom at smoke scale, offline, within its CPU time, and leaves nothing behind"
+"""Every notebook runs from top to bottom at smoke scale, offline, within its CPU time, and leaves
+nothing behind"""
 
 import json
 import os
 import re
 
-import nbformat
-import papermill as pm
 import pytest
 from common import (
     Processes,
@@ -17,8 +16,9 @@ from common import (
     output_text,
     root,
 )
+from nb_read import Notebook
 
-CPU_LIMIT = float(os.environ.get("NOTEBOOK_CPU_LIMIT", 90))  # seconds, children included
+CPU_LIMIT = float(os.environ.get("NOTEBOOK_CPU_LIMIT", 60))  # seconds, children included
 durations = root / "tests" / "durations.json"
 
 
@@ -29,12 +29,8 @@ def slowest_first():
 
 def heavy(rel):
     "Notebooks that start Ray or vLLM run one at a time"
-    code = [c.source for c in nbformat.read(nbs / rel, 4).cells if c.cell_type == "code"]
-    return any(
-        k in s
-        for s in code
-        for k in ("ray.init", "start_ray(", "RolloutPool(", "RayLearners(", "VLLMEngine(")
-    )
+    starts = ("ray.init", "start_ray(", "RolloutPool(", "RayLearners(", "VLLMEngine(")
+    return any(k in c["source"] for c in Notebook(rel).code for k in starts)
 
 
 def files_beside(folder):
@@ -54,13 +50,17 @@ def files_beside(folder):
         for p in slowest_first()
     ],
 )
+@pytest.mark.notebook
 @pytest.mark.timeout(900)
 def test_notebook(rel, kernel, record_property):
+    import nbformat
+    import papermill  # heavy, and other tests of this process need none of it
+
     path = nbs / rel
     nb = nbformat.read(path, as_version=4)
     tagged = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
     if needs_parameters(rel):
-        # without the tag papermill injects above the notebook's own default and silently runs at full size
+        # without the tag papermill injects above the notebook's own default, which then wins
         assert len(tagged) == 1, (
             f"{rel} needs exactly one cell tagged `parameters`, found {len(tagged)}"
         )
@@ -72,7 +72,7 @@ def test_notebook(rel, kernel, record_property):
     procs = Processes()
     try:
         with procs:
-            pm.execute_notebook(
+            papermill.execute_notebook(
                 path,
                 out,
                 parameters=params,
@@ -114,5 +114,6 @@ def test_time_of_all_notebooks_is_known():
     known = json.loads(durations.read_text()) if durations.exists() else {}
     gone = [k for k in known if not (nbs / k).exists()]
     assert not gone, (
-        f"tests/durations.json names notebooks that are gone: {gone}; run pytest tests/test_notebooks.py --update-durations"
+        f"tests/durations.json names notebooks that are gone: {gone}; "
+        "run pytest tests/test_notebooks.py --update-durations"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from common import notebooks, root
 
-pytestmark = [pytest.mark.xdist_group("package"), pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.xdist_group("package"), pytest.mark.build, pytest.mark.timeout(1500)]
 ABSENT = "ray vllm jupyterlab playwright bm25s fastapi nbdev pytest".split()
 
 
@@ -85,11 +85,15 @@ def test_metadata(built):
     assert "llmpapers = llmpapers.core.cli:main" in points
     for extra in ("ray", "vllm", "lab", "search", "web", "dev", "all"):
         assert f"Provides-Extra: {extra}\n" in meta, extra
-    base = [l for l in meta.splitlines() if l.startswith("Requires-Dist:") and "extra ==" not in l]
-    assert base and not [l for l in base for a in ABSENT if l.split()[1].lower().startswith(a)], (
-        base
-    )
-    assert not [l for l in base if "==" in l], (
+    base = [
+        line
+        for line in meta.splitlines()
+        if line.startswith("Requires-Dist:") and "extra ==" not in line
+    ]
+    assert base and not [
+        line for line in base for a in ABSENT if line.split()[1].lower().startswith(a)
+    ], base
+    assert not [line for line in base if "==" in line], (
         f"the wheel pins a version; pins belong into constraints.txt: {base}"
     )
 
@@ -111,9 +115,11 @@ def test_extras_are_absent_and_modules_import(venv, tmp_path):
     "Every module imports without any extra, from the installed package"
     code = (
         "import importlib.util, json, pkgutil, llmpapers\n"
-        'names = [m.name for m in pkgutil.walk_packages(llmpapers.__path__, "llmpapers.") if "_nbs" not in m.name]\n'
+        'found = pkgutil.walk_packages(llmpapers.__path__, "llmpapers.")\n'
+        'names = [m.name for m in found if "_nbs" not in m.name]\n'
         "for n in names: __import__(n)\n"
-        f"print(json.dumps([llmpapers.__file__, names, [m for m in {ABSENT} if importlib.util.find_spec(m)]]))"
+        f"there = [m for m in {ABSENT} if importlib.util.find_spec(m)]\n"
+        "print(json.dumps([llmpapers.__file__, names, there]))"
     )
     where, names, present = json.loads(
         run([venv / "bin" / "python", "-c", code], cwd=tmp_path).splitlines()[-1]

@@ -1,4 +1,5 @@
-"Properties of the ranking metrics: against loops and references, under ties, permutations and blocks"
+"""Properties of the ranking metrics: against loops and references, under ties, permutations and
+blocks"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"The sample buffer under random operations: bound, no loss, no dead end, and the same future after a round trip through JSON"
+"""The sample buffer under random operations: bound, no loss, no dead end, and the same future after
+a round trip through JSON"""
 
 import json
 import math
@@ -85,7 +86,8 @@ class Run:
         )
 
     def finish(self):
-        "From here on nothing fails: everything outstanding must be trained or wait for a last partial batch"
+        """From here on nothing fails: everything outstanding must be trained or wait for a last
+        partial batch"""
         for _ in range(10_000):
             if not self.b.groups:
                 break
@@ -147,7 +149,8 @@ def test_no_dead_end(alpha, sequence):
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(ALPHAS), ops, ops)
 def test_round_trip_continues_identically(alpha, first, second):
-    "A buffer loaded from JSON behaves like the one that was saved, once what was out is pending again in both"
+    """A buffer loaded from JSON behaves like the one that was saved, once what was out is pending
+    again in both"""
     r = Run(alpha)
     for op, x in first:
         getattr(r, op)(x)

@@ -1,4 +1,5 @@
-"The real vLLM as a rollout engine: weights in place, no stale cache, training through it, and two engines in Ray actors"
+"""The real vLLM as a rollout engine: weights in place, no stale cache, training through it, and two
+engines in Ray actors"""
 
 import importlib.util
 import json
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm"), pytest.mark.timeout(600)]
 
 common = r"""
 import json, sys, random
@@ -21,12 +22,19 @@ from llmpapers.rl.types import Request, SamplingConfig
 from llmpapers.rl.vllm import VLLMEngine
 
 tok = word_tokenizer([*"abcdefghijklmnop"])
-def lm(seed): return tiny_lm(tok, TinyLMConfig(layers=2, width=64, head_dim=32, max_len=512), seed)
+
+
+def lm(seed):
+    return tiny_lm(tok, TinyLMConfig(layers=2, width=64, head_dim=32, max_len=512), seed)
+
+
 def gap(m, rs, cs):
-    worst = 0.
+    worst = 0.0
     for r, c in zip(rs, cs):
-        ids = torch.tensor([r.prompt_ids + c.token_ids]); T = r.sampling.temperature or 1.
-        with torch.no_grad(): lp = token_logprobs(m(input_ids=ids).logits, ids, T)[0, len(r.prompt_ids):]
+        ids = torch.tensor([r.prompt_ids + c.token_ids])
+        T = r.sampling.temperature or 1.0
+        with torch.no_grad():
+            lp = token_logprobs(m(input_ids=ids).logits, ids, T)[0, len(r.prompt_ids) :]
         worst = max(worst, (lp - torch.tensor(c.logprobs)).abs().max().item())
     return worst
 """
@@ -37,40 +45,69 @@ single = (
 if __name__ == "__main__":
     a, b = lm(0), lm(1)
     folder = save_lm(LM(a, tok, "a"), sys.argv[1] + "/model")
-    rnd = random.Random(0); shared = [rnd.randrange(4, len(tok)) for _ in range(150)]
-    def ask(T, n=10, name="q"): return [Request(f"{name}{i}", shared + [4 + i]*i, SamplingConfig(n, T, seed=3)) for i in range(1, 5)]
+    rnd = random.Random(0)
+    shared = [rnd.randrange(4, len(tok)) for _ in range(150)]
+
+    def ask(T, n=10, name="q"):
+        return [
+            Request(f"{name}{i}", shared + [4 + i] * i, SamplingConfig(n, T, seed=3))
+            for i in range(1, 5)
+        ]
+
     e, out = VLLMEngine(folder, max_len=256, max_active=8, block_size=32), {}
     probe = probe_ids(len(tok))
-    greedy = generate(e, ask(0.))
-    out["same_greedy"] = [c.token_ids for c in greedy] == [c.token_ids for c in generate(HFEngine(a), ask(0.))]
-    out["gap_before"] = max(gap(a, ask(T), generate(e, ask(T))) for T in (0., .7, 1.3))
-    out["repeatable"] = [c.token_ids for c in generate(e, ask(.7))] == [c.token_ids for c in generate(e, ask(.7))]
+    greedy = generate(e, ask(0.0))
+    out["same_greedy"] = [c.token_ids for c in greedy] == [
+        c.token_ids for c in generate(HFEngine(a), ask(0.0))
+    ]
+    out["gap_before"] = max(gap(a, ask(T), generate(e, ask(T))) for T in (0.0, 0.7, 1.3))
+    out["repeatable"] = [c.token_ids for c in generate(e, ask(0.7))] == [
+        c.token_ids for c in generate(e, ask(0.7))
+    ]
     e.load_weights(b.state_dict(), 1)
-    out["gap_after"] = max(gap(b, ask(T), generate(e, ask(T))) for T in (0., .7, 1.3))
+    out["gap_after"] = max(gap(b, ask(T), generate(e, ask(T))) for T in (0.0, 0.7, 1.3))
     out["probe"] = check_sync(e, HFEngine(b).logprobs(probe), probe)
-    try: check_sync(e, HFEngine(a).logprobs(probe), probe); out["old_passes"] = True
-    except WeightSyncError: out["old_passes"] = False
-    e._forget = lambda: True   # the reset taken out
-    generate(e, ask(0.)); e.load_weights(a.state_dict(), 2)
-    out["gap_without_reset"] = gap(a, ask(0.), generate(e, ask(0.)))
-    del e._forget; e.load_weights(a.state_dict(), 3)
-    out["gap_with_reset"] = gap(a, ask(0.), generate(e, ask(0.)))
-    for r in ask(1., 20, "m"): e.add(r)
+    try:
+        check_sync(e, HFEngine(a).logprobs(probe), probe)
+        out["old_passes"] = True
+    except WeightSyncError:
+        out["old_passes"] = False
+    e._forget = lambda: True  # the reset taken out
+    generate(e, ask(0.0))
+    e.load_weights(a.state_dict(), 2)
+    out["gap_without_reset"] = gap(a, ask(0.0), generate(e, ask(0.0)))
+    del e._forget
+    e.load_weights(a.state_dict(), 3)
+    out["gap_with_reset"] = gap(a, ask(0.0), generate(e, ask(0.0)))
+    for r in ask(1.0, 20, "m"):
+        e.add(r)
     done = [c for _ in range(7) for c in e.step()]
     e.load_weights(b.state_dict(), 4)
-    while e.num_active: done += e.step()
-    done = sorted(done, key=lambda c: c.request_id); worst = 0.
-    for r, c in zip(ask(1., 20, "m"), done):
+    while e.num_active:
+        done += e.step()
+    done = sorted(done, key=lambda c: c.request_id)
+    worst = 0.0
+    for r, c in zip(ask(1.0, 20, "m"), done):
         for v, i, j in c.versions:
-            m = {3: a, 4: b}[v]; ids = torch.tensor([r.prompt_ids + c.token_ids])
-            with torch.no_grad(): lp = token_logprobs(m(input_ids=ids).logits, ids)[0, len(r.prompt_ids):]
+            m = {3: a, 4: b}[v]
+            ids = torch.tensor([r.prompt_ids + c.token_ids])
+            with torch.no_grad():
+                lp = token_logprobs(m(input_ids=ids).logits, ids)[0, len(r.prompt_ids) :]
             worst = max(worst, (lp[i:j] - torch.tensor(c.logprobs[i:j])).abs().max().item())
     out["gap_mixed"], out["spans"] = worst, [[s[0] for s in c.versions] for c in done]
-    for r in ask(1., 20, "x"): e.add(r)
-    for _ in range(4): e.step()
-    parts = e.abort(); out["partial"] = [len(p.token_ids) for p in parts]; out["idle"] = e.num_active
-    try: e.add(ask(1.)[0]); e.add(ask(1.)[0]); out["double"] = "accepted"
-    except ValueError as x: out["double"] = str(x)
+    for r in ask(1.0, 20, "x"):
+        e.add(r)
+    for _ in range(4):
+        e.step()
+    parts = e.abort()
+    out["partial"] = [len(p.token_ids) for p in parts]
+    out["idle"] = e.num_active
+    try:
+        e.add(ask(1.0)[0])
+        e.add(ask(1.0)[0])
+        out["double"] = "accepted"
+    except ValueError as x:
+        out["double"] = str(x)
     e.abort()
     # training through the engine
     from llmpapers.rl.buffer import SampleBuffer
@@ -79,10 +116,21 @@ if __name__ == "__main__":
     from llmpapers.rl.pools import InProcessPool
     from llmpapers.rl.losses import PolicyLossConfig
     from llmpapers.rl.trainer import PolicyTrainer
-    m = lm(0); t = PolicyTrainer(m, torch.optim.AdamW(m.parameters(), lr=3e-3), PolicyLossConfig("ppo"))
-    roll = SingleTurn(tok, lambda p, r, i: sum(w == p for w in r.split())/3, SamplingConfig(3, seed=0))
-    c = AsyncController(lambda i: "abcdefgh"[i % 8], roll, t, InProcessPool(e, 8), SampleBuffer(4, 1., 4)); c.run(6)
-    out["trained"], out["kl"], out["staleness"] = sorted(c.trained) == list(range(24)), max(abs(r["kl/behavior"]) for r in c.rows), c.buffer.staleness[2]
+
+    m = lm(0)
+    t = PolicyTrainer(m, torch.optim.AdamW(m.parameters(), lr=3e-3), PolicyLossConfig("ppo"))
+    roll = SingleTurn(
+        tok, lambda p, r, i: sum(w == p for w in r.split()) / 3, SamplingConfig(3, seed=0)
+    )
+    c = AsyncController(
+        lambda i: "abcdefgh"[i % 8], roll, t, InProcessPool(e, 8), SampleBuffer(4, 1.0, 4)
+    )
+    c.run(6)
+    out["trained"], out["kl"], out["staleness"] = (
+        sorted(c.trained) == list(range(24)),
+        max(abs(r["kl/behavior"]) for r in c.rows),
+        c.buffer.staleness[2],
+    )
     Path(sys.argv[1], "out.json").write_text(json.dumps(out))
 """
 )
@@ -97,19 +145,40 @@ if __name__ == "__main__":
     from llmpapers.rl.losses import PolicyLossConfig
     from llmpapers.rl.ray import RolloutPool, start_ray
     from llmpapers.rl.trainer import PolicyTrainer
+
     folder = str(save_lm(LM(lm(0), tok, "a"), sys.argv[1] + "/model"))
     start_ray(2)
-    m = lm(0); t = PolicyTrainer(m, torch.optim.AdamW(m.parameters(), lr=3e-3), PolicyLossConfig("ppo"), temperature=.7)
-    roll = SingleTurn(tok, lambda p, r, i: sum(w == p for w in r.split())/3, SamplingConfig(3, .7, seed=0))
+    m = lm(0)
+    t = PolicyTrainer(
+        m, torch.optim.AdamW(m.parameters(), lr=3e-3), PolicyLossConfig("ppo"), temperature=0.7
+    )
+    roll = SingleTurn(
+        tok, lambda p, r, i: sum(w == p for w in r.split()) / 3, SamplingConfig(3, 0.7, seed=0)
+    )
     gaps = []
+
     class Watch:
         model = m
-        def step(self, batch): 
-            lp = t.score(batch); gaps.append((lp - batch.behavior_logprobs)[batch.response_mask].abs().max().item()); return t.step(batch)
-        def __getattr__(self, k): return getattr(t, k)
-    pool = RolloutPool(lambda: VLLMEngine(folder, max_len=64, max_active=8), n_actors=2, max_inflight_per_actor=8, ray_options=dict(num_cpus=.5))
-    c = AsyncController(lambda i: "abcdefgh"[i % 8], roll, Watch(), pool, SampleBuffer(4, 0., 4)); c.run(4)
-    Path(sys.argv[1], "out.json").write_text(json.dumps(dict(gaps=gaps, trained=sorted(c.trained), respawned=pool.respawned)))
+
+        def step(self, batch):
+            lp = t.score(batch)
+            gaps.append((lp - batch.behavior_logprobs)[batch.response_mask].abs().max().item())
+            return t.step(batch)
+
+        def __getattr__(self, k):
+            return getattr(t, k)
+
+    pool = RolloutPool(
+        lambda: VLLMEngine(folder, max_len=64, max_active=8),
+        n_actors=2,
+        max_inflight_per_actor=8,
+        ray_options=dict(num_cpus=0.5),
+    )
+    c = AsyncController(lambda i: "abcdefgh"[i % 8], roll, Watch(), pool, SampleBuffer(4, 0.0, 4))
+    c.run(4)
+    Path(sys.argv[1], "out.json").write_text(
+        json.dumps(dict(gaps=gaps, trained=sorted(c.trained), respawned=pool.respawned))
+    )
 """
 )
 
@@ -124,12 +193,31 @@ from llmpapers.core.tasks import ChainTask
 
 if __name__ == "__main__":
     task = ChainTask(n_start=2, n_steps=2)
-    policy = LM(tiny_lm(task.tokenizer, TinyLMConfig(layers=3, width=64, head_dim=32, max_len=128), 0), task.tokenizer, "p")
-    cfg = RhythmConfig(strategy="coupled", steps=3, prompts=4, group_size=4, max_new_tokens=24, lr=1e-3, max_active=16, h_lo=4, engine="vllm", loop=sys.argv[2])
-    dense = Problems(chain_problems(task).prompt, lambda prompt, response, info: len(set(response.split()))/24)   # an untrained policy solves nothing
+    policy = LM(
+        tiny_lm(task.tokenizer, TinyLMConfig(layers=3, width=64, head_dim=32, max_len=128), 0),
+        task.tokenizer,
+        "p",
+    )
+    cfg = RhythmConfig(
+        strategy="coupled",
+        steps=3,
+        prompts=4,
+        group_size=4,
+        max_new_tokens=24,
+        lr=1e-3,
+        max_active=16,
+        h_lo=4,
+        engine="vllm",
+        loop=sys.argv[2],
+    )
+    dense = Problems(
+        chain_problems(task).prompt, lambda prompt, response, info: len(set(response.split())) / 24
+    )  # an untrained policy solves nothing
     run = train_rhythm(policy, dense, cfg, max_len=128, kv_gib=1)
     a, b = policy.model.state_dict(), run.lm.model.state_dict()
-    Path(sys.argv[1], "out.json").write_text(json.dumps(dict(rows=run.rows, moved=max((a[k] - b[k]).abs().max().item() for k in a))))
+    Path(sys.argv[1], "out.json").write_text(
+        json.dumps(dict(rows=run.rows, moved=max((a[k] - b[k]).abs().max().item() for k in a)))
+    )
 """
 
 
@@ -158,7 +246,8 @@ def out(tmp_path_factory):
 
 
 def test_same_numbers_before_and_after_an_update(out):
-    "Greedy tokens are those of HFEngine; log-probabilities agree to 1e-4 at three temperatures, before and after"
+    """Greedy tokens are those of HFEngine; log-probabilities agree to 1e-4 at three temperatures,
+    before and after"""
     assert out["same_greedy"] and out["repeatable"]
     assert (
         out["gap_before"] < 1e-4
@@ -185,8 +274,10 @@ def test_training_through_vllm(out):
     assert out["trained"] and out["staleness"] <= 1 and out["kl"] < 1
 
 
+@pytest.mark.ray
 def test_two_vllm_actors_on_ray(tmp_path):
-    "Behaviour log-probabilities of two actors equal the trainer's at every step, so every update arrived in both"
+    """Behaviour log-probabilities of two actors equal the trainer's at every step, so every update
+    arrived in both"""
     vllm_or_skip()
     o = run(tmp_path, actors)
     assert (
@@ -199,7 +290,8 @@ def test_two_vllm_actors_on_ray(tmp_path):
 
 @pytest.mark.parametrize("loop", ["sync", "async"])
 def test_token_credit_trains_through_vllm(tmp_path, loop):
-    "`train_rhythm` with the real engine: what vLLM says about its tokens is what the trainer says, the credit is applied, the weights move"
+    """`train_rhythm` with the real engine: what vLLM says about its tokens is what the trainer
+    says, the credit is applied, the weights move"""
     vllm_or_skip()
     o = run(tmp_path, rhythm, loop)
     assert len(o["rows"]) == 3 and o["moved"] > 1e-4

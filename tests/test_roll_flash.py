@@ -1,4 +1,5 @@
-"Invariants of the asynchronous step: schedules, bounds, and the simulator that drives the real sample buffer"
+"""Invariants of the asynchronous step: schedules, bounds, and the simulator that drives the real
+sample buffer"""
 
 import itertools
 import math
@@ -54,7 +55,7 @@ def draw(seed, n, sigma=1.0):
     return np.random.default_rng(seed).lognormal(0, sigma, n).clip(max=30)
 
 
-# ---- schedules ------------------------------------------------------------------------------------------------------
+# ---- schedules -----------------------------------------------------------------------------------
 @fast
 @given(times, workers)
 def test_greedy_keeps_grahams_bound(d, k):
@@ -106,7 +107,7 @@ def test_greedy_is_work_conserving(d, k):
         assert s.start[i] == min(busy)
 
 
-# ---- bounds ---------------------------------------------------------------------------------------------------------
+# ---- bounds --------------------------------------------------------------------------------------
 @fast
 @given(cluster)
 def test_bounds_at_the_ends(c):
@@ -142,13 +143,15 @@ def test_exact_split_balances(c, alpha):
 @settings(max_examples=25, deadline=None)
 @given(cluster, st.floats(0, 10))
 def test_whole_split_is_the_best_whole_split(c, alpha):
-    bound = lambda m: async_step_bound(**c, async_ratio=alpha, beta=m / c["k"])
+    def bound(m):
+        return async_step_bound(**c, async_ratio=alpha, beta=m / c["k"])
+
     assert bound(best_split(**c, async_ratio=alpha)) <= min(bound(m) for m in range(1, c["k"])) * (
         1 + 1e-12
     )
 
 
-# ---- simulator ------------------------------------------------------------------------------------------------------
+# ---- simulator -----------------------------------------------------------------------------------
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 10**6),
@@ -270,7 +273,8 @@ def test_total_time_falls_with_the_ratio_on_average():
 
 @pytest.mark.parametrize("alpha", [1, 1.5, 2, 4])
 def test_constant_durations_gain_no_more_than_two(alpha):
-    "With training as long as generation the two hide behind each other, and the slots are always busy"
+    """With training as long as generation the two hide behind each other, and the slots are always
+    busy"""
     N, K, d = 32, 8, 1.0
     sync, ahead = (simulate([d] * N * 130, K, N, a, N * d / K, 120) for a in (0, alpha))
     assert 1.9 < sync.total_time / ahead.total_time <= 2 + 1e-9
@@ -283,7 +287,8 @@ def starving(how, alpha=1, steps=60):
 
 
 def test_starvation():
-    "Waiting trains the long one, once; aborting puts it back each time and never trains it; dropping loses it"
+    """Waiting trains the long one, once; aborting puts it back each time and never trains it;
+    dropping loses it"""
     wait, abort, drop = map(starving, POLICIES)
     assert wait.trained.count(0) == 1 and wait.dispatched.count(0) == 1
     assert (
@@ -397,7 +402,7 @@ def test_bad_input_of_the_rest(call, name):
         call()
 
 
-# ---- components -----------------------------------------------------------------------------------------------------
+# ---- components ----------------------------------------------------------------------------------
 @fast
 @given(
     st.integers(0, 10**6),
@@ -456,7 +461,8 @@ def test_spares_never_hurt(seed, G, S, more_g, more_s):
 
 
 def test_proposition_two_on_random_clusters():
-    "With at least one batch ahead the steady step stays within a few per cent of the bound; with half a batch it need not"
+    """With at least one batch ahead the steady step stays within a few per cent of the bound; with
+    half a batch it need not"""
     rows = propositions_study(24, (2.0, 4.0), steps=8, seed=1)
     assert max(r["ratio"] for r in rows) <= 1.05 and all(
         r["staleness"] <= r["async_ratio"] for r in rows

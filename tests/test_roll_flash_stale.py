@@ -1,4 +1,5 @@
-"The forced-lag study: equal losses without lag, the age of samples, models in company, and time to quality"
+"""The forced-lag study: equal losses without lag, the age of samples, models in company, and time
+to quality"""
 
 import math
 from dataclasses import replace
@@ -133,7 +134,7 @@ def test_study_is_cached_by_seed(tmp_path, monkeypatch):
 def test_weights_of_the_losses():
     x = torch.linspace(-3, 3, 61)
     r = x.exp()
-    for n, c in stale_losses.items():
+    for c in stale_losses.values():
         for a in (2.0, -0.5):
             assert gradient_weight(c, x, a)[30] == pytest.approx(1, abs=1e-5)
     assert torch.allclose(

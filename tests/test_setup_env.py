@@ -1,4 +1,5 @@
-"The environment tool repairs what an interrupted installation left, and does nothing when all is well"
+"""The environment tool repairs what an interrupted installation left, and does nothing when all is
+well"""
 
 import json
 import subprocess
@@ -106,7 +107,10 @@ def test_a_failing_pip_is_reported_with_its_last_lines(tmp_path, capfd):
 
 
 def test_old_python_is_refused():
-    code = 'import sys, runpy; sys.version_info = (3, 10, 0); sys.argv = ["setup_env.py"]; runpy.run_path(sys.orig_argv[-1], run_name="__main__")'
+    code = (
+        'import sys, runpy; sys.version_info = (3, 10, 0); sys.argv = ["setup_env.py"]; '
+        'runpy.run_path(sys.orig_argv[-1], run_name="__main__")'
+    )
     r = subprocess.run(
         [sys.executable, "-c", code, root / "tools" / "setup_env.py"],
         capture_output=True,

@@ -180,11 +180,14 @@ def test_every_compressor(kind, tmp_path):
     "Same seed, same matrix; single and double agree; saved and loaded is the same"
     p = problem()
     q, rel = p.part("train")
-    make = lambda: (
-        kind((32, 8))
-        if kind in (Truncation, RandomProjection, PCACompressor)
-        else kind((32, 8), steps=10, batch_size=32)
-    ).fit(q, p.docs, rel, valid=p.part("valid"))
+
+    def make():
+        return (
+            kind((32, 8))
+            if kind in (Truncation, RandomProjection, PCACompressor)
+            else kind((32, 8), steps=10, batch_size=32)
+        ).fit(q, p.docs, rel, valid=p.part("valid"))
+
     a, b = make(), make()
     for d in (32, 8):
         assert np.array_equal(a.matrix(d), b.matrix(d))
@@ -220,7 +223,10 @@ def test_never_below_pca_on_the_held_back_queries(kw):
 def test_interrupted_fit_resumes(stop, kw, tmp_path):
     p = problem()
     q, rel = p.part("train")
-    make = lambda: SMEC((32, 16, 8), steps=30, batch_size=32, memory=40, topk=3, **kw)
+
+    def make():
+        return SMEC((32, 16, 8), steps=30, batch_size=32, memory=40, topk=3, **kw)
+
     whole = make().fit(q, p.docs, rel)
 
     class Interrupt(BaseException):

@@ -1,76 +1,26 @@
 "The house style of notebooks and of the library, read from the files: no kernel is started"
 
 import ast
+import functools
+import graphlib
 import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tokenize
 from pathlib import Path
 
 import pytest
-from common import kind, machine_traces, nbs, needs_parameters, notebooks, output_text, root
 
-sys.path.insert(0, str(root / "tools"))
-from nb_filter import EXPORT, body, directives, option, text, title_cell  # noqa: E402
+from common import machine_traces, nbs, needs_parameters, notebooks, output_text, root
+from nb_filter import EXPORT, body, directives, text, title_cell
+from nb_read import TAG, Notebook, only_imports, prose, tree
 
 lib = root / "llmpapers"
 PAPERS = "attention_rhythm smec rere roll_flash vamo qagent mesh asyppo graph2eval dspnet".split()
 ROOMS = {"core", "rl", "benchmarks", *PAPERS}
-# Limits by the kind of notebook. None: no limit. Paper pages and the front page are text with few cells.
-LIMITS = dict(
-    part=dict(
-        cells=(40, 90),
-        share=(0.40, 0.55),
-        words=(900, 2500),
-        figures=(3, 8),
-        equations=(3, 12),
-        asserts=(6, 15),
-    ),
-    results=dict(
-        cells=(25, 90),
-        share=(0.40, 0.60),
-        words=(600, 2500),
-        figures=(3, 8),
-        equations=(0, 12),
-        asserts=(3, 15),
-    ),
-    core=dict(
-        cells=(25, 90),
-        share=(0.40, 0.55),
-        words=(600, 2500),
-        figures=(1, 8),
-        equations=(0, 12),
-        asserts=(6, 15),
-    ),
-    benchmarks=dict(
-        cells=(8, 90),
-        share=(0.25, 0.70),
-        words=(200, 2500),
-        figures=(1, 8),
-        equations=(0, 12),
-        asserts=(1, 15),
-    ),
-    paper=dict(
-        cells=(5, 60),
-        share=None,
-        words=(300, 2500),
-        figures=(1, 8),
-        equations=(0, 12),
-        asserts=(0, 15),
-    ),
-    index=dict(
-        cells=(5, 60),
-        share=None,
-        words=(200, 2500),
-        figures=(0, 8),
-        equations=(0, 12),
-        asserts=(0, 15),
-    ),
-)
 SKELETON = dict(
     part=[
         "In one paragraph",
@@ -85,98 +35,29 @@ SKELETON = dict(
     results=["In one paragraph", "Pitfalls"],
     core=["In one paragraph", "Pitfalls", "Exercises"],
 )
-CODE_LINES = dict(median=6, p90=20, max=45)
-MAX_NOTEBOOK, MAX_FIGURE, MAX_OUTPUT_LINES, MAX_DATA, MAX_WIDTH = 600_000, 80_000, 60, 200_000, 160
+MAX_NOTEBOOK, MAX_FIGURE, MAX_DATA = 600_000, 80_000, 200_000  # bytes
+MAX_OUTPUT_LINES = 60
+RAW = re.compile(r"@(?:fig|eq|tbl|sec)-|\{#(?:eq|fig|tbl)-|#\s*\|\s*(?:label|fig-cap)\s*:")
 all_nbs = notebooks()
 all_modules = sorted(p for p in lib.rglob("*.py") if "_nbs" not in p.parts)
-
-
-class Notebook:
-    "A notebook, its cells sorted by what they are for"
-
-    def __init__(self, rel):
-        self.rel, self.kind = rel, kind(rel)
-        self.nb = json.loads((nbs / rel).read_text(encoding="utf-8"))
-        self.cells = self.nb["cells"]
-        for c in self.cells:
-            c["source"] = text(c["source"])
-        self.md = [c for c in self.cells if c["cell_type"] == "markdown"]
-        self.code = [c for c in self.cells if c["cell_type"] == "code"]
-        self.exports = [c for c in self.code if EXPORT & set(directives(c["source"]))]
-        self.lessons = [c for c in self.code if not self.silent(c)]
-
-    def silent(self, c):
-        "Cells that have nothing to show: directives alone, hidden, parameters, imports, exports"
-        names = set(directives(c["source"]))
-        return (
-            bool(names & (EXPORT | {"default_exp", "hide"}))
-            or "parameters" in c["metadata"].get("tags", [])
-            or only_imports(tree(c))
-        )
-
-    def where(self, c):
-        return f"cell {self.cells.index(c)} ({c['source'].strip().splitlines()[0][:50] if c['source'].strip() else 'empty'})"
-
-
-def tree(c):
-    "Syntax tree of a code cell, IPython magics left out"
-    lines = [l for l in body(c["source"]).splitlines() if not re.match(r"\s*[%!]", l)]
-    return ast.parse("\n".join(lines))
-
-
-def is_import(s):
-    "Imports, and the one call that belongs with them: use_style()"
-    if isinstance(s, (ast.Import, ast.ImportFrom)):
-        return True
-    if not isinstance(s, ast.Expr):
-        return False
-    return isinstance(s.value, ast.Call) and ast.unparse(s.value.func).endswith("use_style")
 
 
 def prints_text(call):
     "Printing one value that is a text of several lines, such as what a command wrote, is all right"
     return len(call.args) == 1 and isinstance(
-        call.args[0], (ast.Name, ast.Call, ast.Attribute, ast.Subscript)
+        call.args[0], ast.Name | ast.Call | ast.Attribute | ast.Subscript
     )
 
 
-def only_imports(t):
-    return bool(t.body) and all(is_import(s) for s in t.body)
-
-
-def prose(src):
-    "Markdown without code and maths"
-    src = re.sub(r"^(```|~~~).*?^\1", "", src, flags=re.S | re.M)
-    src = re.sub(r"\$\$.*?\$\$", "", src, flags=re.S)
-    src = re.sub(r"(`+).+?\1", "", src, flags=re.S)
-    return re.sub(r"\$[^$\n]+\$", "", src)
-
-
-def code_lines(c):
-    return sum(bool(l.strip()) for l in body(c["source"]).splitlines())
-
-
-def asserting(c):
-    return bool(
-        re.search(
-            r"^\s*assert\b|\btest_[a-z_]+\(|\bassert_\w+\(|\bExceptionExpected\(",
-            body(c["source"]),
-            flags=re.M,
-        )
-    )
-
-
-def between(value, limits, what, faults):
-    if limits and not limits[0] <= value <= limits[1]:
-        show = "{:.1%}" if isinstance(limits[0], float) else "{}"
-        faults.append(
-            f"{what}: {show.format(value)}, allowed {show.format(limits[0])} to {show.format(limits[1])}"
-        )
+@functools.cache
+def read(rel):
+    "A notebook, read once"
+    return Notebook(rel)
 
 
 @pytest.fixture(params=all_nbs, ids=lambda p: p.as_posix())
 def nb(request):
-    return Notebook(request.param)
+    return read(request.param)
 
 
 def fail(nb, faults):
@@ -187,7 +68,7 @@ def test_there_are_notebooks():
     assert all_nbs and all_modules
 
 
-# ---- form of a notebook ---------------------------------------------------------------------------------------------
+# ---- form of a notebook --------------------------------------------------------------------------
 def test_form(nb):
     "Title, default_exp, kernel, cell ids, no counts, no directives that only nbdev_test reads"
     faults, cells = [], nb.cells
@@ -225,7 +106,8 @@ def test_form(nb):
             faults.append(f"{nb.where(c)}: no cell may call nbdev_export")
         for d in set(directives(c["source"])) & {"eval", "slow", "notest", "exporti", "gpu"}:
             faults.append(
-                f"{nb.where(c)}: directive {d} means nothing to JupyterLab and papermill; test the scale instead"
+                f"{nb.where(c)}: directive {d} means nothing to JupyterLab and papermill; "
+                "test the scale instead"
             )
     if nb.rel.parent.name and (nb.rel.parts[0] not in ROOMS or len(nb.rel.parts) != 2):
         faults.append(f"{nb.rel} is in no room of the house")
@@ -264,47 +146,16 @@ def test_parameters(nb):
     fail(nb, faults)
 
 
-def test_rhythm(nb):
-    "How many cells, words, lines, figures, equations and checks"
-    lim, faults = LIMITS[nb.kind], []
-    between(len(nb.cells), lim["cells"], "cells", faults)
-    between(round(len(nb.md) / len(nb.cells), 2), lim["share"], "share of Markdown cells", faults)
-    between(sum(len(c["source"].split()) for c in nb.md), lim["words"], "words", faults)
-    figures = [c for c in nb.code if (option(c["source"], "label") or "").startswith("fig-")]
-    between(len(figures), lim["figures"], "figures", faults)
-    n = sum(len(re.findall(r"\$\$.+?\$\$", c["source"], flags=re.S)) for c in nb.md)
-    if n:
-        between(n, lim["equations"], "display equations", faults)
-    between(
-        sum(asserting(c) for c in nb.code if c not in nb.exports),
-        lim["asserts"],
-        "asserting cells",
-        faults,
-    )
-    sizes = [code_lines(c) for c in nb.code if "default_exp" not in directives(c["source"])]
-    if sizes:
-        p90 = sorted(sizes)[int(0.9 * (len(sizes) - 1))]
-        if statistics.median(sizes) > CODE_LINES["median"]:
-            faults.append(
-                f"median of {statistics.median(sizes):g} lines a code cell, allowed {CODE_LINES['median']}"
-            )
-        if p90 > CODE_LINES["p90"]:
-            faults.append(f"90 % quantile of {p90} lines a code cell, allowed {CODE_LINES['p90']}")
-        faults += [
-            f"{nb.where(c)}: {code_lines(c)} lines, allowed {CODE_LINES['max']}; split a class with @patch"
-            for c in nb.code
-            if code_lines(c) > CODE_LINES["max"]
-        ]
+def test_skeleton(nb):
+    "The sections that every notebook of its kind has"
     heads = [
-        l.lstrip("# ").lower()
+        line.lstrip("# ").lower()
         for c in nb.md
-        for l in c["source"].splitlines()
-        if re.match(r"#{2,} ", l)
+        for line in c["source"].splitlines()
+        if re.match(r"#{2,} ", line)
     ]
-    for h in SKELETON.get(nb.kind, []):
-        if not any(h.lower() in k for k in heads):
-            faults.append(f'no section "{h}"')
-    fail(nb, faults)
+    missing = [h for h in SKELETON.get(nb.kind, []) if not any(h.lower() in k for k in heads)]
+    fail(nb, [f'no section "{h}"' for h in missing])
 
 
 def test_cells(nb):
@@ -337,11 +188,6 @@ def test_cells(nb):
             if name in made:
                 faults.append(f"{nb.where(c)}: {name} is defined again (first in {made[name]})")
             made[name] = nb.where(c)
-        width = max(
-            (len(l) for l in body(c["source"]).splitlines()), default=0
-        )  # captions are one line by their syntax
-        if width > MAX_WIDTH:
-            faults.append(f"{nb.where(c)}: a line of {width} characters")
     for c in nb.md:
         p = prose(c["source"])
         if m := re.search(
@@ -357,47 +203,89 @@ def test_cells(nb):
     fail(nb, faults)
 
 
-def test_values_are_shown(nb):
-    "At most three code cells in a row that show nothing, counted over lesson cells"
-    faults, run = [], []
-    for c in nb.lessons + [None]:
-        if c is not None and not c["outputs"]:
-            run.append(c)
-            continue
-        if len(run) > 3:
-            faults.append(f"{len(run)} code cells in a row show nothing, from {nb.where(run[0])}")
-        run = []
-    fail(nb, faults)
+def images_of(c):
+    "Images in the outputs of a cell, as (type, size in bytes)"
+    found = [
+        (k, text(v))
+        for o in c["outputs"]
+        for k, v in o.get("data", {}).items()
+        if k.startswith("image/")
+    ]
+    return [(k, len(v) if k == "image/svg+xml" else len(v) * 3 // 4) for k, v in found]
 
 
-def test_figures(nb):
-    "Every figure has a label, a caption, an image and a semicolon"
+def caption_lines(c):
+    "Outputs of a cell that begin as a caption does"
+    shown = [text(o.get("data", {}).get("text/markdown", "")) for o in c["outputs"]]
+    return [t for t in shown if t.startswith("**Figure ")]
+
+
+def figure_faults(nb):
+    "A figure is an image, its caption below it, from a cell that ends with `caption(n, ...)`"
     faults = []
+    numbers = dict((id(c), n) for c, n in nb.figures)
     for c in nb.code:
-        src, label = c["source"], option(c["source"], "label") or ""
-        images = [
-            (k, v)
-            for o in c["outputs"]
-            for k, v in o.get("data", {}).items()
-            if k.startswith("image/")
-        ]
-        if label.startswith("fig-"):
-            if not option(src, "fig-cap"):
-                faults.append(f"{nb.where(c)}: {label} has no fig-cap")
-            if not images:
-                faults.append(
-                    f"{nb.where(c)}: {label} has no image; save the outputs of a laptop run"
-                )
-            if not body(src).rstrip().endswith(";"):
-                faults.append(f"{nb.where(c)}: a figure cell ends in ;")
-        elif images:
-            faults.append(f"{nb.where(c)}: a figure without `#| label: fig-...`")
-        for k, v in images:
-            size = len(text(v)) if k == "image/svg+xml" else len(text(v)) * 3 // 4
+        images, captions = images_of(c), caption_lines(c)
+        for _, size in images:
             if size > MAX_FIGURE:
                 faults.append(
                     f"{nb.where(c)}: a figure of {size // 1000} kB, allowed {MAX_FIGURE // 1000}"
                 )
+        if id(c) not in numbers:
+            if images or captions:
+                faults.append(
+                    f"{nb.where(c)}: a figure whose cell does not end with caption(n, ..)"
+                )
+            continue
+        n = numbers[id(c)]
+        if not images:
+            faults.append(f"{nb.where(c)}: Figure {n} has no image; save the outputs at laptop")
+        last = text(c["outputs"][-1].get("data", {}).get("text/markdown", "")) if images else ""
+        if images and not re.match(rf"\*\*Figure {n}\.\*\* \S", last):
+            faults.append(f"{nb.where(c)}: the last output is not the caption of Figure {n}")
+    return faults
+
+
+def number_faults(nb):
+    """Figures and equations are numbered 1, 2, ... and the prose names those that exist; no raw
+    marker"""
+    faults, figures = [], [n for _, n in nb.figures]
+    for what, found in (("captions", figures), ("tags of equations", nb.tags)):
+        want = list(range(1, len(found) + 1))
+        if [str(n) for n in found] != [str(n) for n in want]:
+            faults.append(f"{what} are numbered {found}, must be {want}")
+    for c in nb.cells:
+        if m := RAW.search(c["source"]) or RAW.search(output_text(c)):
+            faults.append(f"{nb.where(c)}: raw marker {m[0]!r}")
+        shown = "\n".join(caption_lines(c)) if c["cell_type"] == "code" else c["source"]
+        if c["cell_type"] == "code" and TAG.search(shown):
+            faults.append(f"{nb.where(c)}: a tag in an output")
+        for m in re.finditer(r"\b([Ff]igures?|[Ee]quations?)\s+\(?(\d+)", prose(shown)):
+            known = figures if m[1][0] in "fF" else [int(t) for t in nb.tags if t.isdigit()]
+            if int(m[2]) not in known:
+                faults.append(f"{nb.where(c)}: {m[0]!r} names nothing in this notebook")
+    return faults
+
+
+def test_figures(nb):
+    "Every figure has an image and a caption below it, and is small"
+    fail(nb, figure_faults(nb))
+
+
+def test_notation(nb):
+    "Numbers of figures and equations run in order, references name one that exists, no raw marker"
+    fail(nb, number_faults(nb))
+
+
+def test_links(nb):
+    "Links to files of the project lead somewhere (anchors are checked where the site is built)"
+    faults = []
+    for c in nb.md:
+        for url in re.findall(r"\]\(([^)\s]+)\)", prose(c["source"])):
+            path = url.split("#")[0]
+            if path and not re.match(r"[a-z][a-z0-9+.-]*:", path):
+                if not (nb.path.parent / path).exists():
+                    faults.append(f"{nb.where(c)}: dead link {url}")
     fail(nb, faults)
 
 
@@ -424,8 +312,9 @@ def test_outputs(nb):
                 faults.append(f"{nb.where(c)}: stderr is saved: {text(o['text'])[:60]!r}")
             shown = text(o.get("text", o.get("data", {}).get("text/plain", "")))
             if shown.count("\n") > MAX_OUTPUT_LINES:
+                lines = shown.count("\n")
                 faults.append(
-                    f"{nb.where(c)}: an output of {shown.count(chr(10))} lines, allowed {MAX_OUTPUT_LINES}"
+                    f"{nb.where(c)}: an output of {lines} lines, allowed {MAX_OUTPUT_LINES}"
                 )
         if re.search(r"\r(?!\n)|\d+%\|", s):
             faults.append(f"{nb.where(c)}: a progress bar is saved")
@@ -442,7 +331,7 @@ def test_outputs(nb):
 def test_no_two_notebooks_export_one_module():
     made = {}
     for rel in all_nbs:
-        for c in Notebook(rel).code:
+        for c in read(rel).code:
             for m in re.finditer(r"^#\s*\|\s*default_exp\s+(\S+)", c["source"], flags=re.M):
                 made.setdefault(m[1], []).append(rel.as_posix())
     assert not {k: v for k, v in made.items() if len(v) > 1}
@@ -456,7 +345,24 @@ def test_no_two_notebooks_export_one_module():
     )
 
 
-# ---- generated files ------------------------------------------------------------------------------------------------
+# ---- ruff ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("command", ["format --check", "check"])
+def test_ruff(command):
+    "Notebooks, tests and tools are formatted, and without a finding"
+    exe = Path(sys.executable).parent / "ruff"
+    paths = ["nbs", "tests", "tools", "setup.py"]
+    r = subprocess.run(
+        [exe, *command.split(), *paths, "--no-cache", "--output-format", "concise"]
+        if command == "check"
+        else [exe, *command.split(), *paths, "--no-cache"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert r.returncode == 0, f"ruff {command}\n{r.stdout[-6000:]}{r.stderr[-2000:]}"
+
+
+# ---- generated files -----------------------------------------------------------------------------
 def copy_of_tree(dst):
     "The files git knows or would add, copied"
     names = subprocess.run(
@@ -489,7 +395,10 @@ def differences(a, b, pattern):
         for p in d.rglob(pattern)
         if not {"__pycache__", ".ipynb_checkpoints"} & set(p.parts)
     }
-    read = lambda d, n: (d / n).read_bytes() if (d / n).exists() else None
+
+    def read(d, n):
+        return (d / n).read_bytes() if (d / n).exists() else None
+
     return sorted(n for n in names if read(a, n) != read(b, n))
 
 
@@ -514,7 +423,7 @@ def test_generated_files_are_current(tmp_path, command, folder, pattern):
     assert not changed, f"run {command} and commit: {changed}"
 
 
-# ---- the library ----------------------------------------------------------------------------------------------------
+# ---- the library ---------------------------------------------------------------------------------
 def comments(path):
     "{line: True if the line holds nothing else} of all comments"
     res = {}
@@ -580,7 +489,7 @@ def function_faults(fn, notes, name, method):
         span = range(
             a.lineno, (args[i + 1].lineno if i + 1 < len(args) else (ret or fn.body[0].lineno))
         )  # a default may run over lines
-        if not alone and (shared or not any(l in notes for l in span)):
+        if not alone and (shared or not any(line in notes for line in span)):
             faults.append(f"{name}: no comment beside parameter {a.arg}")
     if decorated(fn, "contextmanager"):
         return faults
@@ -631,7 +540,7 @@ def docment_faults(path):
                     and not m.target.id.startswith("_")
                 ):
                     if not any(
-                        l in notes for l in range(m.lineno, m.end_lineno + 1)
+                        line in notes for line in range(m.lineno, m.end_lineno + 1)
                     ) and not notes.get(m.lineno - 1):
                         faults.append(f"{node.name}.{m.target.id}: no comment beside the field")
     return faults
@@ -643,24 +552,56 @@ def docment_faults(path):
     ids=lambda p: p.relative_to(lib).as_posix(),
 )
 def test_docments(path):
-    "Every public function, method and field says what it is, each parameter and result beside its name"
+    """Every public function, method and field says what it is, each parameter and result beside its
+    name"""
     faults = docment_faults(path)
     assert not faults, f"{path.relative_to(root)}:\n  " + "\n  ".join(faults)
+
+
+GOOD = """def f(
+    a:int,   # first number
+    # the second one
+    b:int=2,
+)->int:      # their sum
+    "Sum"
+    return a + b
+
+class C:
+    "A thing"
+    def m(self,
+        x:str="a", # a name
+    ): "Do it"
+    @property
+    def p(self)->int: # a size
+        "Size"
+        return 1
+"""
+BAD = '''from dataclasses import dataclass
+def f(a, b): # both numbers
+    return a + b
+
+def g(
+    x:int,
+)->int: # result of it
+    """One
+    two"""
+    return x
+
+@dataclass
+class D:
+    "Data"
+    n:int
+    def _private(self, q): return q
+'''
 
 
 def test_docment_check_itself(tmp_path):
     "The check above sees what is missing and accepts what is there"
     good = tmp_path / "good.py"
-    good.write_text(
-        'def f(\n    a:int,   # first number\n    # the second one\n    b:int=2,\n)->int:      # their sum\n    "Sum"\n    return a + b\n\n'
-        'class C:\n    "A thing"\n    def m(self,\n        x:str="a", # a name\n    ): "Do it"\n    @property\n    def p(self)->int: # a size\n        "Size"\n        return 1\n'
-    )
+    good.write_text(GOOD)
     assert docment_faults(good) == []
     bad = tmp_path / "bad.py"
-    bad.write_text(
-        'from dataclasses import dataclass\ndef f(a, b): # both numbers\n    return a + b\n\ndef g(\n    x:int,\n)->int: # result of it\n    """One\n    two"""\n    return x\n\n'
-        '@dataclass\nclass D:\n    "Data"\n    n:int\n    def _private(self, q): return q\n'
-    )
+    bad.write_text(BAD)
     assert docment_faults(bad) == [
         "f: no docstring",
         "f: no comment beside parameter a",
@@ -671,23 +612,38 @@ def test_docment_check_itself(tmp_path):
     ]
 
 
+# ---- imports -------------------------------------------------------------------------------------
+def imported(syntax, package):
+    "Modules that a syntax tree imports at any depth, as dotted names; `package` resolves the dots"
+    names = set()
+    for n in ast.walk(syntax):
+        if isinstance(n, ast.Import):
+            names |= {a.name for a in n.names}
+        elif isinstance(n, ast.ImportFrom):
+            base = package[: len(package) + 1 - n.level] if n.level else ()
+            module = ".".join([*base, *([n.module] if n.module else [])])
+            names |= {module} | {f"{module}.{a.name}" for a in n.names}
+        elif isinstance(n, ast.Call) and n.args and isinstance(n.args[0], ast.Constant):
+            if ast.unparse(n.func).split(".")[-1] in ("import_module", "__import__", "need"):
+                names.add(str(n.args[0].value))
+    return names
+
+
+def module_imports(path):
+    "What a module of the library imports"
+    package = path.relative_to(root).with_suffix("").parts[:-1]
+    return imported(ast.parse(path.read_text(encoding="utf-8")), package)
+
+
+def rooms_of(names):
+    "Rooms of ours among the modules that are imported"
+    found = [n.split(".") for n in names if n.startswith("llmpapers.")]
+    return {n[1] for n in found if n[1] in ROOMS}
+
+
 def room_imports(path):
     "Rooms of ours that a module imports, at any depth of its code"
-    here, found = path.relative_to(root).with_suffix("").parts, set()
-    for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(n, ast.Import):
-            names = [a.name for a in n.names]
-        elif isinstance(n, ast.ImportFrom):
-            base = ".".join(here[: len(here) - n.level]) if n.level else ""
-            mod = ".".join(p for p in (base, n.module) if p)
-            names = [mod] + [f"{mod}.{a.name}" for a in n.names]
-        found |= {
-            x.split(".")[1]
-            for x in names
-            if x.startswith("llmpapers.") and x.split(".")[1] in ROOMS
-        }
-    return found
+    return rooms_of(module_imports(path))
 
 
 @pytest.mark.parametrize(
@@ -696,7 +652,8 @@ def room_imports(path):
     ids=lambda p: p.relative_to(lib).as_posix(),
 )
 def test_arrows_point_down(path):
-    "core imports nothing of ours but core, rl adds core, a paper adds core and rl and never another paper"
+    """core imports nothing of ours but core, rl adds core, a paper adds core and rl and never
+    another paper"""
     room = path.relative_to(lib).parts[0]
     allowed = dict(core={"core"}, rl={"core", "rl"}, benchmarks=ROOMS).get(
         room, {"core", "rl", room}
@@ -705,6 +662,167 @@ def test_arrows_point_down(path):
     assert room_imports(path) <= allowed, (
         f"{path.relative_to(root)} imports {sorted(room_imports(path) - allowed)}"
     )
+
+
+def order_faults(books):
+    "Notebooks that import one of their room with the same or a larger number"
+    places = {f"llmpapers.{nb.module}": nb.rel for nb in books}
+    faults = []
+    for nb in books:
+        if nb.kind in ("index", "paper"):  # these gather what others made
+            continue
+        room = nb.rel.parts[0]
+        for c in nb.code:
+            names = imported(tree(c), ("llmpapers", room))
+            later = [places[n] for n in names if n in places and places[n].parts[0] == room]
+            if not EXPORT & set(directives(c["source"])):  # a lesson may import what it exported
+                later = [p for p in later if p != nb.rel]
+            faults += [
+                f"{nb.rel.as_posix()}, {nb.where(c)}: imports {p.name}"
+                for p in later
+                if p.name[:2] >= nb.rel.name[:2]
+            ]
+    return faults
+
+
+def test_reading_order_is_import_order():
+    "In every room a notebook imports only notebooks with a smaller number, wherever the import is"
+    faults = order_faults([read(rel) for rel in all_nbs])
+    assert not faults, "\n  ".join(["a reader meets these too late:", *faults])
+
+
+def test_lessons_import_down(nb):
+    "The cells of a notebook, lessons too, import what its room may import"
+    room = nb.rel.parts[0]
+    if nb.kind == "index" or room == "benchmarks":
+        return
+    allowed = dict(core={"core"}, rl={"core", "rl"}).get(room, {"core", "rl", room})
+    fail(
+        nb,
+        [
+            f"{nb.where(c)}: imports {sorted(bad)}"
+            for c in nb.code
+            if (bad := rooms_of(imported(tree(c), ("llmpapers", room))) - allowed)
+        ],
+    )
+
+
+def circles(edges):
+    "A circle of imports, as a list of names, or None"
+    try:
+        graphlib.TopologicalSorter(edges).prepare()
+    except graphlib.CycleError as e:
+        return e.args[1]
+    return None
+
+
+def test_no_circle_of_imports():
+    names = {".".join(p.relative_to(root).with_suffix("").parts): p for p in all_modules}
+    edges = {n: {m for m in module_imports(p) if m in names and m != n} for n, p in names.items()}
+    assert circles(edges) is None, f"imports run in a circle: {circles(edges)}"
+
+
+def module_getattrs(syntax):
+    "Module-level `__getattr__`, which hides an import from a reader"
+    return [n for n in syntax.body if isinstance(n, ast.FunctionDef) and n.name == "__getattr__"]
+
+
+def test_no_module_getattr():
+    found = [
+        p.relative_to(root).as_posix()
+        for p in all_modules
+        if module_getattrs(ast.parse(p.read_text(encoding="utf-8")))
+    ]
+    assert not found, f"module-level __getattr__ hides imports in {found}"
+
+
+def planted(folder, name, *sources, outputs=()):
+    "A small notebook: Markdown where a source begins with a letter and a space, code else"
+    cells = []
+    for src in sources:
+        kind = "markdown" if src.startswith("md ") else "code"
+        cell = dict(cell_type=kind, metadata={}, source=src.removeprefix("md "))
+        cells.append(cell | (dict(outputs=list(outputs)) if kind == "code" else {}))
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+    return Notebook(path.relative_to(folder), folder)
+
+
+@pytest.mark.parametrize(
+    "code, found",
+    [
+        ("from llmpapers.rl.late import x", 1),
+        ("def f():\n    from llmpapers.rl import late", 1),
+        ("#| export\ndef f():\n    from .late import x", 1),
+        ("#| export\nfrom . import late", 1),
+        ("import llmpapers.rl.late as late", 1),
+        ('importlib.import_module("llmpapers.rl.late")', 1),
+        ("#| export\nfrom llmpapers.rl.mid import x", 1),
+        ("from llmpapers.rl.mid import x", 0),
+        ("from llmpapers.rl.early import x", 0),
+        ("from llmpapers.core.late import x", 0),
+        ("late = 'llmpapers.rl.late'", 0),
+    ],
+)
+def test_the_check_of_order_sees(tmp_path, code, found):
+    early, mid, late = (
+        planted(tmp_path, f"rl/{n}_{name}.ipynb", f"#| default_exp rl.{name}", src)
+        for n, name, src in (("01", "early", "1"), ("02", "mid", code), ("03", "late", "1"))
+    )
+    assert len(order_faults([early, mid, late])) == found
+
+
+def test_the_page_of_a_paper_gathers_its_room(tmp_path):
+    code = "from llmpapers.asyppo.late import x"
+    late = planted(tmp_path, "asyppo/03_late.ipynb", "#| default_exp asyppo.late")
+    page = planted(tmp_path, "asyppo/00_paper.ipynb", code)
+    part = planted(tmp_path, "asyppo/01_part.ipynb", code)
+    assert order_faults([page, late]) == [] and len(order_faults([part, late])) == 1
+
+
+def test_the_check_of_circles_sees():
+    assert circles(dict(a={"b"}, b={"c"}, c={"d"})) is None
+    assert set(circles(dict(a={"b"}, b={"c"}, c={"a"}))) == {"a", "b", "c"}
+    hiding = ast.parse("def __getattr__(name):\n    return 1\n")
+    assert module_getattrs(hiding)
+    assert not module_getattrs(ast.parse("class A:\n    def __getattr__(self, n):\n        pass"))
+
+
+IMAGE = dict(output_type="display_data", metadata={}, data={"image/png": "AAAA"})
+
+
+def under(s):
+    "A caption as an output"
+    return dict(output_type="display_data", metadata={}, data={"text/markdown": s})
+
+
+@pytest.mark.parametrize(
+    "sources, outputs, message",
+    [
+        (["md $$ x \\tag{1} $$", "md As equation (1) says."], [], None),
+        (['plot()\ncaption(1, "It rises")'], [IMAGE, under("**Figure 1.** It rises")], None),
+        (["md $$ x \\tag{2} $$"], [], "tags of equations"),
+        (["md $$ x \\tag{1} $$", "md $$ y \\tag{1} $$"], [], "tags of equations"),
+        (["md See equation (3)."], [], "names nothing"),
+        (["md See Figure 1 and `Figure 7`."], [], "'Figure 1' names nothing"),
+        (["md See @fig-line."], [], "raw marker"),
+        (["md $$ x $$ {#eq-sum}"], [], "raw marker"),
+        (["#| label: fig-line\nplot();"], [IMAGE], "raw marker"),
+        (["plot();"], [IMAGE], "does not end with caption"),
+        (['caption(1, "It rises")\nx'], [IMAGE, under("**Figure 1.** a")], "does not end with"),
+        (['caption(1, "It rises")'], [under("**Figure 1.** It rises")], "has no image"),
+        (['caption(1, "It rises")'], [IMAGE], "not the caption of Figure 1"),
+        (['caption(1, "It rises")'], [IMAGE, under("**Figure 2.** a")], "not the caption of"),
+        (['caption(1, "It rises")'], [under("**Figure 1.** a"), IMAGE], "not the caption of"),
+        (['caption(2, "It rises")'], [IMAGE, under("**Figure 2.** a")], "captions are numbered"),
+        (['caption(1, "It rises")'], [IMAGE, under("**Figure 1.** as Figure 9")], "'Figure 9'"),
+    ],
+)
+def test_the_check_of_notation_sees(tmp_path, sources, outputs, message):
+    nb = planted(tmp_path, "rl/01_a.ipynb", *sources, outputs=outputs)
+    faults = figure_faults(nb) + number_faults(nb)
+    assert any(message in f for f in faults) if message else not faults, faults
 
 
 def test_no_machine_in_the_library():

@@ -11,16 +11,28 @@ from common import Processes, machine_traces, root
 
 SAMPLE = """
 import pytest
+
+
 @pytest.mark.xdist_group("one")
 @pytest.mark.parametrize("i", range(6))
-def test_one(i): pass
+def test_one(i):
+    pass
+
+
 @pytest.mark.parametrize("i", range(4))
 def test_free(i, record_property):
-    for k, v in dict(notebook=f"room/{i:02}.ipynb", cpu=float(i), wall=2.*i).items(): record_property(k, v)
+    for k, v in dict(notebook=f"room/{i:02}.ipynb", cpu=float(i), wall=2.0 * i).items():
+        record_property(k, v)
+
+
 @pytest.mark.skip(reason="no such thing here")
-def test_skipped(): pass
+def test_skipped():
+    pass
+
+
 @pytest.mark.xdist_group("package")
-def test_last_in_the_file(): pass
+def test_last_in_the_file():
+    pass
 """
 
 

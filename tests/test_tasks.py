@@ -1,6 +1,5 @@
 "The chain-of-thought task: generator, roles, labels, verifier, recipe"
 
-import re
 from dataclasses import replace
 
 import pytest

@@ -1,6 +1,5 @@
 "Supervised training: equivalent configurations, checkpoints, kills and resumes"
 
-import json
 import math
 import os
 import random
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +28,6 @@ from llmpapers.core.train import (
     param_groups,
     read_metrics,
     train,
-    write_checkpoint,
 )
 
 tok = char_tokenizer("0123456789^=;")
@@ -63,7 +60,7 @@ def run(m, d=data, out=None, **k):
     return train(m, d, TrainConfig(**k), out=out, progress=False, device="cpu", **extra)
 
 
-# ---- equivalent configurations -------------------------------------------------------------------------------
+# ---- equivalent configurations -------------------------------------------------------------------
 
 
 def test_same_as_a_plain_loop():
@@ -101,15 +98,25 @@ def test_accumulation_equals_one_batch(size, k):
 
 ddp = textwrap.dedent("""
     import sys, torch
+
     sys.path.insert(0, sys.argv[1])
     from test_train import *
+
     m = net().double()
-    h = train(m, Rows(), TrainConfig(steps=8, batch_size=4, save_every=4), out=sys.argv[2], progress=False, device="cpu")
+    h = train(
+        m,
+        Rows(),
+        TrainConfig(steps=8, batch_size=4, save_every=4),
+        out=sys.argv[2],
+        progress=False,
+        device="cpu",
+    )
     print("rank done", h.last["tokens"])
     torch.distributed.destroy_process_group()
 """)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_two_micro_batches(tmp_path):
     (tmp_path / "ddp.py").write_text(ddp)
     env = os.environ | dict(
@@ -196,7 +203,7 @@ def test_hub_data_set():
     assert h.losses[-1] < h.losses[0] / 2
 
 
-# ---- what training leaves behind -----------------------------------------------------------------------------
+# ---- what training leaves behind -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -264,7 +271,7 @@ def test_eval_values_are_in_the_rows_and_change_nothing():
         run(net(), steps=2, eval_fn=lambda m: dict(loss=0.0))
 
 
-# ---- interruptions -------------------------------------------------------------------------------------------
+# ---- interruptions -------------------------------------------------------------------------------
 
 full = dict(steps=40, grad_accum=2, log_every=7, save_every=10)
 
@@ -284,11 +291,16 @@ def same_as(straight, out, seed=9):  # other initial weights: all must come from
 
 child = textwrap.dedent("""
     import sys, time
+
     sys.path.insert(0, sys.argv[1])
     from test_train import *
+
     def slow(step, g):
-        print(step, flush=True); time.sleep(0.02); return data(step, g)
-    run(net(dropout=.1), slow, out=sys.argv[2], **full)
+        print(step, flush=True)
+        time.sleep(0.02)
+        return data(step, g)
+
+    run(net(dropout=0.1), slow, out=sys.argv[2], **full)
 """)
 
 
@@ -316,6 +328,7 @@ def wait_for(p, step):
     raise AssertionError(p.stderr.read())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 24, 33])
 def test_sigkill_then_resume(step, straight, tmp_path):
     p = start(tmp_path)
@@ -329,6 +342,7 @@ def test_sigkill_then_resume(step, straight, tmp_path):
     same_as(straight, tmp_path / "run", seed=0 if found is None else 9)
 
 
+@pytest.mark.slow
 def test_ctrl_c_finishes_the_step_and_saves(straight, tmp_path):
     p = start(tmp_path)
     wait_for(p, 15)
@@ -476,7 +490,7 @@ def test_other_model_is_refused(tmp_path):
         run(tiny_lm(tok, TinyLMConfig(layers=3, width=32)), out=tmp_path, steps=2)
 
 
-# ---- losses that are not numbers, bad values -----------------------------------------------------------------
+# ---- losses that are not numbers, bad values -----------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -557,4 +571,4 @@ def test_history():
     h = History([dict(step=1, loss=2.0), dict(step=2, loss=1.0, acc=0.5)])
     assert (h.steps, h.losses, h.last["acc"], h.column("acc")) == ([1, 2], [2.0, 1.0], 0.5, [0.5])
     with pytest.raises(ValueError, match="rows"):
-        History([]).last
+        _ = History([]).last

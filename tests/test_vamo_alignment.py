@@ -1,4 +1,5 @@
-"Invariants of the validation-aligned weights: closed forms, five ways to the same agreements, and steps that change nothing else"
+"""Invariants of the validation-aligned weights: closed forms, five ways to the same agreements, and
+steps that change nothing else"""
 
 import math
 import warnings
@@ -36,7 +37,7 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=rng(seed, *shape), dtype=dtype)
 
 
-# ---- weights --------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 @given(scores, lams)
 @many
 def test_weights_lie_on_the_simplex_at_any_size(m, lam):
@@ -106,7 +107,7 @@ def test_limits_and_bad_input():
             entropy_weights(**bad)
 
 
-# ---- agreements -----------------------------------------------------------------------------------------------------
+# ---- agreements ----------------------------------------------------------------------------------
 class Heads(nn.Module):
     "A trunk, three heads that are used and one that is not"
 
@@ -194,10 +195,12 @@ def test_all_methods_agree(kind, dtype, tol):
     n, args = net(kind, dtype)
     d = {k: normal(*v.shape, seed=3, dtype=dtype) for k, v in n.named_parameters()}
     out = {w: agree(n, args, d, w) for w in methods + ("auto",)}
-    l, m = out["stack"]
+    losses, m = out["stack"]
     for w, (lw, mw) in out.items():
         limit = tol if w != "fd" else (2e-2 if dtype == torch.float32 else 1e-5)
-        assert (mw - m).abs().max() <= limit * m.abs().max() and torch.allclose(lw, l, rtol=1e-5), w
+        assert (mw - m).abs().max() <= limit * m.abs().max() and torch.allclose(
+            lw, losses, rtol=1e-5
+        ), w
         assert lw.shape == mw.shape == (3,) and not lw.requires_grad and not mw.requires_grad
 
 
@@ -278,8 +281,13 @@ def test_bad_closures_and_directions_are_named():
     n, args = net("mlp")
     p = dict(n.named_parameters())
     d = {k: torch.ones_like(v) for k, v in p.items()}
-    run = lambda f, d=d, **kw: task_alignments(f, p, d, **kw)
-    good = lambda q: functional_call(n, q, args)
+
+    def run(f, d=d, **kw):
+        return task_alignments(f, p, d, **kw)
+
+    def good(q):
+        return functional_call(n, q, args)
+
     for w in methods[:4]:
         with pytest.raises(ValueError, match="no loss depends"):
             run(lambda q: n(*args).detach(), method=w)
@@ -335,7 +343,7 @@ def test_a_fault_of_the_closure_is_not_taken_for_a_missing_derivative():
         )
 
 
-# ---- weighter -------------------------------------------------------------------------------------------------------
+# ---- weighter ------------------------------------------------------------------------------------
 @given(
     seeds,
     st.integers(2, 8),
@@ -410,7 +418,7 @@ def test_state_goes_on_and_bad_options():
             w.update(*args)
 
 
-# ---- the step -------------------------------------------------------------------------------------------------------
+# ---- the step ------------------------------------------------------------------------------------
 def flat(n):
     return torch.cat([v.flatten().double() for v in n.state_dict().values()])
 
@@ -441,14 +449,15 @@ def test_infinite_temperature_is_the_mean_to_the_bit(opt, kind, method, clip):
     for aligned in (True, False):
         n, args = net(kind, torch.float32)
         o = optimizers[opt](n.parameters())
+        other = [-a if isinstance(a, torch.Tensor) else a for a in args]
         torch.manual_seed(5)
         for _ in range(3):
             if aligned:
                 vamo_step(
                     n,
                     o,
-                    lambda f: f(*args),
-                    lambda f: f(*[-a if isinstance(a, torch.Tensor) else a for a in args]).mean(),
+                    lambda f, args=args: f(*args),
+                    lambda f, other=other: f(*other).mean(),
                     AlignedWeighter(math.inf),
                     method=method,
                     clip=clip,
@@ -470,14 +479,17 @@ def test_identical_tasks_are_one_task(seed, normalize):
     for aligned in (True, False):
         n, args = net("mlp", seed=seed)
         o = torch.optim.SGD(n.parameters(), 0.1)
-        one = lambda f: f(*args)[0]
+
+        def one(f, args=args):
+            return f(*args)[0]
+
         for _ in range(3):
             if aligned:
                 vamo_step(
                     n,
                     o,
-                    lambda f: one(f).expand(3),
-                    lambda f: f(-args[0]).mean(),
+                    lambda f, one=one: one(f).expand(3),
+                    lambda f, args=args: f(-args[0]).mean(),
                     AlignedWeighter(0.1, normalize),
                 )
             else:
@@ -532,8 +544,14 @@ def test_prediction_is_first_order(opt):
         o = optimizers[opt](n.parameters())
         for group in o.param_groups:
             group["lr"] = lr
-        val = lambda f: f(-args[0]).mean()
-        info = vamo_step(n, o, lambda f: f(*args), val, AlignedWeighter(0.1, "rms"))
+
+        def train(f, args=args):
+            return f(*args)
+
+        def val(f, args=args):
+            return f(-args[0]).mean()
+
+        info = vamo_step(n, o, train, val, AlignedWeighter(0.1, "rms"))
         ratio.append(float(val(n).detach() - info.val_loss) / info.predicted_delta)
     assert abs(ratio[2] - 1) < 1e-3 and abs(ratio[1] - 1) < 1e-2
     if opt == "sgd":
@@ -555,8 +573,9 @@ def test_validation_leaves_batch_norm_and_flags_alone():
 
 def test_scope():
     n, args = net("mlp")
-    step = lambda **kw: (
-        vamo_step(
+
+    def step(**kw):
+        return vamo_step(
             net("mlp")[0],
             torch.optim.SGD(n.parameters(), 0.0),
             lambda f: f(*args),
@@ -564,7 +583,7 @@ def test_scope():
             AlignedWeighter(1.0),
             **kw,
         ).m
-    )
+
     shared, by_prefix, by_name = (
         step(scope="shared"),
         step(scope=("trunk.",)),
@@ -583,10 +602,15 @@ def test_failures_update_nothing_and_are_named():
     start = flat(n)
     own = torch.Generator().manual_seed(0)
     good, val = lambda f: f(*args), lambda f: f(-args[0]).mean()
-    step = lambda train=good, val=val, w=AlignedWeighter(1.0), **kw: vamo_step(
-        n, o, train, val, w, **kw
-    )
-    noisy = lambda f: f(args[0] + torch.randn(args[0].shape, generator=own, dtype=torch.float64))
+
+    one = AlignedWeighter(1.0)
+
+    def step(train=good, val=val, w=one, **kw):
+        return vamo_step(n, o, train, val, w, **kw)
+
+    def noisy(f):
+        return f(args[0] + torch.randn(args[0].shape, generator=own, dtype=torch.float64))
+
     cases = [
         (
             dict(train=lambda f: good(f) * torch.tensor([1.0, float("nan"), 1.0])),
@@ -627,15 +651,18 @@ def test_one_pass_methods_see_one_draw():
 
 def test_overlap_is_told():
     n, args = net("mlp")
-    step = lambda a, b: vamo_step(
-        n,
-        torch.optim.SGD(n.parameters(), 0.0),
-        lambda f: f(*args),
-        lambda f: f(-args[0]).mean(),
-        AlignedWeighter(1.0),
-        train_ids=a,
-        val_ids=b,
-    )
+
+    def step(a, b):
+        return vamo_step(
+            n,
+            torch.optim.SGD(n.parameters(), 0.0),
+            lambda f: f(*args),
+            lambda f: f(-args[0]).mean(),
+            AlignedWeighter(1.0),
+            train_ids=a,
+            val_ids=b,
+        )
+
     with pytest.warns(UserWarning, match="2 validation"):
         step([torch.arange(4), [7, 8]], [3, 8, 9])
     with warnings.catch_warnings():
@@ -664,7 +691,8 @@ def test_method_that_failed_is_remembered():
 
 
 def quadratic_run(A, c, lam, eta, steps=150, turn=1):
-    "Gradient descent on aligned mixtures of quadratics: mean squared validation gradient, start, smoothness, longest direction, coverage, M, each [N]"
+    """Gradient descent on aligned mixtures of quadratics: mean squared validation gradient, start,
+    smoothness, longest direction, coverage, M, each [N]"""
     theta, gsq, dsq, alpha = torch.zeros(len(A), A.shape[-1], dtype=A.dtype), [], [], []
     L0, L = (
         0.5 * torch.einsum("nd,nde,ne->n", c[:, -1], A[:, -1], c[:, -1]),

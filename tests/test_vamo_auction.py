@@ -1,4 +1,5 @@
-"Auctions, response curves, markets and logs of the auto-bidding room: invariants, oracles and bad input"
+"""Auctions, response curves, markets and logs of the auto-bidding room: invariants, oracles and bad
+input"""
 
 import math
 from dataclasses import replace
@@ -42,7 +43,7 @@ def bids_of(seed, n, A, levels=None):
     return torch.tensor(b, dtype=torch.double)
 
 
-# ---- one auction ------------------------------------------------------------------------------------------------------
+# ---- one auction ---------------------------------------------------------------------------------
 def gsp_naive(bids, reserve, slots):
     "Sort each row by (-bid, index)"
     W, P = [], []
@@ -202,7 +203,7 @@ def test_run_auctions_refuses(change, message):
         )
 
 
-# ---- response curves --------------------------------------------------------------------------------------------------
+# ---- response curves -----------------------------------------------------------------------------
 def impressions(seed, n, S, grid=False):
     g = np.random.default_rng(seed)
     draw = (
@@ -289,7 +290,7 @@ def test_curve_refuses_multipliers():
             curve.evaluate(torch.tensor([bad]))
 
 
-# ---- score ------------------------------------------------------------------------------------------------------------
+# ---- score ---------------------------------------------------------------------------------------
 @fast
 @given(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(1e-3, 1e6), st.floats(0, 5))
 def test_score_bounds(v, cost, target, beta):
@@ -320,7 +321,7 @@ def test_score_edges():
             score(**(dict(conversions=1.0, cost=1.0, cpa_target=1.0) | bad))
 
 
-# ---- markets ----------------------------------------------------------------------------------------------------------
+# ---- markets -------------------------------------------------------------------------------------
 small = MarketConfig(days=5, volume=1500.0, steps=24)
 market = Market(small, 3)
 
@@ -346,9 +347,15 @@ def test_steps_and_days_share_no_draws():
 
 
 def test_shift_knobs_are_the_only_drift():
-    "Mean first price of early and late days, over markets: equal without shift, growing with price drift"
-    price = lambda m, d: m.day(d).rivals[:, 0].log().mean().item()
-    gap = lambda c: np.array([price(m, 4) - price(m, 0) for m in (Market(c, s) for s in range(12))])
+    """Mean first price of early and late days, over markets: equal without shift, growing with
+    price drift"""
+
+    def price(m, d):
+        return m.day(d).rivals[:, 0].log().mean().item()
+
+    def gap(c):
+        return np.array([price(m, 4) - price(m, 0) for m in (Market(c, s) for s in range(12))])
+
     flat, up = gap(small.still()), gap(replace(small.still(), price_drift=0.1))
     assert abs(flat.mean()) < 4 * flat.std(ddof=1) / math.sqrt(12) + 1e-3
     assert abs(up.mean() - 0.4) < 0.03
@@ -409,7 +416,10 @@ def test_hindsight_is_the_best_constant(seed, task):
     B = draw_budgets(market, 2, task, 3, rng(seed, "h"), low=0.01, high=2.0)
     a, R = hindsight(market, 2, task, B)
     ref = yesterday(market, 2, task, B)
-    still = lambda s, x: torch.zeros(len(s))
+
+    def still(s, x):
+        return torch.zeros(len(s))
+
     t = rollout(market, 2, task, B, still, ref._replace(a=a))
     assert torch.allclose(t.rewards.sum(1), R, rtol=1e-9) and final_value(market, t)[1].all()
     for f in torch.exp(torch.linspace(-1, 1, 15)).double():
@@ -502,7 +512,7 @@ def test_market_refuses(call, message):
         call()
 
 
-# ---- logs -------------------------------------------------------------------------------------------------------------
+# ---- logs ----------------------------------------------------------------------------------------
 def log_frame(periods=(7, 8), advertisers=(3, 5), steps=4, n=6, seed=0):
     g, rows = np.random.default_rng(seed), []
     for p in periods:
@@ -617,7 +627,8 @@ def test_logs_refuse(tmp_path):
 @few
 @given(seeds, st.integers(0, 3), st.integers(1, 20), st.sampled_from(behaviours))
 def test_states_do_not_see_later_prices(seed, task, t, kind):
-    "Rivals of step `t` and after are made dearer: every state and action up to `t` stays, what follows does not"
+    """Rivals of step `t` and after are made dearer: every state and action up to `t` stays, what
+    follows does not"""
     runs = []
     for factor in (1.0, 3.0):
         m = Market(small, 3)

@@ -1,4 +1,5 @@
-"Invariants of the auction study: nothing from validation, selection or test days leaks, arms meet on the same batches, limits of the weights"
+"""Invariants of the auction study: nothing from validation, selection or test days leaks, arms meet
+on the same batches, limits of the weights"""
 
 import math
 from dataclasses import replace
@@ -63,19 +64,19 @@ def other(t: Trajectories):
     )
 
 
-# ---- logs and leaks -------------------------------------------------------------------------------------------------
+# ---- logs and leaks ------------------------------------------------------------------------------
 def test_days_are_in_time_order_and_no_bidder_is_in_two_sets(logs):
-    for l in logs:
-        train, val, spread = l.days[:-2], l.days[-2], l.days[-1]
+    for log in logs:
+        train, val, spread = log.days[:-2], log.days[-2], log.days[-1]
         assert (
             max(int(t.day.max()) for t in train)
             < config.val_day
             == int(val.day.min())
-            == int(l.select.day.max())
-            < int(l.test.day.min())
+            == int(log.select.day.max())
+            < int(log.test.day.min())
         )
         assert int(spread.day.max()) < config.val_day and len(train) == 1 + len(config.aux)
-        sets = [*l.days, l.select, l.test]
+        sets = [*log.days, log.select, log.test]
         for i, a in enumerate(sets):
             for b in sets[i + 1 :]:
                 assert not torch.isin(a.budget, b.budget).any()
@@ -96,7 +97,7 @@ def test_longer_validation_leaves_every_other_set_alone(logs):
 
 def test_normalisation_comes_from_training_days_and_test_days_decide_nothing(logs):
     train, runs = lambda ls: train_policies(config, ls, every=1), arms(config)
-    base, unseen = train(logs), train([l._replace(test=other(l.test)) for l in logs])
+    base, unseen = train(logs), train([log._replace(test=other(log.test)) for log in logs])
     assert (
         torch.equal(base.theta, unseen.theta)
         and torch.equal(base.weights, unseen.weights)
@@ -104,8 +105,10 @@ def test_normalisation_comes_from_training_days_and_test_days_decide_nothing(log
     )
     held = train(
         [
-            l._replace(days=[*l.days[:-2], other(l.days[-2]), l.days[-1]], select=other(l.select))
-            for l in logs
+            log._replace(
+                days=[*log.days[:-2], other(log.days[-2]), log.days[-1]], select=other(log.select)
+            )
+            for log in logs
         ]
     )
     assert torch.equal(base.mean, held.mean) and torch.equal(base.std, held.std)
@@ -116,30 +119,34 @@ def test_normalisation_comes_from_training_days_and_test_days_decide_nothing(log
 
 
 def test_selection_decides_which_look_is_kept_and_no_step(logs):
-    "Weights and path do not see the selection half; with one look at the end its content cannot matter"
-    once = lambda ls: train_policies(config, ls, every=10**6)
-    a, b = once(logs), once([l._replace(select=other(l.select)) for l in logs])
+    """Weights and path do not see the selection half; with one look at the end its content cannot
+    matter"""
+
+    def once(ls):
+        return train_policies(config, ls, every=10**6)
+
+    a, b = once(logs), once([log._replace(select=other(log.select)) for log in logs])
     assert torch.equal(a.weights, b.weights) and not torch.equal(a.select, b.select)
 
 
 def test_conditions_of_a_planner_are_scaled_by_training_days(logs):
-    l = logs[0]
-    scale = _sets(l, "cpu")[3]
+    log = logs[0]
+    scale = _sets(log, "cpu")[3]
     swapped = _sets(
-        l._replace(
-            days=[*l.days[:-2], other(l.days[-2]), other(l.days[-1])],
-            select=other(l.select),
-            test=other(l.test),
+        log._replace(
+            days=[*log.days[:-2], other(log.days[-2]), other(log.days[-1])],
+            select=other(log.select),
+            test=other(log.test),
         ),
         "cpu",
     )[3]
     assert all(torch.equal(a, b) for a, b in zip(scale, swapped) if isinstance(a, torch.Tensor))
     assert not torch.equal(
-        _sets(l._replace(days=[other(t) for t in l.days]), "cpu")[3].high, scale.high
+        _sets(log._replace(days=[other(t) for t in log.days]), "cpu")[3].high, scale.high
     )  # the check above can fail
 
 
-# ---- weights --------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 def gradients(seed, M=3, K=4, P=30):
     return torch.randn(M, K + 2, P, generator=rng(seed, "G")), torch.tensor(
         [9.0, *[50.0] * (K - 1), 20.0, 20.0]
@@ -223,7 +230,7 @@ def test_an_arm_does_not_depend_on_the_others(logs):
     )
 
 
-# ---- statistics and bad input ---------------------------------------------------------------------------------------
+# ---- statistics and bad input --------------------------------------------------------------------
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 @some
 def test_holm_is_the_step_down_rule(p):

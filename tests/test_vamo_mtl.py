@@ -1,4 +1,5 @@
-"Invariants of the task weightings: closed forms, parity with TorchJD, degenerate gradients, and lanes that do not touch each other"
+"""Invariants of the task weightings: closed forms, parity with TorchJD, degenerate gradients, and
+lanes that do not touch each other"""
 
 from dataclasses import replace
 
@@ -118,21 +119,24 @@ def test_parity_with_torchjd(seed, K):
         assert (ours - peer).norm() <= 1e-3 * peer.norm(), name
 
 
-# ---- closed forms ---------------------------------------------------------------------------------------------------
+# ---- closed forms --------------------------------------------------------------------------------
 @given(st.lists(st.floats(0.5, 3.0), min_size=2, max_size=4), st.sampled_from([0.5, 1.0, 2.0]))
 @few
 def test_orthogonal_gradients(norms, alpha):
     n = torch.tensor(norms, dtype=torch.float64)
-    O = torch.diag(n)
-    unit = lambda w: w / w.sum()
-    assert torch.allclose(unit(aggregate("nash_mtl", O)[1]), unit(1 / n), atol=1e-2)
+    diagonal = torch.diag(n)
+
+    def unit(w):
+        return w / w.sum()
+
+    assert torch.allclose(unit(aggregate("nash_mtl", diagonal)[1]), unit(1 / n), atol=1e-2)
     assert torch.allclose(
-        unit(aggregate("fairgrad", O, alpha=alpha)[1]),
+        unit(aggregate("fairgrad", diagonal, alpha=alpha)[1]),
         unit(n ** (-2 * alpha / (1 + alpha))),
         atol=1e-3,
     )
-    assert torch.allclose(unit(aggregate("mgda", O)[1]), unit(1 / n**2), atol=1e-2)
-    assert torch.allclose(unit(aggregate("imtl_g", O)[1]), unit(1 / n), atol=1e-6)
+    assert torch.allclose(unit(aggregate("mgda", diagonal)[1]), unit(1 / n**2), atol=1e-2)
+    assert torch.allclose(unit(aggregate("imtl_g", diagonal)[1]), unit(1 / n), atol=1e-6)
 
 
 @given(seeds)
@@ -165,7 +169,7 @@ def test_rules_of_the_losses():
     assert torch.allclose(smooth, ((L / 3) / 0.5).softmax(0) / 3, rtol=1e-5)
     assert torch.allclose(aggregate("uw", losses=L)[1], torch.full((3,), 0.5, dtype=L.dtype))
     state = None
-    for i in range(200):
+    for _ in range(200):
         _, w, state = aggregate("uw", losses=L, state=state, lr=0.1)
     assert torch.allclose(w, 0.5 / L, rtol=0.05)  # its optimum: variance = loss
     state = None
@@ -244,13 +248,19 @@ def test_bad_input_is_named():
         mtl_step(MTLTrainer(nn.Linear(1, 1), "l2rw"), lambda n: n(torch.ones(2, 1))[:, 0])
 
 
-# ---- gradients, problems, lanes, trainer ----------------------------------------------------------------------------
+# ---- gradients, problems, lanes, trainer ---------------------------------------------------------
 def test_task_gradients_three_ways():
     n = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).double()
     x, y = normal(3, 6, 5), normal(3, 6)
-    one = lambda p, b: F.mse_loss(functional_call(n, p, (b[0],))[:, 0], b[1])
+
+    def one(p, b):
+        return F.mse_loss(functional_call(n, p, (b[0],))[:, 0], b[1])
+
     p = dict(n.named_parameters())
-    both = lambda p: torch.stack([one(p, b) for b in zip(x, y)])
+
+    def both(p):
+        return torch.stack([one(p, b) for b in zip(x, y)])
+
     L, G = task_gradients(both, p)
     for L2, G2 in (task_gradients(both, p, "vmap"), task_gradients(one, p, batches=(x, y))):
         assert torch.allclose(L2, L) and torch.allclose(G2, G, atol=1e-12)
@@ -277,9 +287,10 @@ def test_problems():
     with pytest.raises(ValueError, match="target"):
         make_related_tasks(0, c=(1.0, 0.0))
     many = [make_related_tasks(i, n_target=300, noise=0.0) for i in range(12)]
-    fit = lambda t, k: np.corrcoef(t.y[0], t.x[0] @ torch.linalg.lstsq(t.x[k], t.y[k]).solution)[
-        0, 1
-    ]
+
+    def fit(t, k):
+        return np.corrcoef(t.y[0], t.x[0] @ torch.linalg.lstsq(t.x[k], t.y[k]).solution)[0, 1]
+
     near, far = (np.mean([fit(t, k) for t in many]) for k in (1, 5))
     assert near > 0.5 > -0.2 > far
 
@@ -308,8 +319,13 @@ def test_trainer_learns_and_keeps_the_best(name):
     t = make_related_tasks(0, c=(0.0, 0.0, 0.0))
     torch.manual_seed(0)
     n = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 1))
-    loss = lambda f: torch.stack([F.mse_loss(f(x)[:, 0], y) for x, y in zip(t.x, t.y)])
-    val = lambda f: F.mse_loss(f(t.x_val)[:, 0], t.y_val)
+
+    def loss(f):
+        return torch.stack([F.mse_loss(f(x)[:, 0], y) for x, y in zip(t.x, t.y)])
+
+    def val(f):
+        return F.mse_loss(f(t.x_val)[:, 0], t.y_val)
+
     start = float(val(n).detach())
     tr = MTLTrainer(n, name, lr=5e-3)
     infos = tr.fit(lambda i: (loss, val), 60, val, every=5)
@@ -320,7 +336,7 @@ def test_trainer_learns_and_keeps_the_best(name):
     )
 
 
-# ---- perceptrons in one vector --------------------------------------------------------------------------------------
+# ---- perceptrons in one vector -------------------------------------------------------------------
 @given(
     seeds,
     st.sampled_from([(3, 1), (2, 4, 1), (5, 3, 3, 2)]),
@@ -337,8 +353,8 @@ def test_perceptron_is_the_module(seed, sizes, act):
             lin.weight.data, lin.bias.data = t[at][: a * b].view(a, b).T, t[at][a * b :]
             h = lin(h) if at is layers[-1] else act(lin(h))
         assert torch.allclose(out, h) and torch.allclose(perceptron(t, xi, sizes, act), h)
-    assert layers[-1].stop == theta.shape[1] and [l.start for l in layers[1:]] == [
-        l.stop for l in layers[:-1]
+    assert layers[-1].stop == theta.shape[1] and [layer.start for layer in layers[1:]] == [
+        layer.stop for layer in layers[:-1]
     ]
 
 

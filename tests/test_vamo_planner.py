@@ -1,4 +1,5 @@
-"Invariants of the planners: schedule, conditions, loss, in-painting, guidance, inverse dynamics, policies"
+"""Invariants of the planners: schedule, conditions, loss, in-painting, guidance, inverse dynamics,
+policies"""
 
 from types import SimpleNamespace
 
@@ -69,7 +70,7 @@ def both(temporal="sincos", **kw):
     return [planner(temporal, kind=k, **kw) for k in (MultiTaskPlanner, CausalPlanner)]
 
 
-# ---- schedule -------------------------------------------------------------------------------------------------------
+# ---- schedule ------------------------------------------------------------------------------------
 @given(st.integers(1, 200))
 @many
 def test_schedule_is_exact(N):
@@ -119,7 +120,8 @@ def test_day_noise_and_v_give_each_other(seed, N, data):
 
 
 def test_v_does_not_amplify_errors():
-    "An error of the guess enters the day times at most one; an error of the noise times its share over the signal's"
+    """An error of the guess enters the day times at most one; an error of the noise times its share
+    over the signal's"""
     s, x0, eps, d = (
         DiffusionSchedule(10),
         normal(1, 4, 2),
@@ -141,7 +143,7 @@ def test_bad_schedule(N):
         DiffusionSchedule(N)
 
 
-# ---- conditions -----------------------------------------------------------------------------------------------------
+# ---- conditions ----------------------------------------------------------------------------------
 @given(seeds)
 @many
 def test_conditions_of_training_days_lie_in_the_unit_interval(seed):
@@ -200,14 +202,14 @@ def test_return_read_from_states_is_the_value_won():
     assert torch.allclose(value_so_far(t.states).double(), won, atol=1e-4)
 
 
-# ---- the loss -------------------------------------------------------------------------------------------------------
+# ---- the loss ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("temporal", kinds)
 def test_loss_is_finite_and_reproducible(temporal):
     b, k = case(context="context" in temporal)
     for p in both(temporal) if "times" not in temporal else [planner(temporal)]:
         noise = p.draw(6, rng(0, "n"))._replace(eps=normal(6, T, S))
-        l = p.loss(b, k, noise)
-        assert l.ndim == 0 and l.isfinite() and torch.equal(l, p.loss(b, k, noise))
+        loss = p.loss(b, k, noise)
+        assert loss.ndim == 0 and loss.isfinite() and torch.equal(loss, p.loss(b, k, noise))
 
 
 @given(seeds, st.integers(2, T))
@@ -233,7 +235,8 @@ def test_padding_does_not_count(seed, real):
 
 @pytest.mark.parametrize("predict", ["noise", "v"])
 def test_loss_is_a_mean_over_real_steps_only(predict):
-    "Longer padding leaves the mean as it is, where a mean over all steps would shrink; the aim is what the network predicts"
+    """Longer padding leaves the mean as it is, where a mean over all steps would shrink; the aim is
+    what the network predicts"""
     p, (b, k) = planner(predict=predict), case()
     noise = p.draw(6, rng(0, "n"))._replace(prefix=torch.ones(6).long(), eps=normal(6, T, S))
     mask = torch.zeros(6, T).bool()
@@ -300,17 +303,21 @@ def test_forward_mode_and_second_backward(temporal):
     b, k = case(context="context" in temporal)
     for p in both(temporal) if "times" not in temporal else [planner(temporal)]:
         noise = p.draw(6, rng(0, "n"))._replace(eps=normal(6, T, S))
-        f = lambda q: torch.func.functional_call(
-            Wrap(p), {f"m.{n}": v for n, v in q.items()}, (b, k, noise)
-        )
+
+        def f(q, p=p, noise=noise):
+            named = {f"m.{n}": v for n, v in q.items()}
+            return torch.func.functional_call(Wrap(p), named, (b, k, noise))
+
         q = {n: v.detach() for n, v in p.named_parameters()}
         g = torch.func.grad(f)(q)
         u = {n: normal(*v.shape, seed=3) for n, v in q.items()}
         dot = sum((g[n] * u[n]).sum() for n in q)
         assert torch.allclose(torch.func.jvp(f, (q,), (u,))[1], dot, rtol=1e-8)
-        h = torch.func.grad(
-            lambda r: sum((v * u[n]).sum() for n, v in torch.func.grad(f)(r).items())
-        )(q)
+
+        def along(r, f=f, u=u):
+            return sum((v * u[n]).sum() for n, v in torch.func.grad(f)(r).items())
+
+        h = torch.func.grad(along)(q)
         assert all(v.isfinite().all() for v in h.values())
 
 
@@ -329,7 +336,7 @@ def test_loss_touches_nothing():
         )
 
 
-# ---- plans ----------------------------------------------------------------------------------------------------------
+# ---- plans ---------------------------------------------------------------------------------------
 @given(seeds, st.integers(1, T), st.floats(0, 2), st.floats(0, 1))
 @some
 def test_history_is_kept_bit_for_bit(seed, t, guidance, temperature):
@@ -365,7 +372,8 @@ def test_history_is_put_back_at_every_denoising_step():
 
 @pytest.mark.parametrize("predict", ["noise", "v"])
 def test_a_network_that_knows_the_day_plans_it(predict):
-    "With the true noise or the true v at every step the plan is the day, whatever noise it starts from"
+    """With the true noise or the true v at every step the plan is the day, whatever noise it starts
+    from"""
     p, (b, k) = planner(predict=predict), case()
     p.fit(b["states"], b["actions"])
     x0 = p.normalise(b["states"])
@@ -422,15 +430,20 @@ def test_64_plans_at_once_are_64_single_ones(temporal):
     b, k = case(B, context="context" in temporal)
     for p in both(temporal) if "times" not in temporal else [planner(temporal)]:
         z = normal(B, 4, T, S, seed=1)
-        one = lambda i: slice(i, i + 1)
-        call = lambda i: p.plan(
-            b["states"][i, :5],
-            b["cond"][i],
-            k[i],
-            guidance=1.2,
-            context=b["context"][i] if "context" in b else None,
-            **(dict(noise=z[i]) if p.needs_plan else {}),
-        )
+
+        def one(i):
+            return slice(i, i + 1)
+
+        def call(i, p=p, z=z):
+            return p.plan(
+                b["states"][i, :5],
+                b["cond"][i],
+                k[i],
+                guidance=1.2,
+                context=b["context"][i] if "context" in b else None,
+                **(dict(noise=z[i]) if p.needs_plan else {}),
+            )
+
         assert torch.allclose(
             call(slice(None)), torch.cat([call(one(i)) for i in range(B)]), atol=1e-7
         )
@@ -501,7 +514,7 @@ def test_constant_entries_do_not_divide_by_zero():
     assert p.plan(x[:, :3], b["cond"], k, noise=normal(6, 4, T, S)).isfinite().all()
 
 
-# ---- inverse dynamics and policies ----------------------------------------------------------------------------------
+# ---- inverse dynamics and policies ---------------------------------------------------------------
 @given(seeds)
 @some
 def test_inverse_sees_three_states_back_and_one_ahead(seed):
@@ -589,7 +602,10 @@ def test_return_to_go_counts_what_is_left():
     won = value_so_far(x)[:, -1] / 2
     y, none = b["cond"].clone(), b["cond"].clone()
     none[:, 0] -= won
-    show = lambda states, c: p(states, c, torch.zeros(6).bool(), k)[1][:, -1]
+
+    def show(states, c):
+        return p(states, c, torch.zeros(6).bool(), k)[1][:, -1]
+
     assert not torch.allclose(show(x, y), show(x, none))
     p.embed.weight.data.zero_()  # the state speaks through the return to go alone
     for layer in p.layers:
@@ -626,7 +642,10 @@ def test_policy_plays_a_day(kind, replan):
     p = kind(8, 3, d=8)
     p.fit(t.states, t.actions)
     cond = torch.rand(5, 3, generator=rng(0, "y"))
-    play = lambda: rollout(m, 2, 0, money, PlannerPolicy(p, 0, cond, replan=replan))
+
+    def play():
+        return rollout(m, 2, 0, money, PlannerPolicy(p, 0, cond, replan=replan))
+
     one, two = play(), play()
     assert torch.equal(one.actions, two.actions) and one.actions.isfinite().all()
     assert (one.actions >= t.actions.min() - 1e-6).all() and (
@@ -647,7 +666,7 @@ def test_policy_replans_as_often_as_told():
     assert calls == [1, 5, 9]
 
 
-# ---- files, logs, training ------------------------------------------------------------------------------------------
+# ---- files, logs, training -----------------------------------------------------------------------
 @pytest.mark.parametrize(
     "kind, kw",
     [
@@ -741,7 +760,7 @@ def test_training_is_reproducible_and_lowers_the_loss(kind):
         train_planner(p, logs, 0)
 
 
-# ---- sizes and bad input --------------------------------------------------------------------------------------------
+# ---- sizes and bad input -------------------------------------------------------------------------
 @pytest.mark.parametrize("temporal", kinds)
 def test_default_planners_are_small(temporal):
     n = [sum(q.numel() for q in MultiTaskPlanner(8, 12, d=64, temporal=temporal).parameters())]

@@ -32,7 +32,7 @@ def block(seed=0, **kw):
     return TimesBlock(**(dict(d=3, d_ff=4, T=48, k=2, kernels=2) | kw)).double()
 
 
-# ---- periods --------------------------------------------------------------------------------------------------------
+# ---- periods -------------------------------------------------------------------------------------
 @given(st.sampled_from(divisors), st.floats(0, 6.28), st.floats(0.01, 1e4), st.floats(-1e3, 1e3))
 @many
 def test_pure_sine_whatever_phase_height_and_level(p, phase, height, level):
@@ -151,7 +151,7 @@ def test_bad_planted_days():
         planted_days((4,), noise=-1.0)
 
 
-# ---- the fold -------------------------------------------------------------------------------------------------------
+# ---- the fold ------------------------------------------------------------------------------------
 @given(seeds, st.integers(4, 50), st.data())
 @many
 def test_fold_is_undone(seed, T, data):
@@ -173,7 +173,7 @@ def test_merged_kernel_is_the_mean_of_the_outputs(seed, kernels):
     assert torch.allclose(inc(z), sum(c(z) for c in inc.convs) / kernels, atol=1e-10)
 
 
-# ---- the block ------------------------------------------------------------------------------------------------------
+# ---- the block -----------------------------------------------------------------------------------
 @given(seeds, st.sampled_from([None, (12,), (12, 7), (48, 5)]), st.booleans())
 @settings(max_examples=15, deadline=None)
 def test_zero_convolutions_are_the_identity(seed, periods, training):
@@ -229,7 +229,8 @@ def test_detected_and_fixed_periods_agree(seed):
 
 
 def test_equal_periods_are_folded_once_with_added_weights():
-    "Frequencies 17 and 20 both have period 2: the result is that of one fold, whatever the split of the weights"
+    """Frequencies 17 and 20 both have period 2: the result is that of one fold, whatever the split
+    of the weights"""
     x, b = normal(2, 48, 3), block()
     y = b._mix(x, [17, 20], [2, 2])
     assert torch.allclose(
@@ -244,7 +245,10 @@ def test_derivatives(periods):
     x = normal(2, 48, 3)
     params = {k: v.detach() for k, v in b.named_parameters()}
     u = {k: normal(*v.shape, seed=1) for k, v in params.items()}
-    loss = lambda p: torch.func.functional_call(b, p, (x,)).square().mean()
+
+    def loss(p):
+        return torch.func.functional_call(b, p, (x,)).square().mean()
+
     if periods is not None:
         jvp = torch.func.jvp(loss, (params,), (u,))[1]
         g = torch.func.grad(loss)(params)
@@ -314,7 +318,7 @@ def test_bad_input_of_the_block():
         fold(torch.zeros(1, 8, 1), 0)
 
 
-# ---- clock and memory -----------------------------------------------------------------------------------------------
+# ---- clock and memory ----------------------------------------------------------------------------
 @given(seeds, st.integers(0, 500), st.integers(1, 5))
 @many
 def test_clock_repeats_every_day(seed, step, harmonics):

@@ -1,8 +1,10 @@
-"""README.md from `nbs/index.ipynb`: the filter of the site, pandoc's GitHub Markdown, links made absolute to the site.
+"""README.md from `nbs/index.ipynb`: the filter of the site, pandoc's GitHub Markdown, links made
+absolute to the site.
 
     python tools/make_readme.py [--root DIR] [--check]
 
-`--check` writes nothing and exits 1 when README.md or one of its images differs from what it should be."""
+`--check` writes nothing and exits 1 when README.md or one of its images differs from what it should
+be."""
 
 import argparse
 import base64
@@ -18,7 +20,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 from nb_filter import body, convert, option, text, title_cell  # noqa: E402
 from render_docs import READER, fence, find, run_pandoc, settings, site_url, walk  # noqa: E402
 
-HEADER = "<!-- Made from nbs/index.ipynb by tools/make_readme.py: change the notebook, then run that. -->"
+HEADER = (
+    "<!-- Made from nbs/index.ipynb by tools/make_readme.py: "
+    "change the notebook, then run that. -->"
+)
+
+
+def as_words(md):  # GitHub knows no references: the filter's are words again, and labels go
+    "Markdown of the filter with `Figure 1` for `@fig-1`"
+    md = re.sub(r"@fig-(\d+)", r"Figure \1", md)
+    md = re.sub(r"@eq-(\d+)", r"equation (\1)", md)
+    return re.sub(r" *\$\$ \{#eq-(\d+)\}", r" \\tag{\1} $$", md)
 
 
 def outputs(c, files, folder):  # `files` collects {path in the repository: bytes} of figures
@@ -34,7 +46,7 @@ def outputs(c, files, folder):  # `files` collects {path in the repository: byte
             if mime in data:
                 path, t = f"{folder}/index-{len(files) + 1}.{ext}", text(data[mime])
                 files[path] = t.encode() if ext == "svg" else base64.b64decode(t)
-                res.append(f"![{option(src, 'fig-cap') or ''}]({path})")
+                res.append(f"![{as_words(option(src, 'fig-cap') or '')}]({path})")
                 break
         else:
             if "text/markdown" in data:
@@ -59,7 +71,7 @@ def readme(root):  # (text of README.md, {path: bytes} of its images)
     md = [f"# {t[0]}", t[1]]
     for c in convert(raw)["cells"]:
         if c["cell_type"] == "markdown":
-            md.append(text(c["source"]))
+            md.append(as_words(text(c["source"])))
         elif c["cell_type"] == "code":
             s = text(c["source"])
             if option(s, "include") == "false":

@@ -1,7 +1,9 @@
-"""Notebook filter for the site: our notebook in, a plain Quarto notebook out (standard input to standard output).
+"""Notebook filter for the site: our notebook in, a plain Quarto notebook out (standard input to
+standard output).
 
-A notebook reads right in JupyterLab as it stands: equations carry `\\tag{n}`, a figure's cell ends with `caption(n, "...")`,
-and the prose says "Figure n" and "equation (n)". Here those become the labels and references that Quarto links."""
+A notebook reads right in JupyterLab as it stands: equations carry `\\tag{n}`, a figure's cell ends
+with `caption(n, "...")`, and the prose says "Figure n" and "equation (n)". Here those become the
+labels and references that Quarto links."""
 
 import ast
 import json
@@ -96,10 +98,18 @@ def caption_call(src: str):  # (number, the cell without it) or None
     return call.args[0].value, "\n".join(src.splitlines()[: last.lineno - 1])
 
 
+_apart = re.compile(
+    r"(```.*?```|``.+?``|`[^`\n]+`"  # code
+    r"|\$\$.*?\$\$|\$[^$\n]+\$"  # maths
+    r"|!?\[[^\]\n]*\]\([^)\n]*\)"  # links and images
+    r"|^\#{1,6} [^\n]*)",  # headings
+    flags=re.S | re.M,
+)
+
+
 def _prose(src, change):
-    "Apply a function to Markdown outside of code and maths"
-    parts = re.split(r"(```.*?```|``.+?``|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$)", src, flags=re.S)
-    return "".join(p if i % 2 else change(p) for i, p in enumerate(parts))
+    "Apply a function to Markdown outside of code, maths, links and headings"
+    return "".join(p if i % 2 else change(p) for i, p in enumerate(_apart.split(src)))
 
 
 def labelled(src: str):  # Markdown with `{#eq-n}` behind the equations that carry a tag
@@ -124,7 +134,8 @@ def referring(src: str, numbers: dict):  # `numbers`: fig and eq -> numbers ther
 
 
 def _outputs(outs):
-    "Outputs without forms that no page shows; Markdown wins over HTML, so that tables follow the theme"
+    """Outputs without forms that no page shows; Markdown wins over HTML, so that tables follow the
+    theme"""
     res = []
     for o in outs:
         data = o.get("data")
@@ -150,7 +161,7 @@ def convert(nb: dict):  # Notebook as read by `json`; changed in place and retur
             names = directives(src)
             if not body(src).strip() or DROP & set(names) or "injected-parameters" in tags:
                 continue
-            head = [l for l, n in zip(src.splitlines(), names) if n not in OURS]
+            head = [line for line, name in zip(src.splitlines(), names) if name not in OURS]
             if EXPORT & set(names):
                 head.append("#| classes: exported")
             code, outputs = body(src), _outputs(c.get("outputs", []))
@@ -159,7 +170,7 @@ def convert(nb: dict):  # Notebook as read by `json`; changed in place and retur
                 lead = f"**Figure {number}.** "
                 shown = [text(o.get("data", {}).get("text/markdown", "")) for o in outputs]
                 what = next((t.removeprefix(lead) for t in shown if t.startswith(lead)), "")
-                quoted = referring(what, numbers).replace("'", "''")
+                quoted = " ".join(referring(what, numbers).split()).replace("'", "''")
                 head += [f"#| label: fig-{number}", f"#| fig-cap: '{quoted}'"]
                 outputs = [o for o, t in zip(outputs, shown) if not t.startswith(lead)]
             c["source"] = "\n".join(head + [code])

@@ -1,10 +1,12 @@
-"""Build the site described by `_quarto.yml` with pandoc, where Quarto is not installed, and refuse a site with faults.
+"""Build the site described by `_quarto.yml` with pandoc, where Quarto is not installed, and refuse
+a site with faults.
 
     python tools/render_docs.py [--root DIR] [--out DIR]
 
-Exit status 1 and one line per fault on: an unresolved or doubly defined reference, TeX that pandoc cannot parse, a dead
-link or anchor, a missing or remote image, a page without a title, a directive or a cell option that nobody reads, an
-output that a page cannot show, a warning or a progress bar left in an output, and pages and sidebar that disagree."""
+Exit status 1 and one line per fault on: an unresolved or doubly defined reference, figures or
+equations out of order, TeX that pandoc cannot parse, a dead link or anchor, a missing or remote
+image, a page without a title, a directive or a cell option that nobody reads, an output that a page
+cannot show, a warning or a progress bar left in an output, and pages and sidebar that disagree."""
 
 import argparse
 import ast
@@ -76,9 +78,10 @@ def site_url(cfg):  # Without a closing slash; None when settings.ini gives none
     )
 
 
-# ---- a small walk over pandoc's tree -------------------------------------------------------------------------------
+# ---- a small walk over pandoc's tree -------------------------------------------------------------
 def walk(node, f):
-    "Rebuild a pandoc tree bottom-up; `f(element)` gives an element, a list of elements, or None to keep it"
+    """Rebuild a pandoc tree bottom-up; `f(element)` gives an element, a list of elements, or None
+    to keep it"""
     if isinstance(node, list):
         res = []
         for x in node:
@@ -132,7 +135,7 @@ def Str(s):
     return dict(t="Str", c=s)
 
 
-# ---- from a filtered notebook to Markdown ---------------------------------------------------------------------------
+# ---- from a filtered notebook to Markdown --------------------------------------------------------
 class Page:
     "One notebook on its way to a page"
 
@@ -193,6 +196,11 @@ def fence(s, info):
     return f"{ticks} {info}\n{s}\n{ticks}"
 
 
+def raw_html(s):
+    "HTML that pandoc passes on as it is"
+    return f"```{{=html}}\n{s}\n```"
+
+
 def output_md(page, out, files, name):
     "Markdown of one output, as (kind, text); kind is image, block or None"
     kind = out["output_type"]
@@ -205,7 +213,8 @@ def output_md(page, out, files, name):
             page.fault(f"cell {name}: an output on stderr was left: {t.strip()[:80]!r}")
         if _bar.search(t):
             page.fault(
-                f"cell {name}: a progress bar or terminal code was left in an output: {t.strip()[:60]!r}"
+                f"cell {name}: a progress bar or terminal code was left in an output: "
+                f"{t.strip()[:60]!r}"
             )
         return ("block", fence(t.rstrip(), "{.output}")) if t.strip() else (None, "")
     data = out.get("data", {})
@@ -229,7 +238,8 @@ def output_md(page, out, files, name):
         t = text(data["text/plain"])
         if _bar.search(t):
             page.fault(
-                f"cell {name}: a progress bar or terminal code was left in an output: {t.strip()[:60]!r}"
+                f"cell {name}: a progress bar or terminal code was left in an output: "
+                f"{t.strip()[:60]!r}"
             )
         return ("block", fence(t.rstrip(), "{.output}")) if t.strip() else (None, "")
     if data:
@@ -270,7 +280,8 @@ def to_md(page, files):
             )
             if option(src, "code-fold") in ("true", "show"):
                 summary = html.escape(option(src, "code-summary") or "Code")
-                code = f'```{{=html}}\n<details class="fold"><summary>{summary}</summary>\n```\n\n{code}\n\n```{{=html}}\n</details>\n```'
+                opened = f'<details class="fold"><summary>{summary}</summary>'
+                code = f"{raw_html(opened)}\n\n{code}\n\n{raw_html('</details>')}"
             md.append(code)
         if option(src, "output") == "false":
             continue
@@ -295,7 +306,7 @@ def to_md(page, files):
     return "\n\n".join(md)
 
 
-# ---- references, links, images --------------------------------------------------------------------------------------
+# ---- references, links, images -------------------------------------------------------------------
 def number(page, doc):
     "Give equations, figures and tables their numbers; returns (tree, {label: text of a reference})"
     names, count = {}, dict(eq=0, fig=0, tbl=0)
@@ -305,6 +316,9 @@ def number(page, doc):
             page.fault(f"{label} is defined twice")
         kind = label.split("-")[0]
         count[kind] += 1
+        given = label.split("-")[1]
+        if given.isdigit() and int(given) != count[kind]:
+            page.fault(f"{WORDS[kind]} {given} is number {count[kind]} on the page")
         names[label] = f"{WORDS[kind]} {count[kind]}"
         return count[kind]
 
@@ -577,7 +591,8 @@ class Site:
                         if page.path in [p for p, _ in flat(it["contents"])] or len(self.pages) < 30
                         else ""
                     )
-                    res += f"<li><details{open_}><summary>{html.escape(it['section'])}</summary>{items(it['contents'])}</details></li>"
+                    head = f"<details{open_}><summary>{html.escape(it['section'])}</summary>"
+                    res += f"<li>{head}{items(it['contents'])}</details></li>"
                     continue
                 p = Path(it["href"])
                 if p not in self.pages:
@@ -650,32 +665,44 @@ class Site:
                 (order[i + 1] if i + 1 < len(order) else None, "next", "Next"),
             ]
         )
-        near = "".join(
-            f'<a class="{k}" rel="{k}" href="{os.path.relpath(p.with_suffix(".html"), page.path.parent)}"><small>{w}</small>'
-            f"{e(self.pages[p].title or p.stem)}</a>"
-            for p, k, w in near
-            if p
-        )
+
+        def link(p, side, word):
+            href = os.path.relpath(p.with_suffix(".html"), page.path.parent)
+            title = e(self.pages[p].title or p.stem)
+            return f'<a class="{side}" rel="{side}" href="{href}"><small>{word}</small>{title}</a>'
+
+        near = "".join(link(*n) for n in near if n[0])
         src = f"<code>{e(page.path.as_posix())}</code>"
         if self.git:
-            src = f'<a href="{e(self.git)}/blob/{e(self.ini.get("branch", "main"))}/{e(page.path.as_posix())}">{src}</a>'
+            blob = f"{self.git}/blob/{self.ini.get('branch', 'main')}/{page.path.as_posix()}"
+            src = f'<a href="{e(blob)}">{src}</a>'
         if page.module:
             src += f" exports <code>{e(self.ini.get('lib_name', ''))}.{e(page.module)}</code>"
         site = self.cfg["website"]
+        title, brand = e(page.title or page.path.stem), e(site["title"])
+        about = e(page.description or site.get("description", ""))
+        lead = f'<p class="description">{e(page.description)}</p>' if page.description else ""
+        contents = "<strong>On this page</strong>" + toc if toc else ""
         return f'''<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><meta name="description" content="{e(page.description or site.get("description", ""))}">
-<title>{e(page.title or page.path.stem)} – {e(site["title"])}</title>
-<link rel="icon" href="data:,"><link rel="stylesheet" href="{up}site.css"><script src="{up}site.js" defer></script></head>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><meta name="description" content="{about}">
+<title>{title} – {brand}</title>
+<link rel="icon" href="data:,"><link rel="stylesheet" href="{up}site.css">
+<script src="{up}site.js" defer></script></head>
 <body data-up="{up}"><a class="skip" href="#content">Skip to the text</a>
-<header><button id="menu" aria-label="Contents of the site" aria-expanded="false">☰</button><a class="brand" href="{up}index.html">{e(site["title"])}</a>
-<input id="search" type="search" placeholder="Search" aria-label="Search the site" autocomplete="off"><button id="theme" aria-label="Light or dark">◐</button><div id="found" hidden></div></header>
+<header>
+<button id="menu" aria-label="Contents of the site" aria-expanded="false">☰</button>
+<a class="brand" href="{up}index.html">{brand}</a>
+<input id="search" type="search" placeholder="Search" aria-label="Search the site"
+ autocomplete="off"><button id="theme" aria-label="Light or dark">◐</button>
+<div id="found" hidden></div></header>
 <div class="columns"><nav id="sidebar" aria-label="Site">{self.nav(page)}</nav>
-<main id="content"><h1>{e(page.title or page.path.stem)}</h1>{f'<p class="description">{e(page.description)}</p>' if page.description else ""}
+<main id="content"><h1>{title}</h1>{lead}
 <p class="source">{src}</p>
 {content}
 <nav class="near" aria-label="Neighbours">{near}</nav></main>
-<aside id="toc" aria-label="On this page">{"<strong>On this page</strong>" + toc if toc else ""}</aside></div></body></html>
+<aside id="toc" aria-label="On this page">{contents}</aside></div></body></html>
 '''
 
     def check(self):
@@ -735,9 +762,10 @@ class Site:
         )
         home = self.sidebar()[0][0] if self.sidebar() else next(iter(self.pages))
         home = home if home in self.pages else next(iter(self.pages))
+        title, first = html.escape(self.cfg["website"]["title"]), home.with_suffix(".html")
         (self.out / "index.html").write_text(
-            f'<!doctype html><meta charset="utf-8"><title>{html.escape(self.cfg["website"]["title"])}</title>'
-            f'<link rel="icon" href="data:,"><meta http-equiv="refresh" content="0; url={home.with_suffix(".html").as_posix()}">',
+            f'<!doctype html><meta charset="utf-8"><title>{title}</title><link rel="icon" '
+            f'href="data:,"><meta http-equiv="refresh" content="0; url={first.as_posix()}">',
             encoding="utf-8",
         )
         self.check()

@@ -1,4 +1,5 @@
-"Execute notebooks and write their outputs back into nbs/: `save_outputs.py [--scale laptop] [notebook ...]`, all of them by default"
+"""Execute notebooks and write their outputs back into nbs/: `save_outputs.py [--scale laptop]
+[notebook ...]`, all of them by default"""
 
 import argparse
 import subprocess

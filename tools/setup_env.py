@@ -1,4 +1,5 @@
-"Create or repair the project's environment: says what it does, does only what is missing, and can be run again at any time"
+"""Create or repair the project's environment: says what it does, does only what is missing, and can
+be run again at any time"""
 
 import argparse
 import csv
@@ -28,7 +29,9 @@ def say(msg):
 def pins():
     "Versions of constraints.txt by package name"
     lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return dict(l.split("#")[0].strip().split("==") for l in lines if "==" in l.split("#")[0])
+    return dict(
+        line.split("#")[0].strip().split("==") for line in lines if "==" in line.split("#")[0]
+    )
 
 
 def has_gpu():
@@ -66,8 +69,9 @@ class Env:
         )
         if r.returncode:
             sys.exit(
-                f"[env] {sys.executable} cannot create a virtual environment; install its venv package "
-                f"(Debian, Ubuntu: python3.11-venv) and run make again\n{r.stdout}{r.stderr}"
+                f"[env] {sys.executable} cannot create a virtual environment; install its venv "
+                f"package (Debian, Ubuntu: python3.11-venv) and run make again\n"
+                f"{r.stdout}{r.stderr}"
             )
 
     def pip(self, *args, check=True):
@@ -87,7 +91,8 @@ class Env:
         if code and check:
             tail = "\n".join(self.log.read_text(encoding="utf-8").splitlines()[-15:])
             sys.exit(
-                f"{tail}\n[env] pip failed (all of it in {self.log}); mend the cause and run make again"
+                f"{tail}\n[env] pip failed (all of it in {self.log}); "
+                "mend the cause and run make again"
             )
         return code == 0
 
@@ -106,7 +111,8 @@ class Env:
 
 
 def broken(site):
-    "The dist-info folders of packages that were not written to the end, so that pip must install them again"
+    """The dist-info folders of packages that were not written to the end, so that pip must install
+    them again"""
     res = []
     for info in sorted(Path(site).glob("*.dist-info")):
         record = info / "RECORD"
@@ -161,9 +167,8 @@ def install_rest(env, gpu):
     )
     if not engine:
         say("vLLM has no build for this system: its tests will be skipped")
-    say(
-        f"installing the project, its extras and {engine[0] if engine else 'no vLLM'} (minutes the first time)"
-    )
+    name = engine[0] if engine else "no vLLM"
+    say(f"installing the project, its extras and {name} (minutes the first time)")
     env.pip(
         "install",
         "-c",
@@ -203,9 +208,10 @@ def main():
         help="create the environment and install torch, nothing else",
     )
     args = ap.parse_args()
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (make runs this with whatever Python there is)
         sys.exit(
-            f"[env] Python 3.11 or newer is needed, this is {platform.python_version()}; run make PYTHON=python3.11"
+            f"[env] Python 3.11 or newer is needed, this is {platform.python_version()}; "
+            "run make PYTHON=python3.11"
         )
     t0, env, gpu = time.time(), Env(args.venv), has_gpu()
     stamp, mark = env.path / "llmpapers.json", env.path / "unfinished"
@@ -236,7 +242,8 @@ def main():
         )
         if r.returncode:
             sys.exit(
-                f"{r.stderr[-2000:]}\n[env] the environment does not import; remove {env.path} and run make again"
+                f"{r.stderr[-2000:]}\n[env] the environment does not import; "
+                f"remove {env.path} and run make again"
             )
     tmp = stamp.with_suffix(".tmp")
     tmp.write_text(json.dumps(want))

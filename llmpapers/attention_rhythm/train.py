@@ -540,9 +540,7 @@ def rhythm_outcome(
     cfg: RhythmConfig,  # The arm; its seed decides prompts, sampling and held-out problems
     policy_seed: int = 0,  # Of the supervised training
     device=None,  # Where
-) -> (
-    dict
-):  # "before", "after": held-out success; "reward", "share", "coverage": lists, one value a batch
+) -> dict:  # Held-out success "before" and "after"; by batch "reward", "share", "coverage"
     "Train one arm and evaluate it, at most once on this machine"
 
     def build(out):

@@ -216,9 +216,7 @@ def hit_rate_at_k(
     scores,  # (Q,C) scores or a Ranked
     relevance,  # As in `ndcg_at_k`
     k: int = 10,  # Depth
-) -> (
-    np.ndarray
-):  # (Q,) 1 if a relevant document is among the first k, else 0; NaN if there is none at all
+) -> np.ndarray:  # (Q,) 1 if a relevant document is among the first k, else 0; NaN if none exists
     "Is a relevant document among the first k?"
     found, rel = _ranked(scores, relevance, k)
     return _none((found > 0).any(1).astype(float), rel)
@@ -228,9 +226,7 @@ def recall_at_k(
     scores,  # (Q,C) scores or a Ranked
     relevance,  # As in `ndcg_at_k`
     k: int = 10,  # Depth
-) -> (
-    np.ndarray
-):  # (Q,) share of the relevant documents that are among the first k; NaN if there is none at all
+) -> np.ndarray:  # (Q,) share of the relevant documents among the first k; NaN if there is none
     "Recall of every query"
     found, rel = _ranked(scores, relevance, k)
     return _none((found > 0).sum(1) / np.maximum(np.diff(rel.indptr), 1), rel)

@@ -313,9 +313,7 @@ def split(
 def batch(
     self: ChainTask,
     batch_size: int,  # Problems per batch
-) -> (
-    Callable
-):  # (step, generator) -> dictionary for `core.train`: input_ids, attention_mask, labels
+) -> Callable:  # (step, generator) -> dict for `core.train`: input_ids, attention_mask, labels
     "Training data: labels are the response, with `noise` in the results, and -100 elsewhere"
 
     def make(step, generator):

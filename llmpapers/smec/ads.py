@@ -105,9 +105,7 @@ def ware(
     y: Tensor,  # (M,D) the other side
     floor: float = 1e-3,  # Similarities nearer to zero than this count as this
     count: bool = False,  # Return the number of pairs at the floor as well
-) -> (
-    "Tensor|tuple[Tensor, int]"
-):  # (D,) weighted average relative error; with `count`, and how many pairs were clamped
+) -> "Tensor|tuple[Tensor, int]":  # (D,) weighted average relative error; and pairs at the floor
     "Importance of each dimension by leave-one-out cosines"
     if x.shape != y.shape or x.ndim != 2 or x.shape[1] < 2:
         raise ValueError(

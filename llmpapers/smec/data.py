@@ -147,9 +147,7 @@ def make_retrieval(
 # %% ../../nbs/smec/01_data.ipynb #c31960a4
 def docstring_pair(
     doc: str,  # A docstring
-) -> (
-    tuple | None
-):  # (first paragraph, rest without examples), or None if it is too short to make a pair
+) -> tuple | None:  # (first paragraph, rest without examples), or None if too short for a pair
     "Query and document from one docstring"
     parts = re.split(r"\n\s*\n", doc.strip(), maxsplit=1)
     if len(parts) < 2:
@@ -165,9 +163,7 @@ def docstring_pair(
     return (query, body[:700]) if 20 <= len(query) <= 200 and len(body) >= 200 else None
 
 # %% ../../nbs/smec/01_data.ipynb #bab492c5
-def docstring_list() -> (
-    tuple
-):  # {package: (distribution, version, licence)} and [(module, [(name, hash)])]
+def docstring_list() -> tuple:  # {package: its version and licence}, [(module, (name, hash) pairs)]
     "The fixed list of docstrings"
     text = (
         importlib.resources.files("llmpapers")

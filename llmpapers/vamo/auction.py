@@ -594,9 +594,7 @@ def replay(
     multipliers: Tensor,  # (T,) multiplier of each step
     budget: float,  # Budget of the day
     generator: torch.Generator,  # Source of chance
-) -> (
-    Tensor
-):  # (T,3) money spent, expected value and drawn conversions of seen impressions, each step
+) -> Tensor:  # (T,3) money spent, expected value, drawn conversions of seen impressions by step
     "Play a given day through the exact path"
     x, spec, left, rows, c = market.day(day), market.tasks[task], float(budget), [], market.config
     if len(multipliers) != market.T:

@@ -423,9 +423,7 @@ def compare(
     table,  # From `run_study`
     value: str = "loss",  # Column
     against: str = "uniform",  # Method to compare with
-) -> (
-    "DataFrame"
-):  # A row per method: mean, paired difference with interval, p by sign flips, p by Holm
+) -> "DataFrame":  # By method: mean, paired difference with interval, p by sign flips and by Holm
     "Paired comparison of all methods with one of them"
     pd = need("pandas")
     wide = table[~table.fixed].pivot(index="market", columns="method", values=value).dropna(axis=1)

@@ -225,9 +225,7 @@ _methods = (
 )
 
 
-def available() -> (
-    dict
-):  # Name -> what it needs: "G" gradients, "gram" their Gramian, "losses", "m" agreements, "gval_sq"
+def available() -> dict:  # Name -> what it needs: "G", "gram", "losses", "m" or "gval_sq"
     "All weightings by name"
     return {k: need_ for k, (_, need_) in sorted(_methods.items())}
 
