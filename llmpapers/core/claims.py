@@ -296,6 +296,9 @@ class ClaimTable(list):
     def _repr_mimebundle_(self, include=None, exclude=None):
         return {"text/plain": self.text(), "text/markdown": self.markdown(), mime: self.json()}
 
+    def _repr_pretty_(self, p, cycle):
+        p.text(self.text())
+
 # %% ../../nbs/core/06_claims.ipynb #0eb5cfe1
 def claims_table(
     claims: Iterable[Claim],  # Claims of one or several papers
