@@ -1,11 +1,17 @@
-"Claims are read from the parts of a series; the page that gathers them is not a source"
+"The rule of verdicts, and the tables that are collected from executed notebooks"
 
+import ast
 import json
+import math
+import re
 
 import pytest
-from common import nbs
+from common import nbs, root
+from hypothesis import given
+from hypothesis import strategies as st
 
-from llmpapers.core.claims import Claim, claims_in, claims_table
+from llmpapers.core.claims import Claim, Gate, claims_in, claims_table, mime, tally, verdict
+from llmpapers.core.cli import papers, series
 
 
 def claim(key, **kw):
@@ -22,6 +28,7 @@ def claim(key, **kw):
             high=1.5,
             n=3,
             scale="smoke",
+            kind="paper",
         )
         | kw
     )
@@ -80,3 +87,171 @@ def test_paper_pages_claim_nothing_of_their_own(page):
         f"{page.parent.name}: no part makes these claims (renamed? then run the page again): "
         f"{sorted(own)}"
     )
+
+
+# ---- the rule -------------------------------------------------------------------------------------------------------
+finite = st.floats(-5, 5, allow_nan=False)
+
+
+def naive(low, high, band, null, better, simulated):
+    "The rule, said again in its slow form: move everything so that the claim is 'above 0'"
+    flip = (lambda x: x - null) if better == "greater" else (lambda x: null - x)
+    ends = sorted([flip(low), flip(high)])
+    if ends[1] < 0:
+        return "contradicted"
+    if ends[0] <= 0 <= ends[1]:
+        return "not shown"
+    if simulated or band is None:
+        return "direction"
+    target = sorted(map(flip, band))
+    if ends[0] > target[1]:
+        return "larger"
+    meets = ends[0] <= target[1] and target[0] <= ends[1]
+    return "reproduced" if meets else "direction"
+
+
+@given(
+    st.tuples(finite, finite).map(sorted),
+    st.none() | st.tuples(finite, finite).map(sorted).map(tuple),
+    finite,
+    st.sampled_from(["greater", "less"]),
+    st.booleans(),
+)
+def test_verdict_equals_the_slow_rule(ends, band, null, better, simulated):
+    found = verdict(*ends, band=band, null=null, better=better, simulated=simulated)
+    assert found == naive(*ends, band, null, better, simulated)
+    if simulated:
+        assert found not in ("reproduced", "larger")
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_failed_gate_is_not_tested(passed):
+    gate = Gate("an oracle arm gains 0.1", 0.2 if passed else 0.01, passed)
+    c = claim("x", published=1.0, band=1.5, gate=gate)
+    assert c.verdict == ("reproduced" if passed else "not tested")
+    row = claims_table([c]).rows()[0]
+    assert ("gate failed" in row["note"]) == (not passed) and "an oracle arm" in row["note"]
+
+
+def test_a_factor_is_a_band_on_the_effect():
+    c = claim("x", published=3.0, null=1.0, band=2.0, measured=2.0, low=1.9, high=2.1)
+    assert c.limits == (2.0, 5.0) and c.verdict == "reproduced"
+    less = claim(
+        "y", published=0.5, null=1.0, band=2.0, measured=0.2, low=0.1, high=0.3, better="less"
+    )
+    assert less.limits == (0.0, 0.75) and less.verdict == "reproduced"
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (dict(published=math.nan), "published of the claim 'x' is NaN"),
+        (dict(kind="ours"), "kind='ours'"),
+        (dict(band=1.5), "needs a published figure"),
+        (dict(published=1.0, band=0.5), "a factor must exceed 1"),
+        (dict(published=0.0, band=2.0), "give the two ends"),
+        (dict(published=1.0, band=(2.0, 3.0)), "leaves out published"),
+        (dict(measured=2.0), "does not contain"),
+        (dict(n=0), "at least 1"),
+    ],
+)
+def test_bad_claims_are_refused(bad, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        claim("x", **bad)
+
+
+def test_a_claim_without_kind_is_refused():
+    with pytest.raises(TypeError, match="kind"):
+        Claim("vamo", "x", "It gains", "Table 1", None, "share", 1.0, 0.5, 1.5, 3, "smoke")
+
+
+def test_claims_survive_json(tmp_path):
+    "All fields, an infinite interval and a gate with several values come back from a notebook"
+    full = claim(
+        "x",
+        published=1.0,
+        band=(0.5, 2.0),
+        gate=Gate("two arms gain", (0.2, 0.3), True),
+        simulated=True,
+        sizes=dict(steps=3),
+        recorded="study",
+        chosen_after="the width",
+    )
+    wide = claim("y", low=-math.inf, high=math.inf, n=1)
+    notebook(tmp_path / "vamo" / "01_a.ipynb", full, wide)
+    assert list(claims_in(tmp_path)) == [full, wide]
+
+
+def test_claims_of_an_older_form_name_their_notebook(tmp_path):
+    notebook(tmp_path / "vamo" / "01_a.ipynb", claim("x"))
+    text = (tmp_path / "vamo" / "01_a.ipynb").read_text().replace('"kind": "paper", ', "")
+    (tmp_path / "vamo" / "01_a.ipynb").write_text(text)
+    with pytest.raises(ValueError, match="vamo/01_a.ipynb.*run its notebook"):
+        claims_in(tmp_path)
+
+
+def test_only_statements_of_the_paper_are_counted():
+    found = claims_table(
+        [claim("a"), claim("b", kind="control"), claim("c", kind="identity"), claim("d", low=-1)]
+    )
+    assert tally(found) == {"direction": 1, "not shown": 1}
+    paper, _, rest = found.markdown().partition("*Controls: ours, not counted*")
+    assert paper.count("It gains") == 2 and rest.count("It gains") == 2
+
+
+# ---- collected tables are as old as their notebooks -----------------------------------------------------------------
+def cells(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def outputs(path, kind="text/markdown"):
+    "Outputs of one kind in a notebook, as text"
+    found = (o for c in cells(path) for o in c.get("outputs", []))
+    return ["".join(o["data"][kind]) for o in found if kind in o.get("data", {})]
+
+
+@pytest.mark.parametrize("page", sorted(nbs.glob("*/00_*.ipynb")), ids=lambda p: p.parent.name)
+def test_paper_pages_show_what_the_notebooks_found(page):
+    "The table of a paper's page is not older than the notebooks it is collected from"
+    source, shown = claims_in(page.parent), claims_in(page)
+    assert {c.key: c for c in shown} == {c.key: c for c in source}, (
+        f"run {page.parent.name}/{page.name} again: python tools/save_outputs.py"
+    )
+    data = [d for c in cells(page) for o in c.get("outputs", []) for d in o["data"].get(mime, [])]
+    assert {d["key"]: d["verdict"] for d in data} == {c.key: c.verdict for c in source}
+    assert source.markdown() in outputs(page) or shown.markdown() in outputs(page)
+
+
+def text_of(slug):
+    return ", ".join(f"{n} {v}" for v, n in tally(claims_in(nbs / slug)).items())
+
+
+@pytest.mark.parametrize("slug", papers)
+def test_front_page_and_readme_show_what_the_notebooks_found(slug):
+    (table,) = [t for t in outputs(nbs / "index.ipynb") if "| paper | what it is about |" in t]
+    (row,) = [line for line in table.splitlines() if f"abs/{papers[slug].arxiv}" in line]
+    assert papers[slug].title in row
+    expected = text_of(slug) if series(slug) else ""
+    assert row.rstrip("| ").endswith(expected or "planned"), f"run index.ipynb again: {row}"
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    (line,) = [x for x in readme.splitlines() if f"abs/{papers[slug].arxiv}" in x]
+    assert re.sub(r"\s+", " ", line).rstrip("| ").endswith(expected or "planned"), (
+        f"make readme: {line}"
+    )
+
+
+def test_tables_inside_series_are_as_old_as_their_sources():
+    "Results notebooks that repeat claims of earlier parts show the current ones"
+    analysis = claims_in(nbs / "attention_rhythm" / "03_analysis.ipynb")
+    (table,) = [
+        t
+        for t in outputs(nbs / "attention_rhythm" / "06_results.ipynb")
+        if t.startswith("| statement | source | paper | ours | verdict |")
+    ]
+    assert [line.split(" | ")[-1].rstrip(" |") for line in table.splitlines()[2:]] == [
+        c.verdict for c in analysis
+    ]
+    flash = nbs / "roll_flash" / "07_results.ipynb"
+    parts = [c for p in series("roll_flash") if "01" <= p.stem[:2] <= "06" for c in claims_in(p)]
+    shown = [t for t in outputs(flash, "text/plain") if t.startswith("{'reproduced'")]
+    assert shown and ast.literal_eval(shown[0]) == tally(parts)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpapers.core.scale import rng
+from llmpapers.core.stats import holm
 from llmpapers.vamo.auction import MarketConfig, Trajectories
 from llmpapers.vamo.experiments import (
     StudyConfig,
@@ -18,7 +19,6 @@ from llmpapers.vamo.experiments import (
     arms,
     collect,
     compare,
-    holm,
     mix,
     paired_ci,
     run_study,

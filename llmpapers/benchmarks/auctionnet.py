@@ -7,7 +7,6 @@ __all__ = ['make_bids', 'load_environment', 'compare', 'child']
 
 # %% ../../nbs/benchmarks/07_auctionnet.ipynb #343a222a
 import importlib
-import json
 import statistics
 import sys
 import types

@@ -105,31 +105,39 @@ def top_k(
     return Ranked(np.take_along_axis(ids, order, 1), np.take_along_axis(best, order, 1))
 
 # %% ../../nbs/core/10_ranking.ipynb #33ce9091
+def _float32(x, name):
+    x = np.asarray(x, np.float32)
+    if not np.isfinite(x).all():
+        raise ValueError(
+            f"{name} has NaN or infinite values; a zero vector has no cosine, remove it first"
+        )
+    return x
+
+
 def exact_search(
     queries,  # (Q,d) vectors, float
     docs,  # (C,d) vectors, float; a memory map is read block by block
-    k: int = 10,  # Depth
+    k: int = 10,  # Depth; more than C means all
     block: int = 65536,  # Documents scored at once
-) -> Ranked:  # The k largest inner products of every query
+) -> Ranked:  # The k largest inner products of every query; ties by the lower document number
     "Exact search by inner product, in blocks of documents"
     q = np.asarray(queries)
     if q.ndim != 2 or len(docs.shape) != 2 or q.shape[1] != docs.shape[1]:
         raise ValueError(f"queries {q.shape} and docs {tuple(docs.shape)} need the same width")
     if len(docs) == 0:
         raise ValueError("docs is empty")
-    if block < 1:
-        raise ValueError(f"block={block} must be at least 1")
-    best = None
+    if block < 1 or k < 1:
+        raise ValueError(f"block={block} and k={k} must be at least 1")
+    q, best = _float32(q, "queries"), None
     for i in range(0, len(docs), block):
-        r = top_k(q @ np.asarray(docs[i : i + block]).T, k)
+        r = top_k(q @ _float32(docs[i : i + block], "docs").T, k)
         r = Ranked(r.ids + i, r.scores)
         if best is None:
             best = r
             continue
         ids, s = np.concatenate([best.ids, r.ids], 1), np.concatenate([best.scores, r.scores], 1)
-        order = np.argsort(-s, axis=1, kind="stable")[
-            :, :k
-        ]  # earlier blocks hold lower numbers, so ties stay in order
+        # earlier blocks hold lower numbers, so a stable sort keeps ties in order
+        order = np.argsort(-s, axis=1, kind="stable")[:, :k]
         best = Ranked(np.take_along_axis(ids, order, 1), np.take_along_axis(s, order, 1))
     return best
 
@@ -151,17 +159,32 @@ def ndcg_loop(
     return np.array(res)
 
 # %% ../../nbs/core/10_ranking.ipynb #630366b5
+def _checked_ids(ids, n_docs):
+    "Document numbers of a Ranked: -1 stands for no document; others are numbers of the corpus, once"
+    ids = np.asarray(ids)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"ids has shape {ids.shape} of {ids.dtype}; it needs integers (Q,k)")
+    if (out := (ids < -1) | (ids >= n_docs)).any():
+        raise ValueError(f"ids has document {int(ids[out][0])}, but there are {n_docs}")
+    ordered = np.sort(ids, axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        q, at = np.argwhere(twice)[0]
+        raise ValueError(f"ids has document {int(ordered[q, at])} twice for query {int(q)}")
+    return ids
+
+
 def _ranked(scores, relevance, k):
     "Grades found at each rank (Q,k), and the table"
     if k < 1:
         raise ValueError(f"k={k} must be at least 1")
     if isinstance(scores, Ranked):
-        ids = scores.ids[:, :k]
         if not isinstance(relevance, Relevance):
             raise ValueError(
                 "relevance must be a Relevance (see as_relevance) when scores is a Ranked"
             )
         rel = relevance
+        ids = _checked_ids(scores.ids, rel.n_docs)[:, :k]
     else:
         n_docs = np.shape(scores)[1] if np.ndim(scores) == 2 else 0
         ids = top_k(scores, k).ids
@@ -173,6 +196,7 @@ def _ranked(scores, relevance, k):
     at = np.searchsorted(key, want)
     hit = at < len(key)
     hit[hit] = key[at[hit]] == want[hit]
+    hit &= ids >= 0
     found = np.zeros(ids.shape)
     found[hit] = rel.grades[at[hit]]
     return found, rel
@@ -199,7 +223,8 @@ def ndcg_at_k(
     rank = np.arange(len(owner)) - rel.indptr[owner]
     part = np.where(rank < k, g(rel.grades[order]) / np.log2(rank + 2), 0)
     ideal = np.bincount(owner, part, minlength=len(found))
-    return _none(np.divide(dcg, ideal, out=np.zeros(len(found)), where=ideal > 0), rel)
+    share = np.divide(dcg, ideal, out=np.zeros(len(found)), where=ideal > 0)
+    return _none(np.minimum(share, 1), rel)  # a sum in another order may exceed 1 by rounding
 
 # %% ../../nbs/core/10_ranking.ipynb #60f12739
 def mrr_at_k(
@@ -216,7 +241,7 @@ def hit_rate_at_k(
     scores,  # (Q,C) scores or a Ranked
     relevance,  # As in `ndcg_at_k`
     k: int = 10,  # Depth
-) -> np.ndarray:  # (Q,) 1 if a relevant document is among the first k, else 0; NaN if none exists
+) -> np.ndarray:  # (Q,) 1 if one is among the first k, else 0; NaN if there is none at all
     "Is a relevant document among the first k?"
     found, rel = _ranked(scores, relevance, k)
     return _none((found > 0).any(1).astype(float), rel)
@@ -226,7 +251,7 @@ def recall_at_k(
     scores,  # (Q,C) scores or a Ranked
     relevance,  # As in `ndcg_at_k`
     k: int = 10,  # Depth
-) -> np.ndarray:  # (Q,) share of the relevant documents among the first k; NaN if there is none
+) -> np.ndarray:  # (Q,) share found among the first k; NaN if nothing is relevant
     "Recall of every query"
     found, rel = _ranked(scores, relevance, k)
     return _none((found > 0).sum(1) / np.maximum(np.diff(rel.indptr), 1), rel)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['conflict', 'harmless', 'StudyConfig', 'Logs', 'collect', 'arms', 'mix', 'Trained', 'train_policies', 'play',
-           'run_study', 'paired_ci', 'holm', 'compare', 'make_planner', 'planner_loss', 'train_planner']
+           'run_study', 'paired_ci', 'compare', 'make_planner', 'planner_loss', 'train_planner']
 
 # %% ../../nbs/vamo/08_experiments.ipynb #ac230d14
 import math
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.scale import need, pick_device, rng
-from ..core.stats import Interval, mean_ci, permutation_test
+from ..core.stats import Interval, holm, mean_ci, permutation_test
 from .alignment import AlignedWeighter, entropy_weights, vamo_step
 from llmpapers.vamo.auction import (
     Market,
@@ -404,19 +404,6 @@ def paired_ci(
     if a.shape != b.shape:
         raise ValueError(f"a {a.shape} and b {b.shape} must hold the same markets")
     return mean_ci(a - b, level)
-
-# %% ../../nbs/vamo/08_experiments.ipynb #956400bf
-def holm(
-    p,  # (n,) p-values
-) -> np.ndarray:  # (n,) adjusted p-values
-    "Holm's correction for several comparisons"
-    p = np.asarray(p, float)
-    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
-        raise ValueError("p must be a vector of values in [0, 1]")
-    order, n = np.argsort(p), len(p)
-    adjusted = np.empty(n)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate((n - np.arange(n)) * p[order]))
-    return adjusted
 
 # %% ../../nbs/vamo/08_experiments.ipynb #07d0d056
 def compare(
