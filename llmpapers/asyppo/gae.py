@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..rl.advantages import gae
-from ..rl.logprobs import masked_mean, masked_whiten as whiten
+from ..rl.logprobs import masked_mean
+from ..rl.logprobs import masked_whiten as whiten
 from ..rl.trainer import terminal_rewards as _of_batch
 
 # %% ../../nbs/asyppo/01_gae.ipynb #a632ff0a
@@ -42,7 +43,10 @@ def explained_variance(
             f"values {tuple(values.shape)}, returns {tuple(returns.shape)} and mask {tuple(mask.shape)} must agree"
         )
     v, r = values.double(), returns.double()
-    var = lambda x: masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+    def var(x):
+        return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
     total = var(r)
     return float(1 - var(r - v) / total) if total > 0 else float("nan")
 

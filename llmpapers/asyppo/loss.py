@@ -58,7 +58,10 @@ def asyppo_loss(
     if beta and entropy is None:
         raise ValueError(f"entropy is None, but beta={beta} needs it")
     m = mask.bool()
-    safe = lambda x: torch.where(m, x, 0.0)
+
+    def safe(x):
+        return torch.where(m, x, 0.0)
+
     policy = _mean(
         ppo_loss(
             safe(logp), safe(old_logp), safe(adv), clip, clip if clip_high is None else clip_high

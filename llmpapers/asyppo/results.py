@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .critics import ValueModel, ensemble_stats, shard_groups
 from .gae import gae, terminal_rewards, whiten
@@ -22,7 +21,7 @@ from .loss import asyppo_loss
 from .masks import advantage_mask, random_mask
 from .train import AsyPPOConfig, MiniCritic, SumTask, start_model, train_asyppo
 from ..core.artifacts import artifact
-from ..core.lm import LM, TinyLMConfig, tiny_lm
+from ..core.lm import TinyLMConfig, tiny_lm
 from ..core.scale import rng
 from ..rl.advantages import group_advantages
 
@@ -175,14 +174,18 @@ def tabular_run(
     dec, right, theta, phi = _world(cfg, seeds, F)
     crit, rows = _Fit(S, M, phi.shape[-1], cfg, kind) if M else None, []
     one = torch.nn.functional.one_hot(right, cfg.actions).bool()
-    success = lambda: (
-        torch.where(dec, theta.softmax(-1)[one].view(dec.shape), 1.0).prod(-1).mean(-1)
-    )
+
+    def success():
+        return torch.where(dec, theta.softmax(-1)[one].view(dec.shape), 1.0).prod(-1).mean(-1)
+
     for i in range(cfg.iters):
         rows.append(success())
         a, old, alive, R = _rollout(theta, dec, right, G, rng(seeds[0], "rollout", i))
         A, keep = _credit(arm, cfg, crit, phi, alive, R, i, seeds)
-        flat = lambda x: x.reshape(-1, cfg.steps)
+
+        def flat(x):
+            return x.reshape(-1, cfg.steps)
+
         for _ in range(cfg.utd):
             theta = theta.detach().requires_grad_()
             lp = (

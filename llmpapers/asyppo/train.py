@@ -19,8 +19,8 @@ from .critics import ValueModel, check_vocab, ensemble_stats, shard_groups
 from .gae import explained_variance, gae, terminal_rewards, whiten
 from .loss import asyppo_loss
 from .masks import advantage_mask, entropy_mask, random_mask
-from ..core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm, word_tokenizer
 from ..core.artifacts import artifact
+from ..core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm, word_tokenizer
 from ..core.scale import need, rng
 from ..core.train import TrainConfig, train
 from ..rl.advantages import group_advantages

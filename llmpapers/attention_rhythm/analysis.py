@@ -341,9 +341,12 @@ def _continue(model, prefixes, original, top_k, max_new_tokens, eos, batch):
     "Candidates after each prefix, and the greedy continuations of each candidate and of the original token"
     ids, att = _left_pad(prefixes, original.device)
     pos = (att.cumsum(-1) - 1).clamp(min=0)
-    last = lambda s: model(
-        input_ids=ids[s], attention_mask=att[s], position_ids=pos[s], use_cache=False
-    ).logits[:, -1]
+
+    def last(s):
+        return model(
+            input_ids=ids[s], attention_mask=att[s], position_ids=pos[s], use_cache=False
+        ).logits[:, -1]
+
     best = torch.cat(
         [last(slice(i, i + batch)).topk(top_k).indices for i in range(0, len(ids), batch)]
     )

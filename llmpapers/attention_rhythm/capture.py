@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from llmpapers.attention_rhythm.metrics import (
     HeadSplit,
+    _response,
     aggregate_heads,
     fai,
     fai_support,
@@ -34,7 +34,6 @@ from llmpapers.attention_rhythm.metrics import (
     split_heads,
     waad,
 )
-from .metrics import _response
 from ..core.bench import extra_peak
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #809cfebf
@@ -450,7 +449,10 @@ def _band_signals(
         model, ids, real, resp, layers, window, h_lo, h_hi, chunk, drop_first
     )
     heads = _check_heads(heads, spans, frac)
-    mean = lambda x, pairs: x[pairs[:, 0], :, pairs[:, 1]].mean(0)
+
+    def mean(x, pairs):
+        return x[pairs[:, 0], :, pairs[:, 1]].mean(0)
+
     return RhythmSignals(
         mean(waads, heads.local),
         mean(fais, heads.glob) / support.clamp(min=1) * resp,

@@ -146,7 +146,10 @@ def coupled_gamma_loop(
             continue
         W, F = waad[b].tolist(), fai[b].tolist()
         delta = {t: abs(W[t] - W[t + 1]) for t in R[:-1]}
-        lower_median = lambda v: sorted(v)[(len(v) - 1) // 2] if v else math.inf
+
+        def lower_median(v):
+            return sorted(v)[(len(v) - 1) // 2] if v else math.inf
+
         tau_w, tau_d = lower_median([W[t] for t in R]), lower_median(list(delta.values()))
         can = [t for t in R if support is None or support[b, t] > 0]
         m = 0 if q == 0 else max(1, math.floor(q * len(R) + 0.5 + 1e-9))

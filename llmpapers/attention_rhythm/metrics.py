@@ -264,9 +264,10 @@ def _diagonals(
     "A band below the diagonal, read through strides so that nothing of size n x n is made"
     (b, n, _), (sb, st, ss) = A.shape, A.stride()
     cut = max(0, n - hi)
-    band = lambda x, k, sb, st, ss: x.as_strided(
-        (b, k, hi - lo + 1), (sb, st + ss, st), x.storage_offset() + lo * st
-    )
+
+    def band(x, k, sb, st, ss):
+        return x.as_strided((b, k, hi - lo + 1), (sb, st + ss, st), x.storage_offset() + lo * st)
+
     tail = torch.nn.functional.pad(A[:, cut:, cut:], (0, 0, 0, hi))
     return torch.cat([band(A, cut, sb, st, ss), band(tail, n - cut, *tail.stride())], 1)
 

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +55,7 @@ from llmpapers.core.lm import (
     tiny_lm,
 )
 from ..core.scale import rng
-from ..core.tasks import ChainLMConfig, ChainTask, chain_lm, chain_scales
+from ..core.tasks import ChainTask, chain_lm, chain_scales
 from ..core.train import TrainConfig, train
 from ..rl.advantages import group_advantages
 from ..rl.buffer import SampleBuffer
@@ -279,7 +279,10 @@ def signals(
 ) -> dict:  # What the strategy needs: "waad", "fai", "support" or "entropy", (N,L) each
     "One more look at the batch, by the policy itself"
     c, model, parts, heads = self.cfg, self.trainer.model, [], None
-    args = lambda s: (batch.input_ids[s], batch.attention_mask[s])
+
+    def args(s):
+        return (batch.input_ids[s], batch.attention_mask[s])
+
     if c.strategy in ("none", "uniform", "random"):
         return {}
     if c.strategy == "entropy":
@@ -428,7 +431,10 @@ def train_rhythm(
         **engine_args,
     )
     rows = _loop(cfg, engine, problems, rollout, trainer, out, tok.pad_token_id or 0)
-    step = lambda r: r.get("time/step") or r["time/wait_batch"] + r["time/train"]
+
+    def step(r):
+        return r.get("time/step") or r["time/wait_batch"] + r["time/train"]
+
     rows = [
         r | c | {"rhythm/share": c["rhythm/seconds"] / step(r)} for r, c in zip(rows, credit.log)
     ]
@@ -476,7 +482,10 @@ class RhythmScale(NamedTuple):
     n_eval: int  # Problems of an evaluation
 
 
-_short = lambda scale: replace(chain_scales[scale].task, n_steps=2)
+def _short(scale):
+    return replace(chain_scales[scale].task, n_steps=2)
+
+
 _tiny_run = RhythmConfig(
     steps=12, prompts=6, group_size=8, max_new_tokens=40, lr=3e-4, h_lo=4, h_hi=20
 )
@@ -550,7 +559,10 @@ def rhythm_outcome(
             scale_policy(size, policy_seed, device),
             scale_problems(size, 10_000 + cfg.seed),
         )
-        rate = lambda lm: success_rate(lm, held, size.n_eval, cfg.max_new_tokens, cfg.seed)
+
+        def rate(lm):
+            return success_rate(lm, held, size.n_eval, cfg.max_new_tokens, cfg.seed)
+
         run = train_rhythm(policy, scale_problems(size, cfg.seed), cfg, device=device)
         rows = {
             k: [r[n] for r in run.rows]
@@ -630,9 +642,10 @@ def planted_rhythm(
         1,
     )
     anchors = starts + torch.randint(1, 3, starts.shape, generator=generator)
-    mark = lambda at: (
-        torch.zeros(n, length + 8).scatter(1, at.clamp(max=length), 1.0)[:, :length] > 0
-    )
+
+    def mark(at):
+        return torch.zeros(n, length + 8).scatter(1, at.clamp(max=length), 1.0)[:, :length] > 0
+
     return mark(starts), mark(anchors)
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #3a8ee345
@@ -648,9 +661,12 @@ def rhythm_maps(
     on, an = (torch.nn.functional.pad(x, (prompt, 0)) for x in (onsets, anchors))
     (b, N), t = on.shape, torch.arange(on.shape[1])
     d, first = t[:, None] - t[None], torch.eye(N)[:1]
-    rows = lambda x: torch.cat(
-        [first.expand(b, 1, N), (x / x.sum(-1, keepdim=True).clamp(min=1e-9))[:, 1:]], 1
-    )
+
+    def rows(x):
+        return torch.cat(
+            [first.expand(b, 1, N), (x / x.sum(-1, keepdim=True).clamp(min=1e-9))[:, 1:]], 1
+        )
+
     near = rows(((d >= 1) & (d <= torch.where(on, 20, 2)[..., None])).float())
     past, back = rows((d >= 1).float().expand(b, N, N)), ((d >= 1) & an[:, None]).float()
     far = torch.where(back.sum(-1, keepdim=True) > 0, 0.3 * past + 0.7 * rows(back), past)
@@ -675,13 +691,19 @@ class TabularWorld(NamedTuple):
 def _signals(cfg, onsets, anchors, generator):
     "WAAD and FAI (P,G,T) of one batch of one world: maps, head split, metrics"
     P, T = onsets.shape
-    many = lambda x: x[:, None].expand(P, cfg.group, T).reshape(-1, T)
+
+    def many(x):
+        return x[:, None].expand(P, cfg.group, T).reshape(-1, T)
+
     attn, m = rhythm_maps(many(onsets), many(anchors), noise=cfg.noise, generator=generator)
     if cfg.targeted:
         a_loc, a_glob = (aggregate_heads(attn, h) for h in split_heads(head_spans(attn, m)))
     else:
         a_loc = a_glob = attn[0].mean(1)
-    cut = lambda x: x[:, -T:].reshape(P, cfg.group, T)
+
+    def cut(x):
+        return x[:, -T:].reshape(P, cfg.group, T)
+
     return cut(waad(a_loc, m, cfg.window)), cut(fai(a_glob, m, cfg.h_lo, cfg.h_hi))
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #d091029d
@@ -737,7 +759,10 @@ def _ascend(theta, y, old, A, cfg):
 def _tabular_gamma(world, cfg, i, theta, strategy, select, knobs):
     "(S,P,G,T) coefficients of one batch"
     shape = world.waad[i].shape
-    flat = lambda x: x.expand(shape).reshape(-1, shape[-1])
+
+    def flat(x):
+        return x.expand(shape).reshape(-1, shape[-1])
+
     p = theta.softmax(-1)
     H = -(p * p.log()).sum(-1)[:, :, None]
     if strategy == "oracle":

@@ -68,6 +68,7 @@ def ours_step(
 ) -> tuple:  # Function that takes one step and returns its agreements, and the network
     "Step with `vamo_step`"
     import torch
+
     from llmpapers.vamo.alignment import AlignedWeighter, vamo_step
 
     net, train, val = problem(K, own, width)
@@ -96,6 +97,7 @@ def mean_step(
 # %% ../../nbs/benchmarks/06_alignments.ipynb #9681e10f
 def _step_with(gradients, K, own, width, matrix):
     import torch
+
     from llmpapers.vamo.alignment import AlignedWeighter
 
     net, train, val = problem(K, own, width)

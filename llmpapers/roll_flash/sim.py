@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..rl.sim import SimResult, simulate as simulate_async
+from ..rl.sim import SimResult
+from ..rl.sim import simulate as simulate_async
 from .theory import async_step_bound, best_split, list_schedule
 
 # %% ../../nbs/roll_flash/02_sim.ipynb #9556d89b
@@ -181,12 +182,13 @@ def tail_study(
     **kw,  # Further arguments of `cluster_times`
 ) -> np.ndarray:  # (seeds, sigmas) naive over asynchronous
     "Speed-up over the width of the tail at a fixed mean"
-    draw = lambda s, sg: lognormal_lengths(
-        n * (n_steps + math.ceil(async_ratio) + 1), mean, sg, seed=[s, 7]
-    )
-    row = lambda s, sg: cluster_times(
-        draw(s, sg), gpus, n, n_steps=n_steps, async_ratio=async_ratio, **kw
-    )
+
+    def draw(s, sg):
+        return lognormal_lengths(n * (n_steps + math.ceil(async_ratio) + 1), mean, sg, seed=[s, 7])
+
+    def row(s, sg):
+        return cluster_times(draw(s, sg), gpus, n, n_steps=n_steps, async_ratio=async_ratio, **kw)
+
     return np.array([[(r := row(s, sg))["naive"] / r["ahead"] for sg in sigmas] for s in seeds])
 
 # %% ../../nbs/roll_flash/02_sim.ipynb #2222ebb3

@@ -90,12 +90,15 @@ _vocab = 11  # ten digits and the sign that ends a prompt
 def _shapes(cfg):
     "Name -> shape of one model's matrices"
     d = cfg.width
-    layer = lambda i: {
-        f"qkv{i}": (d, 3 * d),
-        f"out{i}": (d, d),
-        f"up{i}": (d, 4 * d),
-        f"down{i}": (4 * d, d),
-    }
+
+    def layer(i):
+        return {
+            f"qkv{i}": (d, 3 * d),
+            f"out{i}": (d, d),
+            f"up{i}": (d, 4 * d),
+            f"down{i}": (4 * d, d),
+        }
+
     return (
         dict(embed=(_vocab, d), place=(2 * cfg.digits, d))
         | {k: v for i in range(cfg.layers) for k, v in layer(i).items()}
@@ -108,16 +111,21 @@ def init_policies(
     cfg: LagConfig,  # Sizes
 ) -> Tensor:  # (M,P) one row of parameters per model
     "Random policies; a seed gives the same weights in any company"
-    size = lambda n: (
-        1.0
-        if n in ("embed", "place")
-        else 0.3 * cfg.width**-0.5
-        if n == "head"
-        else cfg.width**-0.5 * (0.5 if n.startswith("down") else 1)
-    )
-    one = lambda g: torch.cat(
-        [size(n) * torch.randn(a * b, generator=g) for n, (a, b) in _shapes(cfg).items()]
-    )
+
+    def size(n):
+        return (
+            1.0
+            if n in ("embed", "place")
+            else 0.3 * cfg.width**-0.5
+            if n == "head"
+            else cfg.width**-0.5 * (0.5 if n.startswith("down") else 1)
+        )
+
+    def one(g):
+        return torch.cat(
+            [size(n) * torch.randn(a * b, generator=g) for n, (a, b) in _shapes(cfg).items()]
+        )
+
     return torch.stack([one(rng(s, "stale", "init")) for s in seeds])
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..rl.sim import SimResult, simulate as simulate_async
+from ..rl.sim import simulate as simulate_async
 
 # %% ../../nbs/roll_flash/01_theory.ipynb #9556d89b
 _all_ = ["simulate_async", "SimResult"]

@@ -92,11 +92,15 @@ def ware_loop(
 ) -> Tensor:  # (D,)
     "The definition of `ware`: remove each dimension in turn"
     full = nn.functional.cosine_similarity(x, y)
-    keep = lambda j: [i for i in range(x.shape[1]) if i != j]
-    error = lambda j: (
-        (nn.functional.cosine_similarity(x[:, keep(j)], y[:, keep(j)]) - full).abs()
-        / full.abs().clamp(min=1e-3)
-    )
+
+    def keep(j):
+        return [i for i in range(x.shape[1]) if i != j]
+
+    def error(j):
+        return (
+            nn.functional.cosine_similarity(x[:, keep(j)], y[:, keep(j)]) - full
+        ).abs() / full.abs().clamp(min=1e-3)
+
     return torch.stack([error(j).mean() for j in range(x.shape[1])])
 
 

@@ -23,8 +23,6 @@ from .ads import DimensionSelector, decreasing_prior
 from llmpapers.smec.compressor import (
     Compressor,
     PCACompressor,
-    RandomProjection,
-    Truncation,
     check_dims,
     evaluate,
     kinds,
@@ -112,8 +110,13 @@ def _hold_back(queries, docs, relevance, valid, seed):
         raise ValueError(f"relevance has {len(rel.indptr) - 1} rows for {len(queries)} queries")
     if valid is False:
         return queries, rel, None
-    of = lambda v, i: v[rel.indptr[i] : rel.indptr[i + 1]].tolist()
-    rows = lambda at: [dict(zip(of(rel.docs, i), of(rel.grades, i))) for i in at]
+
+    def of(v, i):
+        return v[rel.indptr[i] : rel.indptr[i + 1]].tolist()
+
+    def rows(at):
+        return [dict(zip(of(rel.docs, i), of(rel.grades, i))) for i in at]
+
     if valid is not None:
         return queries, rel, _Valid(valid[0], docs, valid[1], seed)
     order = np.random.default_rng(seed).permutation(len(queries))
@@ -421,10 +424,16 @@ def _stage_loss(self: SMEC, step, stage, data, base, V, short, selector, memory,
     "Loss of one step: both widths, and the consistency term"
     o = self.options
     q, d, y, ids = data.batch(10_000 * stage + step)
-    out = lambda x: (x if base is None else x @ base.T) @ V.T
+
+    def out(x):
+        return (x if base is None else x @ base.T) @ V.T
+
     zq, zd, total = out(q), out(d), 0.0
     mask = selector(rng(o["seed"], "gumbel", stage, step), step / steps) if selector else None
-    cut = lambda z: z * mask if selector else z[..., :short]
+
+    def cut(z):
+        return z * mask if selector else z[..., :short]
+
     if o["supervised"]:
         total = self._rank(prefix_scores(zq, zd, len(V)), y)
         if short < len(V):
@@ -501,16 +510,25 @@ def _stage(self: SMEC, s, data, rows, short, score, steps):
     o, a = self.options, len(rows)
     base, V = (rows, torch.eye(a)) if o["mode"] == "cascade" else (None, rows.clone())
     V.requires_grad_()
-    matrix = lambda: V.detach() if base is None else V.detach() @ base
+
+    def matrix():
+        return V.detach() if base is None else V.detach() @ base
+
     sel = (
         DimensionSelector(a, short, decreasing_prior(a) if o["init"] == "pca" else None)
         if o["selection"] == "ads" and short < a
         else None
     )
-    index = lambda: sel.index if sel else torch.arange(short)
+
+    def index():
+        return sel.index if sel else torch.arange(short)
+
     params = [V] + ([sel.logits] if sel else [])
     memory = CrossBatchMemory(o["memory"], data.d.shape[1]) if o["consistency"] else None
-    loss = lambda step: self._stage_loss(step, s, data, base, V, short, sel, memory, steps)
+
+    def loss(step):
+        return self._stage_loss(step, s, data, base, V, short, sel, memory, steps)
+
     ends = score and (lambda: score(matrix()) + score(matrix()[index()]))
     best = self._run(s, params, loss, steps, ends, memory, every=max(steps // 4, 1))
     with torch.no_grad():

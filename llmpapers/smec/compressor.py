@@ -232,7 +232,10 @@ def to_onnx(
     "Export one width as an ONNX graph: input `x` (n,D), output `z` (n,dim) of unit rows"
     onnx = need("onnx", "search")
     h, (A, b) = onnx.helper, self._map(dim)
-    const = lambda name, v: onnx.numpy_helper.from_array(np.asarray(v), name)
+
+    def const(name, v):
+        return onnx.numpy_helper.from_array(np.asarray(v), name)
+
     init = [
         const("A", np.ascontiguousarray(A.T)),
         const("axis", np.array([1])),
@@ -382,9 +385,10 @@ def evaluate(
 ) -> dict:  # Width -> NDCG@10 over the full corpus
     "Quality of every width on one split"
     q, rel = problem.part(which)
-    search = lambda d: exact_search(
-        compressor.transform(q, d), compressor.transform(problem.docs, d), 10
-    )
+
+    def search(d):
+        return exact_search(compressor.transform(q, d), compressor.transform(problem.docs, d), 10)
+
     return {d: mean_metric(ndcg_at_k(search(d), rel)).value for d in compressor.dims}
 
 # %% ../../nbs/smec/03_compressor.ipynb #6bfb5d49

@@ -10,7 +10,6 @@ __all__ = ['cosine_scores', 'unit', 'Retrieval', 'split_queries', 'make_retrieva
 # %% ../../nbs/smec/01_data.ipynb #1b71f299
 import ast
 import csv
-import dataclasses
 import hashlib
 import importlib.resources
 import importlib.util
@@ -28,7 +27,6 @@ import numpy as np
 from ..core.artifacts import artifact
 from ..core.embed import embed_texts, load_matrix
 from llmpapers.core.ranking import (
-    Mean,
     Relevance,
     as_relevance,
     exact_search,
@@ -358,9 +356,13 @@ def load_beir(
 
 # %% ../../nbs/smec/01_data.ipynb #0998d5a3
 def _beir_files(folder, split):
-    rows = lambda f: [
-        json.loads(l) for l in (folder / f).read_text(encoding="utf-8").splitlines() if l.strip()
-    ]
+    def rows(f):
+        return [
+            json.loads(l)
+            for l in (folder / f).read_text(encoding="utf-8").splitlines()
+            if l.strip()
+        ]
+
     file = folder / "qrels" / f"{split}.tsv"
     for f in (folder / "queries.jsonl", file):
         if not f.is_file():
@@ -385,7 +387,10 @@ def _mteb(name, split):
             f"name={name!r} is neither a BEIR folder nor a data set with the configurations corpus, queries and "
             f"default ({type(e).__name__})"
         ) from e
-    only = lambda d: next(iter(d.values()))
+
+    def only(d):
+        return next(iter(d.values()))
+
     if split not in qrels:
         raise ValueError(f"split={split!r} has no judgements; there are {', '.join(qrels)}")
     return (

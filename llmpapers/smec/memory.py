@@ -7,9 +7,9 @@ __all__ = ['CrossBatchMemory']
 
 # %% ../../nbs/smec/06_memory.ipynb #89049fb4
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
-from fastcore.basics import patch
 
 # %% ../../nbs/smec/06_memory.ipynb #e22fa2a0
 class CrossBatchMemory:

@@ -15,7 +15,7 @@ import torch
 
 from ..core.artifacts import artifact
 from ..core.scale import need
-from .compress import SMEC, MatryoshkaAdaptor, MRL, SearchAdaptor
+from .compress import MRL, SMEC, MatryoshkaAdaptor, SearchAdaptor
 from llmpapers.smec.compressor import (
     Compressor,
     PCACompressor,

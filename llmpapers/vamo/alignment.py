@@ -7,7 +7,6 @@ __all__ = ['methods', 'entropy_weights', 'project_simplex', 'alignment_report', 
            'StepInfo', 'vamo_step']
 
 # %% ../../nbs/vamo/01_alignment.ipynb #e630575e
-import contextlib
 import math
 import warnings
 import weakref
@@ -558,11 +557,14 @@ def vamo_step(
             f"the validation loss does not depend on the parameters of scope={scope!r}"
         )
     call = _Call(model, train_losses)
-    run = lambda p: (
-        train_losses(model)
-        if p is params
-        else functional_call(call, {f"model.{k}": v for k, v in p.items()}, ())
-    )
+
+    def run(p):
+        return (
+            train_losses(model)
+            if p is params
+            else functional_call(call, {f"model.{k}": v for k, v in p.items()}, ())
+        )
+
     cos = weighter.normalize == "cos"
     losses, m, norms, how = _align(
         run,

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.scale import need, rng
-from .slots import ResponseCurve, gsp_auction, run_auctions, score
+from .slots import ResponseCurve, run_auctions
 
 # %% ../../nbs/vamo/04_auction.ipynb #518821dd
 _all_ = ["ResponseCurve", "gsp_auction", "run_auctions", "score"]
@@ -188,7 +188,10 @@ def day(
     if d in self._days:
         return self._days[d]
     g, T, new = rng(self.seed, "day", d), self.T, c.regime_day is not None and d >= c.regime_day
-    randn = lambda *size: torch.randn(*size, generator=g)
+
+    def randn(*size):
+        return torch.randn(*size, generator=g)
+
     counts = (
         torch.poisson(c.volume * self.profile() * torch.exp(self.level[d] / 2), generator=g)
         .long()
@@ -332,7 +335,10 @@ def hindsight(
     best = torch.where(ok, torch.arange(len(theta)), -1).cummax(0).values
     at = torch.searchsorted(table[:, 0].cummax(0).values, budget * (1 + 1e-12), right=True) - 1
     at = torch.where(at >= 0, best[at.clamp(min=0)], -1)
-    pick = lambda x: torch.where(at >= 0, x[at.clamp(min=0)], 0.0)
+
+    def pick(x):
+        return torch.where(at >= 0, x[at.clamp(min=0)], 0.0)
+
     return pick(theta), pick(table[:, 1])
 
 # %% ../../nbs/vamo/04_auction.ipynb #9b0923bc
@@ -472,7 +478,10 @@ def rollout(
         left, won, worth = left - last.cost, won + last.value, worth + last.worth
         rows.append((last.value, last.cost, last.worth))
     rewards, cost, other = (torch.stack(x, 1) for x in zip(*rows))
-    full = lambda x: torch.full((B,), x)
+
+    def full(x):
+        return torch.full((B,), x)
+
     return Trajectories(states, actions, rewards, cost, other, budget, ref.a, full(day), full(task))
 
 # %% ../../nbs/vamo/04_auction.ipynb #3a09130b
@@ -696,7 +705,10 @@ def curves(
     if not (0 <= d < len(self.periods) and 0 <= task < len(self.tasks)):
         raise ValueError(f"day={d}, task={task}: there are {tuple(self.budget.shape)}")
     first = (d * len(self.tasks) + task) * self.T
-    part = lambda x, i: torch.from_numpy(x[self.starts[i] : self.starts[i + 1]])
+
+    def part(x, i):
+        return torch.from_numpy(x[self.starts[i] : self.starts[i + 1]])
+
     return [
         ResponseCurve(part(self.values, i), part(self.prices, i)[:, None], (1.0,))
         for i in range(first, first + self.T)
@@ -716,9 +728,13 @@ def splits(
         raise ValueError(
             f"train={train}, val={val}, test={test} need {w} periods of {len(self.periods)}"
         )
-    cut = lambda i: tuple(
-        list(range(i + a, i + b)) for a, b in ((0, train), (train, train + val), (train + val, w))
-    )
+
+    def cut(i):
+        return tuple(
+            list(range(i + a, i + b))
+            for a, b in ((0, train), (train, train + val), (train + val, w))
+        )
+
     return [cut(i) for i in range(len(self.periods) - w + 1)]
 
 # %% ../../nbs/vamo/04_auction.ipynb #461e724d

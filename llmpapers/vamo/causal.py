@@ -171,12 +171,19 @@ def guided(
     Tensor, Tensor
 ]:  # Next state (B,S) and action (B,) after the last executed step, normalised
     "Prediction with guidance"
-    ask = lambda hide: [
-        v[:, -1]
-        for v in self(
-            history, cond, torch.full((len(history),), hide, device=history.device), task, context
-        )
-    ]
+
+    def ask(hide):
+        return [
+            v[:, -1]
+            for v in self(
+                history,
+                cond,
+                torch.full((len(history),), hide, device=history.device),
+                task,
+                context,
+            )
+        ]
+
     if guidance in (0, 1):
         return tuple(ask(not guidance))
     return tuple(f + guidance * (g - f) for f, g in zip(ask(True), ask(False)))

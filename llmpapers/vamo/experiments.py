@@ -95,13 +95,16 @@ def collect(
 
     def log(days, source, n, name):
         task, kind = source
-        play = lambda d: rollout(
-            m,
-            d,
-            task,
-            draw_budgets(m, d, task, n, rng(s, name, d, "budget")),
-            behaviour(kind, n, rng(s, name, d), m.T),
-        )
+
+        def play(d):
+            return rollout(
+                m,
+                d,
+                task,
+                draw_budgets(m, d, task, n, rng(s, name, d, "budget")),
+                behaviour(kind, n, rng(s, name, d), m.T),
+            )
+
         return Trajectories.cat([play(d) for d in days])
 
     late = config.train_days[-config.target_days :]
@@ -319,9 +322,12 @@ def _study_policies(config, logs, runs=None):
         ]
         for name, at in chosen.items():
             r = int(at[i])
-            act = lambda s, a, r=r: _act(
-                t.theta[r, i], (s[:, -1] - t.mean[i]) / t.std[i], config.width
-            ).clamp(-3, 3)
+
+            def act(s, a, r=r):
+                return _act(t.theta[r, i], (s[:, -1] - t.mean[i]) / t.std[i], config.width).clamp(
+                    -3, 3
+                )
+
             rows.append(
                 _row(
                     i,
@@ -550,8 +556,13 @@ def train_planner(
             for b in sets
         ]
         noise = [planner.draw(config.batch, g) for _ in sets]  # drawn once: both passes see it
-        part = lambda model, k: _loss(model, sets[k], at[k], noise[k])
-        losses = lambda model: torch.stack([part(model, k) for k in used])
+
+        def part(model, k):
+            return _loss(model, sets[k], at[k], noise[k])
+
+        def losses(model):
+            return torch.stack([part(model, k) for k in used])
+
         if name == "aligned":
             vamo_step(planner, opt, losses, lambda model: part(model, K), weighter, clip=1.0)
         else:

@@ -430,7 +430,10 @@ def make_related_tasks(
     if c[0] != 0:
         raise ValueError(f"c[0]={c[0]} must be 0: the first task is the target")
     g = rng(seed, "related")
-    r = lambda *n: torch.randn(*n, generator=g)
+
+    def r(*n):
+        return torch.randn(*n, generator=g)
+
     W, h0 = r(d, width) / d**0.5, 2 * r(width) / width**0.5
     heads = [
         h0 + k * (h - h0) if k <= 1 else h - (k - 1) * h0
@@ -487,7 +490,10 @@ def perceptron_start(
     if init not in ("uniform", "normal"):
         raise ValueError(f"init={init!r} must be 'uniform' or 'normal'")
     g = rng(seed, "init")
-    u = lambda a, n: (2 * torch.rand(n, generator=g) - 1) / a**0.5
+
+    def u(a, n):
+        return (2 * torch.rand(n, generator=g) - 1) / a**0.5
+
     if init == "uniform":
         parts = [(u(a, a * b), u(a, b)) for a, b in zip(sizes, sizes[1:])]
     else:
@@ -517,7 +523,10 @@ class _Lanes:
             )
             * sizes
         ).long()
-        two = lambda y: y if y.ndim == 3 else y.unsqueeze(-1)
+
+        def two(y):
+            return y if y.ndim == 3 else y.unsqueeze(-1)
+
         self.val = torch.stack([t.x_val for t in tasks]), two(torch.stack([t.y_val for t in tasks]))
         self.test = (
             torch.stack([t.x_test for t in tasks]),
@@ -546,8 +555,13 @@ def run_lanes(
     sizes = (D.X.shape[-1], hidden, hidden, D.val[1].shape[-1])
     many = sizes[-1] > 1
     pick = torch.eye(D.K) if many else torch.ones(D.K, 1)
-    task_loss = lambda th, x, y, p: (perceptron(th, x, sizes) @ p - y).square().mean()
-    all_loss = lambda th, x, y: (perceptron(th, x, sizes) - y).square().mean()
+
+    def task_loss(th, x, y, p):
+        return (perceptron(th, x, sizes) @ p - y).square().mean()
+
+    def all_loss(th, x, y):
+        return (perceptron(th, x, sizes) - y).square().mean()
+
     grads, grad_val = (
         vmap(vmap(grad_and_value(task_loss), (None, 0, 0, 0)), (0, 0, 0, None)),
         vmap(grad_and_value(all_loss)),
@@ -611,7 +625,10 @@ def run_lanes(
             torch.stack([o[0] for o in out]) if method == "db_mtl" else (w[:, None] @ G)[:, 0]
         )
         opt.step()
-    test = lambda th: vmap(all_loss)(th, *D.test)
+
+    def test(th):
+        return vmap(all_loss)(th, *D.test)
+
     return dict(
         test=test(best),
         last=test(theta.detach()),

@@ -546,7 +546,10 @@ def guided(
     )
     if guidance in (0, 1):
         return self.guess(x, known, level, cond, no if guidance else ~no, task, context)
-    twice = lambda v: None if v is None else torch.cat([v, v])
+
+    def twice(v):
+        return None if v is None else torch.cat([v, v])
+
     both = self.guess(
         twice(x),
         twice(known),

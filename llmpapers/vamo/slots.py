@@ -275,7 +275,10 @@ class ResponseCurve:
         c = c.clamp(min=reserve)
         n, S = c.shape
         self.n, self.S = n, S
-        below = lambda x: torch.nn.functional.pad(x, (0, 1))[..., 1:]
+
+        def below(x):
+            return torch.nn.functional.pad(x, (0, 1))[..., 1:]
+
         de, slot = (
             e - below(e),
             torch.eye(S, dtype=torch.double) - torch.diag(torch.ones(S - 1, dtype=torch.double), 1),
