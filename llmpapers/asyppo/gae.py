@@ -40,7 +40,8 @@ def explained_variance(
     "Share of the variance of the returns that the values explain"
     if not values.shape == returns.shape == mask.shape:
         raise ValueError(
-            f"values {tuple(values.shape)}, returns {tuple(returns.shape)} and mask {tuple(mask.shape)} must agree"
+            f"values {tuple(values.shape)}, returns {tuple(returns.shape)} and mask "
+            f"{tuple(mask.shape)} must agree"
         )
     v, r = values.double(), returns.double()
 

@@ -102,13 +102,11 @@ class _Fit:
     "Critics of all seeds on features: ridge regressions with fading statistics, or single steps of gradient descent"
 
     def __init__(self, S, M, F, cfg, kind):
-        self.cfg, self.kind, self.XX, self.Xy, self.w = (
-            cfg,
-            kind,
-            torch.zeros(S, M, F, F),
-            torch.zeros(S, M, F),
-            torch.zeros(S, M, F),
-        )
+        self.cfg = cfg
+        self.kind = kind
+        self.XX = torch.zeros(S, M, F, F)
+        self.Xy = torch.zeros(S, M, F)
+        self.w = torch.zeros(S, M, F)
 
     def update(self, X, y, use):
         "X (S,N,F), y (S,N), use (M,N)"

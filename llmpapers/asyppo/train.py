@@ -178,7 +178,8 @@ class Critics:
         self,
         models,  # Value models, one per critic
         cfg: AsyPPOConfig,  # The run
-        ray_options: dict = None,  # Resources of each critic's Ray actor; None keeps them in this process
+        # Resources of each critic's Ray actor; None keeps them in this process
+        ray_options: dict = None,
     ):
         if len(models) != cfg.n_critics:
             raise ValueError(f"models: {len(models)} given, n_critics={cfg.n_critics}")
@@ -498,16 +499,15 @@ def train_asyppo(
     n_steps: int,  # Batches
     cfg: AsyPPOConfig = AsyPPOConfig(),  # The run
     async_ratio: float = None,  # None: synchronous; else how many batches generation may run ahead
-    ray_options: dict = None,  # Resources of each critic's Ray actor; None keeps critics in this process
+    # Resources of each critic's Ray actor; None keeps critics in this process
+    ray_options: dict = None,
     folder: "str|Path|None" = None,  # Checkpoints; None keeps nothing
 ) -> tuple[list, AsyPPOTrainer]:  # One row a batch, and the trainer
     "Train an actor with mini-critics"
     critics = [ValueModel(critic_model) for _ in range(cfg.n_critics)] if cfg.n_critics else None
     t = AsyPPOTrainer(lm.model, critics, cfg, ray_options)
-    pad, stop = (
-        lm.tokenizer.pad_token_id,
-        tuple(x for x in [lm.tokenizer.eos_token_id] if x is not None),
-    )
+    pad = lm.tokenizer.pad_token_id
+    stop = tuple(x for x in [lm.tokenizer.eos_token_id] if x is not None)
     rollout = SingleTurn(
         lm.tokenizer, reward, SamplingConfig(cfg.max_new_tokens, cfg.temperature, stop, cfg.seed)
     )

@@ -25,7 +25,8 @@ from ..rl.logprobs import entropy
 def local_maxima(
     x: Tensor,  # (B,N) or (N,) signal
     mask: Tensor,  # Same shape, bool: positions that count (the response)
-    quantile: float = None,  # Keep only peaks at or above this quantile of the response's values; None keeps all
+    # Keep only peaks at or above this quantile of the response's values; None keeps all
+    quantile: float = None,
 ) -> Tensor:  # Same shape, bool
     "Strict local maxima inside the mask"
     if x.shape != mask.shape:
@@ -158,7 +159,8 @@ def coupling_stats(
     for name, x in given.items():
         if x.shape != m.shape:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}, response_mask has {tuple(m.shape)}; they must agree"
+                f"{name} has shape {tuple(x.shape)}, response_mask has {tuple(m.shape)}; "
+                "they must agree"
             )
     if n_perm < 1:
         raise ValueError(f"n_perm={n_perm} must be at least 1")
@@ -200,10 +202,8 @@ def sample_responses(
     "Sample one response per prompt"
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("prompts must be a non-empty list of non-empty lists of token ids")
-    device, pad = (
-        next(model.parameters()).device,
-        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    )
+    device = next(model.parameters()).device
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width, rows = max(map(len, prompts)), []
     how = (
         dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
@@ -242,7 +242,8 @@ def load_prompts(
     tokenizer,  # Turns a question into token ids
     field: str = "question",  # Name of the field with the question
     split: str = "test",  # Split of a hub data set
-    config: str = None,  # Configuration of a hub data set; None tries "main" (GSM8K's) and then the default
+    # Configuration of a hub data set; None tries "main" (GSM8K's) and then the default
+    config: str = None,
 ) -> list[list[int]]:  # Token ids
     "Prompts from a file or from the hub"
     if Path(dataset).is_file():
@@ -276,7 +277,8 @@ def jaccard(
 
 
 _stop = frozenset(
-    "a an and are as at be but by for from had has have he her his if in is it its of on or she so that the "
+    "a an and are as at be but by for from had has have he her his "
+    "if in is it its of on or she so that the "
     "then there they this to was we were what when which will with".split()
 )
 
@@ -294,7 +296,8 @@ class Perturbation(NamedTuple):
 
     candidates: Tensor  # (B,k) candidate token ids, most likely first
     original: Tensor  # (B,) the token that stood there
-    continuations: list  # B lists of k+1 lists of token ids after the position; the last is the original token's
+    # B lists of k+1 lists of token ids after the position; the last is the original token's
+    continuations: list
 
 
 @torch.no_grad()
@@ -310,17 +313,18 @@ def perturb_rollouts(
 ) -> Perturbation:  # Candidates and continuations
     "Force each of the `top_k` candidates at a position and continue greedily (Sec. 4.3)"
     ids = input_ids.reshape(-1, input_ids.shape[-1])
-    att, row = (
+    att = (
         torch.ones_like(ids).bool()
         if attention_mask is None
-        else attention_mask.reshape(ids.shape).bool(),
-        torch.arange(len(ids)),
+        else attention_mask.reshape(ids.shape).bool()
     )
+    row = torch.arange(len(ids))
     at = torch.as_tensor(pos, device=ids.device)
     at = at.reshape(-1).expand(len(ids)) if at.numel() == 1 else at
     if at.shape != (len(ids),):
         raise ValueError(
-            f"pos has shape {tuple(at.shape)}; it needs one position for each of the {len(ids)} sequences"
+            f"pos has shape {tuple(at.shape)}; "
+            f"it needs one position for each of the {len(ids)} sequences"
         )
     if (at < 1).any() or (at >= ids.shape[1]).any() or not att[row, at].all():
         raise ValueError("pos must be real tokens after the first of each sequence")
@@ -352,14 +356,12 @@ def _continue(model, prefixes, original, top_k, max_new_tokens, eos, batch):
     )
     forced = torch.cat([best, original[:, None]], 1).tolist()
     rows = [p + [c] for p, cs in zip(prefixes, forced) for c in cs]
-    out, how = (
-        [],
-        dict(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=eos,
-            pad_token_id=eos if isinstance(eos, int) else (eos or [0])[0],
-        ),
+    out = []
+    how = dict(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=eos if isinstance(eos, int) else (eos or [0])[0],
     )
     for i in range(0, len(rows), batch):
         part, real = _left_pad(rows[i : i + batch], original.device)

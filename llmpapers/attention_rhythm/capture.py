@@ -89,7 +89,8 @@ def _inputs(
     )
     if real.shape != ids.shape:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
+            f"attention_mask has shape {tuple(attention_mask.shape)}, "
+            f"input_ids {tuple(input_ids.shape)}"
         )
     if (real[:, 1:] & ~real[:, :-1]).sum(1).add(real[:, 0]).gt(1).any():
         raise ValueError(
@@ -100,7 +101,8 @@ def _inputs(
     resp = _response(response_mask).to(ids.device)
     if resp.shape != ids.shape:
         raise ValueError(
-            f"response_mask has shape {tuple(response_mask.shape)}, input_ids {tuple(input_ids.shape)}"
+            f"response_mask has shape {tuple(response_mask.shape)}, "
+            f"input_ids {tuple(input_ids.shape)}"
         )
     if (resp & ~real).any():
         raise ValueError("response_mask marks padding; every response token needs attention_mask 1")
@@ -142,7 +144,8 @@ def capture_attention(
     if not maps or any(maps[l] is None for l in layers):
         raise RuntimeError(
             f"the model returned no attention maps, because its attention implementation is "
-            f'{model.config._attn_implementation!r}; call model.set_attn_implementation("eager") or load it with '
+            f"{model.config._attn_implementation!r}; "
+            'call model.set_attn_implementation("eager") or load it with '
             'attn_implementation="eager", or use rhythm_signals(method="band"), which needs no maps'
         )
     return torch.stack([maps[l] for l in layers])
@@ -244,7 +247,8 @@ def observe(self: _Recorder, layer, q, k, scaling, mask):
 class _RowMask(NamedTuple):
     "An attention mask that is never built: rows are computed when a block asks for them"
 
-    allowed: object  # Function of (batch, head, query, key) indices that broadcasts, as Transformers composes it
+    # Function of (batch, head, query, key) indices that broadcasts, as Transformers composes it
+    allowed: object
     real: Tensor  # (b,n) bool, False on padding
 
     def rows(self, i: int, j: int, a: int, b: int, k0: int) -> Tensor:
@@ -297,7 +301,8 @@ def _rhythm_mask(
         )
     if use_vmap or not allow_is_causal_skip or q_length != kv_length:
         raise RuntimeError(
-            'the model does not use plain causal attention; load it with attn_implementation="eager" and use method="dense"'
+            "the model does not use plain causal attention; "
+            'load it with attn_implementation="eager" and use method="dense"'
         )
     if bool(rec.real[:, 0].all()) and (local_size is None or kv_length < local_size):
         return None
@@ -320,7 +325,8 @@ def _rhythm_attention(module, query, key, value, attention_mask, scaling=None, *
         )
     if not (attention_mask is None or isinstance(attention_mask, _RowMask)):
         raise RuntimeError(
-            'the model builds its own attention mask; use method="dense" with attn_implementation="eager"'
+            "the model builds its own attention mask; "
+            'use method="dense" with attn_implementation="eager"'
         )
     if layer in rec.layers:
         rec.observe(
@@ -366,17 +372,16 @@ def _attention_mode(model: nn.Module, name: str):
         for m in model.modules()
         if hasattr(getattr(m, "config", None), "_attn_implementation")
     }
-    before, training = (
-        {k: c._attn_implementation for k, c in configs.items()},
-        [(m, m.training) for m in model.modules()],
-    )
+    before = {k: c._attn_implementation for k, c in configs.items()}
+    training = [(m, m.training) for m in model.modules()]
     try:
         model.eval()
         if model.config._attn_implementation != name:
             model.set_attn_implementation(name)
         if model.config._attn_implementation != name:
             raise RuntimeError(
-                f"{type(model).__name__} cannot change its attention implementation to {name!r}; load it with "
+                f"{type(model).__name__} cannot change its attention implementation to {name!r}; "
+                "load it with "
                 'attn_implementation="eager" and use method="dense"'
             )
         yield
@@ -405,7 +410,8 @@ def _band(model, ids, real, resp, layers, window, h_lo, h_hi, chunk, drop_first)
             _recorder.reset(token)
     if missing := [l for l in layers if l not in rec.spans]:
         raise RuntimeError(
-            f"layers {missing} never called the attention interface; they may be recurrent, choose other layers"
+            f"layers {missing} never called the attention interface; "
+            "they may be recurrent, choose other layers"
         )
     waads, fais, spans = (
         torch.stack([d[l].to(ids.device) for l in layers]) for d in (rec.waad, rec.fai, rec.spans)
@@ -416,11 +422,13 @@ def _band(model, ids, real, resp, layers, window, h_lo, h_hi, chunk, drop_first)
 class RhythmSignals(NamedTuple):
     "What one forward pass tells about the rhythm of a batch"
 
-    waad: Tensor  # (b,n) windowed average attention distance of the local heads, 0 outside the response
+    # (b,n) windowed average attention distance of the local heads, 0 outside the response
+    waad: Tensor
     fai: Tensor  # (b,n) future attention influence in the global heads, 0 outside the response
     support: Tensor  # (b,n) long, number of later tokens FAI averages over
     spans: Tensor  # (l,h) mean look-back distance of every head of the captured layers
-    heads: HeadSplit  # Local and global heads, (layer, head) with layers counted within the captured ones
+    # Local and global heads, (layer, head) with layers counted within the captured ones
+    heads: HeadSplit
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #d9476ebb
 def _check_heads(heads: HeadSplit | None, spans: Tensor, frac: float) -> HeadSplit:
@@ -436,7 +444,8 @@ def _check_heads(heads: HeadSplit | None, spans: Tensor, frac: float) -> HeadSpl
             or (x.amax(0).cpu() >= torch.tensor(spans.shape)).any()
         ):
             raise ValueError(
-                f"heads.{name} must be (k,2) pairs inside {spans.shape[0]} captured layers x {spans.shape[1]} heads"
+                f"heads.{name} must be (k,2) pairs inside {spans.shape[0]} "
+                f"captured layers x {spans.shape[1]} heads"
             )
     return heads
 
@@ -533,7 +542,8 @@ capture_methods = ("eager", "band", "sdpa")
 
 
 def capture_call(
-    method: str,  # "eager" stores all maps, "band" is `rhythm_signals` on all layers, "sdpa" captures nothing
+    # "eager" stores all maps, "band" is `rhythm_signals` on all layers, "sdpa" captures nothing
+    method: str,
     n: int,  # Tokens in the one sequence, the first 32 of them the prompt
 ) -> object:  # A function without arguments; give it `n` to run at another length
     "One way of capturing attention in a random Qwen3 of 4 layers and 4 heads, ready to be timed"
@@ -594,7 +604,8 @@ def capture_memory(
 ) -> list[int]:  # Bytes
     "Peak extra memory of each capture, in a fresh process each"
     code = (
-        "import json, transformers.models.qwen3.modeling_qwen3; from llmpapers.attention_rhythm.capture import _memory_jobs; "
+        "import json, transformers.models.qwen3.modeling_qwen3; "
+        "from llmpapers.attention_rhythm.capture import _memory_jobs; "
         f"print(json.dumps(_memory_jobs({list(jobs)!r})))"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

@@ -21,7 +21,8 @@ def _check_signal(x, mask, name):
     "A signal with a batch axis, finite on the response, of the mask's shape"
     if x.shape != mask.shape:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, response_mask has {tuple(mask.shape)}; they must agree"
+            f"{name} has shape {tuple(x.shape)}, response_mask has {tuple(mask.shape)}; "
+            "they must agree"
         )
     m = _response(mask)
     x = x.detach().reshape(m.shape).to(torch.promote_types(x.dtype, torch.float32))
@@ -61,7 +62,8 @@ def top_q(
         raise ValueError(f"q={q} must be in [0, 1]: a share of the response tokens")
     if scores.shape != candidates.shape:
         raise ValueError(
-            f"scores has shape {tuple(scores.shape)}, candidates {tuple(candidates.shape)}; they must agree"
+            f"scores has shape {tuple(scores.shape)}, candidates {tuple(candidates.shape)}; "
+            "they must agree"
         )
     x, c = scores.reshape(-1, scores.shape[-1]), candidates.bool().reshape(-1, scores.shape[-1])
     if not torch.where(c, x, 0.0).isfinite().all():
@@ -108,7 +110,8 @@ def _anchors(fai, response_mask, support, q, select):
     f, m = _check_signal(fai, response_mask, "fai")
     if support is not None and support.shape != response_mask.shape:
         raise ValueError(
-            f"support has shape {tuple(support.shape)}, response_mask has {tuple(response_mask.shape)}; they must agree"
+            f"support has shape {tuple(support.shape)}, "
+            f"response_mask has {tuple(response_mask.shape)}; they must agree"
         )
     can = m if support is None else m & (support.reshape(m.shape) > 0)
     return top_q(f, can, q, m.sum(-1), select == "top"), m
@@ -119,8 +122,8 @@ def global_anchor_gamma(
     response_mask: Tensor,  # Same shape, bool
     q: float = 0.4,  # Share of tokens amplified
     amp: float = 1.5,  # Their coefficient
-    support: Tensor
-    | None = None,  # Same shape, from `fai_support` or `rhythm_signals`; None lets every response token be selected
+    # Same shape, from `fai_support` or `rhythm_signals`; None lets every response token be selected
+    support: Tensor | None = None,
     select: str = "top",  # "top" or "bottom"
 ) -> Tensor:  # Same shape, 1 outside the response
     "Coefficients of the global-anchor strategy: tokens with the largest FAI"
@@ -211,8 +214,10 @@ def coupled_gamma(
     amp: float = 1.5,  # Their coefficient
     alpha: float = 0.5,  # Share of the bonus a dominated anchor hands back, 0 to 1
     k: int = 3,  # How far back an introducing token may stand; 0 switches the hand-back off
-    tau_waad=None,  # Largest WAAD of a dominated anchor; None: median of the response; or a number, or (B,)
-    tau_delta=None,  # Smallest jump of an introducing token; None: median of the response; or a number, or (B,)
+    # Largest WAAD of a dominated anchor; None: median of the response; or a number, or (B,)
+    tau_waad=None,
+    # Smallest jump of an introducing token; None: median of the response; or a number, or (B,)
+    tau_delta=None,
     support: Tensor | None = None,  # Same shape; None lets every response token be an anchor
     select: str = "top",  # "top" or "bottom" of FAI
     return_parts: bool = False,  # Also return the sets
@@ -297,7 +302,8 @@ def shape_advantages(
     )
     if A.shape != gamma.shape:
         raise ValueError(
-            f"adv has shape {tuple(adv.shape)}; it needs {tuple(gamma.shape[:1])} or {tuple(gamma.shape)}"
+            f"adv has shape {tuple(adv.shape)}; "
+            f"it needs {tuple(gamma.shape[:1])} or {tuple(gamma.shape)}"
         )
     g = gamma.detach().to(A.dtype)
     if (g < 0).any():

@@ -22,14 +22,16 @@ def _response(
         raise TypeError(f"response_mask must be a tensor, not {type(response_mask).__name__}")
     if response_mask.ndim not in (1, 2) or response_mask.shape[-1] == 0:
         raise ValueError(
-            f"response_mask has shape {tuple(response_mask.shape)}; it needs (n,) or (b,n) with n >= 1"
+            f"response_mask has shape {tuple(response_mask.shape)}; "
+            "it needs (n,) or (b,n) with n >= 1"
         )
     m = response_mask.bool()
     m = m[None] if m.ndim == 1 else m
     starts = m[:, 0].long() + (m[:, 1:] & ~m[:, :-1]).sum(1)
     if (starts > 1).any():
         raise ValueError(
-            f"response_mask row {int((starts > 1).nonzero()[0])} has holes; the response must be one contiguous run of tokens"
+            f"response_mask row {int((starts > 1).nonzero()[0])} has holes; "
+            "the response must be one contiguous run of tokens"
         )
     return m
 
@@ -69,16 +71,18 @@ def _maps(
     off = ((mass - 1).abs() <= (2e-2 if half else 1e-3)).logical_not() & m
     if off.any():
         raise ValueError(
-            f"attn: {int(off.sum())} response rows do not sum to one over past positions (first sum "
-            f"{float(mass[off][0]):.4f}); pass causal softmax maps, and average heads instead of summing them"
+            f"attn: {int(off.sum())} response rows do not sum to "
+            "one over past positions (first sum "
+            f"{float(mass[off][0]):.4f}); pass causal softmax maps, "
+            "and average heads instead of summing them"
         )
     return attn, m
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #13266182
 def drop_sink(
     attn: Tensor,  # (l,b,h,n,n) attention maps, rows sum to one; or (l,h,n,n)
-    attention_mask: Tensor
-    | None = None,  # (b,n) or (n,) True on real tokens; None means no left padding
+    # (b,n) or (n,) True on real tokens; None means no left padding
+    attention_mask: Tensor | None = None,
 ) -> Tensor:  # Maps without the first real token's column, rows sum to one again
     "Remove the attention sink: zero the first real token's column and renormalise"
     if attn.ndim not in (4, 5):
@@ -119,8 +123,8 @@ def head_spans(
     attn: Tensor,  # (l,b,h,n,n) causal attention, rows sum to one; or (l,h,n,n) with a mask (n,)
     response_mask: Tensor,  # (b,n) True on response tokens
     drop_first: bool = False,  # Remove the attention sink first, see `drop_sink`
-    attention_mask: Tensor
-    | None = None,  # (b,n) True on real tokens; only for `drop_first` with left padding
+    # (b,n) True on real tokens; only for `drop_first` with left padding
+    attention_mask: Tensor | None = None,
 ) -> Tensor:  # (l,h) mean look-back distance in tokens
     "Mean look-back distance of each head over all response tokens (Eq. 7)"
     A, m = _maps(attn, response_mask, "lbh")
@@ -148,7 +152,8 @@ def split_heads(
     "Lowest and highest `frac` of the heads by span; ties go by (layer, head)"
     if not 0 < frac <= 0.5:
         raise ValueError(
-            f"frac={frac} must be in (0, 0.5]; above one half a head would be local and global at once"
+            f"frac={frac} must be in (0, 0.5]; "
+            "above one half a head would be local and global at once"
         )
     if spans.ndim != 2 or spans.numel() < 2:
         raise ValueError(
@@ -166,13 +171,14 @@ def aggregate_heads(
     attn: Tensor,  # (l,b,h,n,n) attention maps; or (l,h,n,n)
     heads: Tensor,  # (k,2) (layer, head) pairs, e.g. `HeadSplit.local`
     drop_first: bool = False,  # Remove the attention sink first, see `drop_sink`
-    attention_mask: Tensor
-    | None = None,  # (b,n) True on real tokens; only for `drop_first` with left padding
+    # (b,n) True on real tokens; only for `drop_first` with left padding
+    attention_mask: Tensor | None = None,
 ) -> Tensor:  # (b,n,n) mean map; (n,n) without a batch axis
     "Mean attention map of a group of heads (Eq. 8)"
     if not isinstance(heads, Tensor) or heads.ndim != 2 or heads.shape[1] != 2 or not len(heads):
         raise ValueError(
-            "heads must be a (k,2) tensor of (layer, head) pairs; pass `split.local` or `split.glob`"
+            "heads must be a (k,2) tensor of (layer, head) pairs; "
+            "pass `split.local` or `split.glob`"
         )
     if attn.ndim not in (4, 5):
         raise ValueError(f"attn has shape {tuple(attn.shape)}; it needs (l,b,h,n,n) or (l,h,n,n)")

@@ -449,10 +449,8 @@ def success_rate(
     seed: int = 0,  # Of the sampling
 ) -> float:  # Mean reward
     "Mean reward of sampled responses"
-    tok, sampling = (
-        lm.tokenizer,
-        SamplingConfig(max_new_tokens, 1.0, (lm.tokenizer.eos_token_id,), seed),
-    )
+    tok = lm.tokenizer
+    sampling = SamplingConfig(max_new_tokens, 1.0, (lm.tokenizer.eos_token_id,), seed)
     items = [problems.prompt(i) for i in range(n)]
     text = [p if isinstance(p, str) else p["prompt"] for p in items]
     ask = [
@@ -555,10 +553,8 @@ def rhythm_outcome(
     "Train one arm and evaluate it, at most once on this machine"
 
     def build(out):
-        policy, held = (
-            scale_policy(size, policy_seed, device),
-            scale_problems(size, 10_000 + cfg.seed),
-        )
+        policy = scale_policy(size, policy_seed, device)
+        held = scale_problems(size, 10_000 + cfg.seed)
 
         def rate(lm):
             return success_rate(lm, held, size.n_eval, cfg.max_new_tokens, cfg.seed)
@@ -598,11 +594,14 @@ class TabularConfig:
     group: int = 8  # Responses per prompt
     iterations: int = 60  # Batches
     updates: int = 4  # Gradient steps per batch
-    p_start: float = 0.82  # Probability of the right choice at decisive tokens before training; uniform elsewhere
+    # Probability of the right choice at decisive tokens before training; uniform elsewhere
+    p_start: float = 0.82
     lr: float = 0.5  # Step size of plain gradient ascent
     clip: float = 0.2  # Clip range of the ratio
     max_norm: float = 1.5  # Global gradient norm; inf does not clip
-    decisive: str = "rhythm"  # Decisive tokens: "rhythm" (onsets and anchors), "anchors", or "elsewhere" (unrelated to attention)
+    # Decisive tokens: "rhythm" (onsets and anchors), "anchors", or "elsewhere" (unrelated to
+    # attention)
+    decisive: str = "rhythm"
     noise: float = 0.15  # Share of random mass in the maps
     targeted: bool = True  # Split the heads; False averages all of them
     window: int = 10  # Of WAAD
@@ -622,7 +621,8 @@ class TabularConfig:
             or self.length < 8
         ):
             raise ValueError(
-                "seeds, prompts, iterations and updates must be at least 1, group and choices 2, length 8"
+                "seeds, prompts, iterations and updates must be at least 1, "
+                "group and choices 2, length 8"
             )
         if not 1 / self.choices < self.p_start < 1:
             raise ValueError(f"p_start={self.p_start} must be between 1/choices and 1")
@@ -713,10 +713,8 @@ def tabular_world(
     "Plant a rhythm and measure it in every response, through maps, head split, WAAD and FAI"
     S, P, T = cfg.seeds, cfg.prompts, cfg.length
     on, an = (x.reshape(S, P, T) for x in planted_rhythm(S * P, T, rng(cfg.seed, "rhythm")))
-    n, shuffled = (
-        (on | an).sum(-1, keepdim=True),
-        torch.rand(S, P, T, generator=rng(cfg.seed, "elsewhere")).argsort(-1).argsort(-1),
-    )
+    n = (on | an).sum(-1, keepdim=True)
+    shuffled = torch.rand(S, P, T, generator=rng(cfg.seed, "elsewhere")).argsort(-1).argsort(-1)
     decisive = {"rhythm": on | an, "anchors": an, "elsewhere": shuffled < n}[cfg.decisive]
     sig = [
         [_signals(cfg, on[s], an[s], rng(cfg.seed, "maps", s, i)) for s in range(S)]

@@ -41,7 +41,8 @@ def load_environment(
     "AuctionNet's bidding environment"
     if not (Path(checkout) / "simul_bidding_env" / "Environment" / "BiddingEnv.py").is_file():
         raise ValueError(
-            "auctionnet is no checkout of alimama-tech/AuctionNet: simul_bidding_env/Environment/BiddingEnv.py is missing"
+            "auctionnet is no checkout of alimama-tech/AuctionNet: "
+            "simul_bidding_env/Environment/BiddingEnv.py is missing"
         )
     try:
         importlib.import_module("gin")

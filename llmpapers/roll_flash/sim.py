@@ -59,7 +59,8 @@ def steady_time(
     skip = math.ceil(5 + 2 * async_ratio)
     if len(res.step_times) <= skip:
         raise ValueError(
-            f"async_ratio={async_ratio} drops {skip} steps, the run has {len(res.step_times)}; simulate more"
+            f"async_ratio={async_ratio} drops {skip} steps, the run has {len(res.step_times)}; "
+            "simulate more"
         )
     return float(np.mean(res.step_times[skip:]))
 
@@ -83,10 +84,8 @@ def cluster_times(
     d = t * token_time
     if len(d) < (least := n * max(n_steps, sync_batches)):
         raise ValueError(f"tokens has {len(d)} entries; {n_steps} steps of {n} need {least}")
-    mu_train, cohort = (
-        t.mean() * train_per_token,
-        (n, gpus, d.mean() / slots, d.max(), t.mean() * train_per_token),
-    )
+    mu_train = t.mean() * train_per_token
+    cohort = (n, gpus, d.mean() / slots, d.max(), t.mean() * train_per_token)
     m = best_split(*cohort, async_ratio=async_ratio)
     batches = d[: n * sync_batches].reshape(sync_batches, n)
     naive = np.mean(

@@ -293,10 +293,8 @@ def forced_lag_run(
                 stale_losses[arms[m // K].loss], b, lp[m], proximal_logprobs=lp[m].detach()
             )
             total = total + loss
-            out["ess"][m // K, m % K, s], out["kl"][m // K, m % K, s] = (
-                watch["ess"],
-                watch["kl/behavior"],
-            )
+            out["ess"][m // K, m % K, s] = watch["ess"]
+            out["kl"][m // K, m % K, s] = watch["kl/behavior"]
         out["reward"][:, :, s] = queue[s][3].mean(-1).view(A, K).cpu().numpy()
         _adam(flat, torch.autograd.grad(total, flat)[0], state, s, cfg)
     return LagRun(arms, seeds, **out)

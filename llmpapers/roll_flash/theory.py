@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..rl.sim import SimResult  # noqa: F401
 from ..rl.sim import simulate as simulate_async
 
 # %% ../../nbs/roll_flash/01_theory.ipynb #9556d89b

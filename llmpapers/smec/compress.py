@@ -133,12 +133,10 @@ class _Run:
     "An optimisation that can be stored and continued"
 
     def __init__(self, params, lr, file=None, extra=None):
-        self.params, self.opt, self.file, self.extra = (
-            params,
-            torch.optim.Adam(params, lr),
-            file,
-            extra,
-        )
+        self.params = params
+        self.opt = torch.optim.Adam(params, lr)
+        self.file = file
+        self.extra = extra
         self.step, self.best, self.wait, self.log = 0, (-np.inf, None), 0, []
         if file is not None and file.exists():
             self.load()
@@ -154,10 +152,8 @@ class _Run:
             self.extra.restore(s["extra"])
 
     def save(self):
-        tmp, state = (
-            self.file.with_suffix(".tmp"),
-            dict(params=[p.detach() for p in self.params], opt=self.opt.state_dict()),
-        )
+        tmp = self.file.with_suffix(".tmp")
+        state = dict(params=[p.detach() for p in self.params], opt=self.opt.state_dict())
         torch.save(
             state
             | dict(
@@ -259,7 +255,8 @@ def fit(
     queries,  # (Q,D) query embeddings, floating point
     docs,  # (C,D) document embeddings
     relevance=None,  # Any form that `as_relevance` takes; None pairs query i with document i
-    valid=None,  # (queries, relevance) over the same documents; None holds a tenth back, False does without
+    # (queries, relevance) over the same documents; None holds a tenth back, False does without
+    valid=None,
     out=None,  # Folder for checkpoints; a fit that was interrupted goes on from there
     on_step: Callable | None = None,  # Called with (stage, step, loss)
 ) -> Trained:  # Itself
@@ -470,10 +467,8 @@ def _consistency(self: SMEC, x, z, ids, out, cut, memory, at):
         return 0.0
     f, other = memory.sample(o["sample"], rng(o["seed"], "sample", *at))
     own, T = other == ids[:, None], 1e4
-    hi, lo = (
-        x @ F.normalize(f, dim=1).T,
-        F.normalize(cut(z), dim=1) @ F.normalize(cut(out(f)), dim=1).T,
-    )
+    hi = x @ F.normalize(f, dim=1).T
+    lo = F.normalize(cut(z), dim=1) @ F.normalize(cut(out(f)), dim=1).T
     return listwise_consistency_loss(hi - T * own, lo - T * own)
 
 # %% ../../nbs/smec/04_compress.ipynb #073188c4
@@ -552,16 +547,15 @@ def extend(
     "Add smaller widths; every present width stays as it is, to the bit"
     if self.options["mode"] == "nested":
         raise ValueError(
-            "mode='nested' shares its rows, so it cannot be extended without changing the present widths"
+            "mode='nested' shares its rows, "
+            "so it cannot be extended without changing the present widths"
         )
     new = check_dims([*self.dims, *dims])
     q, d = unit(queries, "queries").astype(np.float32), unit(docs, "docs").astype(np.float32)
     q, rel, score = _hold_back(q, d, relevance, valid, self.options["seed"])
     self.folder = self.on_step = None
-    data, last = (
-        _Data(q, d, rel, self.options["batch_size"], self.options["seed"]),
-        torch.from_numpy(self.maps[self.dims[-1]][0]),
-    )
+    data = _Data(q, d, rel, self.options["batch_size"], self.options["seed"])
+    last = torch.from_numpy(self.maps[self.dims[-1]][0])
     before, report = dict(self.maps), dict(self.report)
     maps = self._transitions(
         data, (self.dims[-1], *new[len(self.dims) :]), last, score, len(self.dims)

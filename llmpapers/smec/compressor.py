@@ -65,7 +65,8 @@ class Compressor:
     def _map(self, dim):
         if not self.maps:
             raise RuntimeError(
-                f"this {type(self).__name__} has not been fitted; call fit first or load a saved one"
+                f"this {type(self).__name__} has not been fitted; "
+                "call fit first or load a saved one"
             )
         dim = self.dims[-1] if dim is None else dim
         if dim not in self.maps:
@@ -194,7 +195,8 @@ def _read(path):
         raise ValueError(f"path={path.name!r} is damaged or no safetensors file ({e})") from e
     if meta.get("kind") not in kinds:
         raise ValueError(
-            f"path={path.name!r} is no compressor that is known here; it says {meta.get('kind')!r}. "
+            f"path={path.name!r} is no compressor that is known here; "
+            f"it says {meta.get('kind')!r}. "
             "Trained ones need llmpapers.smec.compress to be imported"
         )
     if _checksum(tensors) != meta.get("digest"):
@@ -271,10 +273,8 @@ def to_sentence_transformers(
     dim: int | None = None,  # Width; None is the smallest
 ) -> list:  # A dense layer and a normalisation, to be put behind an encoder's modules
     "The compressor as modules of a sentence-transformers pipeline"
-    mods, (A, b) = (
-        need("sentence_transformers.sentence_transformer.modules", "search"),
-        self._map(dim),
-    )
+    mods = need("sentence_transformers.sentence_transformer.modules", "search")
+    (A, b) = self._map(dim)
     dense = mods.Dense(
         A.shape[1], A.shape[0], bias=b is not None, activation_function=torch.nn.Identity()
     )

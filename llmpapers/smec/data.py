@@ -60,7 +60,8 @@ def unit(
         raise ValueError(f"{name} has NaN or infinite values in row {int(np.argmin(fine))}")
     if not norm.all():
         raise ValueError(
-            f"{name} has a zero vector in row {int(np.argmin(norm[:, 0] != 0))}; its cosine is not defined"
+            f"{name} has a zero vector in row {int(np.argmin(norm[:, 0] != 0))}; "
+            "its cosine is not defined"
         )
     return x / norm
 
@@ -129,10 +130,8 @@ def make_retrieval(
     by_document: bool = True,  # As in `split_queries`
 ) -> Retrieval:  # The problem, checked
     "A retrieval problem from embeddings and judgements"
-    q, d = (
-        np.ascontiguousarray(queries, dtype=np.float32),
-        np.ascontiguousarray(docs, dtype=np.float32),
-    )
+    q = np.ascontiguousarray(queries, dtype=np.float32)
+    d = np.ascontiguousarray(docs, dtype=np.float32)
     unit(q, "queries")
     unit(d, "docs")
     if q.shape[1] != d.shape[1]:
@@ -242,11 +241,13 @@ def docstring_pairs(
             break
     if len(res.names) < limit:
         raise ValueError(
-            f"limit={limit}: only {len(res.names)} of the listed texts are installed unchanged ({_versions(packages)})"
+            f"limit={limit}: only {len(res.names)} of the listed texts are "
+            f"installed unchanged ({_versions(packages)})"
         )
     if changed:
         warnings.warn(
-            f"{changed} listed docstrings are missing or changed and were passed over ({_versions(packages)})",
+            f"{changed} listed docstrings are missing or changed and were "
+            f"passed over ({_versions(packages)})",
             stacklevel=2,
         )
     return res._replace(changed=changed)
@@ -384,7 +385,8 @@ def _mteb(name, split):
         corpus, queries, qrels = (load(name, c) for c in ("corpus", "queries", "default"))
     except (OSError, ValueError) as e:
         raise ValueError(
-            f"name={name!r} is neither a BEIR folder nor a data set with the configurations corpus, queries and "
+            f"name={name!r} is neither a BEIR folder nor a data set with "
+            "the configurations corpus, queries and "
             f"default ({type(e).__name__})"
         ) from e
 

@@ -73,23 +73,21 @@ class CausalPlanner(_Normed):
         self.config, self.parts, self.Y, self.drop = config, _parts(temporal), cond_dim, drop
         if "times" in self.parts:
             raise ValueError(
-                f"temporal={temporal!r}: a TimesBlock on the steps of a causal model shows it the future; use 'context'"
+                f"temporal={temporal!r}: a TimesBlock on the steps of a causal "
+                "model shows it the future; use 'context'"
             )
         if d % heads or state_dim < 4 or not 0 <= drop < 1:
             raise ValueError(
-                f"d={d} must be a multiple of heads={heads}, state_dim={state_dim} at least 4, drop={drop} in [0, 1)"
+                f"d={d} must be a multiple of heads={heads}, "
+                f"state_dim={state_dim} at least 4, drop={drop} in [0, 1)"
             )
-        self.embed, self.cond, self.null = (
-            nn.Linear(state_dim, d),
-            TaskLinear(K, cond_dim, d),
-            nn.Parameter(torch.zeros(K, d)),
-        )
+        self.embed = nn.Linear(state_dim, d)
+        self.cond = TaskLinear(K, cond_dim, d)
+        self.null = nn.Parameter(torch.zeros(K, d))
         self.clock = TimeOfDay(d, T) if "sincos" in self.parts else None
         self.past = ContextEncoder(context_dim, d, T, days) if "context" in self.parts else None
-        self.layers, self.norm = (
-            nn.ModuleList(_Attention(d, heads) for _ in range(layers)),
-            nn.LayerNorm(d),
-        )
+        self.layers = nn.ModuleList(_Attention(d, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(d)
         self.head, self.act_head = TaskLinear(K, d, state_dim), TaskLinear(K, d, 1)
 
 # %% ../../nbs/vamo/07_causal.ipynb #35965162
@@ -105,7 +103,8 @@ def forward(
     "Predict the next state and the action at every step"
     if (context is None) != (self.past is None):
         raise ValueError(
-            f"context is {'missing' if context is None else 'given'}, temporal is {'+'.join(sorted(self.parts))!r}"
+            f"context is {'missing' if context is None else 'given'}, "
+            f"temporal is {'+'.join(sorted(self.parts))!r}"
         )
     B, t, _ = states.shape
     x = self.normalise(states)

@@ -57,9 +57,8 @@ class StudyConfig:
     n_target: int = 1  # Target's logged bidders a day, on the last `target_days` training days
     target_days: int = 4  # Days on which the target exists
     n_aux: int = 12  # Logged bidders a day of each auxiliary log
-    n_val: int = (
-        4  # Bidders of the target on the validation day: for gradients, and as many to select
-    )
+    # Bidders of the target on the validation day: for gradients, and as many to select
+    n_val: int = 4
     train_days: tuple = tuple(range(1, 9))  # Days to train on
     val_day: int = 9  # Day to validate on
     test_days: tuple = (10, 11, 12)  # Days to test on, after it
@@ -71,17 +70,18 @@ class StudyConfig:
     lambdas: tuple = (0.03, 0.1, 0.3, 1.0, math.inf)  # Grid of the temperature; the last is uniform
     normalize: str = "cos"  # "cos", "rms" or "none": score of the agreement
     predict: str = "v"  # What a diffusion planner guesses: "v" or "noise"
-    scope: str = "all"  # "all", "shared" (without the last layer) or "last": parameters in the agreement of a policy
-    backbone: str = (
-        "policy"  # "policy" (perceptron, all runs at once), "causal" or "diffusion" (planner)
-    )
+    # "all", "shared" (without the last layer) or "last": parameters in the agreement of a policy
+    scope: str = "all"
+    # "policy" (perceptron, all runs at once), "causal" or "diffusion" (planner)
+    backbone: str = "policy"
 
 # %% ../../nbs/vamo/08_experiments.ipynb #9f7a6a53
 class Logs(NamedTuple):
     "What one market offers"
 
     market: Market  # The market
-    days: list  # Trajectories of each source: target, auxiliaries, validation day, random training days
+    # Trajectories of each source: target, auxiliaries, validation day, random training days
+    days: list
     select: Trajectories  # Other bidders of the validation day
     test: Trajectories  # Bidders of the test days
 
@@ -220,10 +220,8 @@ def train_policies(
     runs, M, K2 = runs or arms(config), len(logs), len(logs[0].days)
     pairs = [[_pairs(t) for t in l.days] for l in logs]
     seen = [torch.cat([x for x, _ in p[:-2]]) for p in pairs]
-    mean, std = (
-        torch.stack([x.mean(0) for x in seen]),
-        torch.stack([x.std(0) for x in seen]).clamp(min=1e-3),
-    )
+    mean = torch.stack([x.mean(0) for x in seen])
+    std = torch.stack([x.std(0) for x in seen]).clamp(min=1e-3)
     pairs = [[((x - mean[i]) / std[i], y) for x, y in p] for i, p in enumerate(pairs)]
     sx, sy = (
         torch.stack(v)
@@ -242,11 +240,9 @@ def train_policies(
         .requires_grad_()
     )
     opt, g = torch.optim.Adam([theta], config.lr), rng(config.seed, "batches")
-    best, score, total = (
-        theta.detach().clone(),
-        torch.full((len(runs), M), torch.inf),
-        torch.zeros(len(runs), M, K2),
-    )
+    best = theta.detach().clone()
+    score = torch.full((len(runs), M), torch.inf)
+    total = torch.zeros(len(runs), M, K2)
     last = perceptron_layers(_sizes(config.width))[-1]
     part = dict(all=slice(None), shared=slice(last.start), last=last)[config.scope]
     for step in range(config.steps + 1):
@@ -370,7 +366,8 @@ def run_study(
     config: StudyConfig,  # The study
     progress: bool = False,  # Print a line per market of a planner study
     runs: list = None,  # Arms of a policy study; None takes `arms(config)`
-    logs: list = None,  # One `Logs` a market, to be used again by several studies; None collects them
+    # One `Logs` a market, to be used again by several studies; None collects them
+    logs: list = None,
 ) -> "DataFrame":  # A row per market and method: test loss x 100, R/R*, limits kept, temperature; `fixed` rows hold every temperature
     "Log, train, select, test: one study over markets"
     if config.backbone not in ("policy", "causal", "diffusion"):
@@ -537,10 +534,8 @@ def train_planner(
     used = dict(uniform=range(K), aligned=range(K), pooled=(0, K)).get(
         name, (0,) if name == "target only" else (K,)
     )
-    opt, g = (
-        torch.optim.AdamW(planner.parameters(), config.lr),
-        rng(config.seed, "train", device=device),
-    )
+    opt = torch.optim.AdamW(planner.parameters(), config.lr)
+    g = rng(config.seed, "train", device=device)
     weighter = AlignedWeighter(lam, normalize="rms", ema=0.9) if name == "aligned" else None
     best, score = None, math.inf
     for step in range(config.steps + 1):

@@ -99,7 +99,8 @@ def back(
 
 # %% ../../nbs/vamo/06_planner.ipynb #ceadc586
 def value_so_far(
-    states: Tensor,  # (...,8) states: entry 1 is the share of the budget left, entry 3 the price over yesterday's
+    # (...,8) states: entry 1 is the share of the budget left, entry 3 the price over yesterday's
+    states: Tensor,
 ) -> Tensor:  # (...) value won, in units of what the budget buys at yesterday's price
     "Value won before each state, read from the state"
     price = states[..., 3]
@@ -113,7 +114,8 @@ def day_return(
     "Return of whole days"
     if states.ndim != 3 or rewards.shape != states.shape[:2]:
         raise ValueError(
-            f"states {tuple(states.shape)} and rewards {tuple(rewards.shape)} need (B,T,8) and (B,T)"
+            f"states {tuple(states.shape)} and rewards {tuple(rewards.shape)} "
+            "need (B,T,8) and (B,T)"
         )
     before = rewards[:, :-1].sum(1)
     return (
@@ -177,11 +179,9 @@ class _Block(nn.Module):
 
     def __init__(self, d, step):
         super().__init__()
-        self.step, self.norm, self.film = (
-            step,
-            nn.LayerNorm(d, elementwise_affine=False),
-            nn.Linear(d, 2 * d),
-        )
+        self.step = step
+        self.norm = nn.LayerNorm(d, elementwise_affine=False)
+        self.film = nn.Linear(d, 2 * d)
         self.mix, self.out = nn.Linear(3 * d, d), nn.Linear(d, d)
 
     def forward(self, x, e):
@@ -210,10 +210,8 @@ class TaskLinear(nn.Module):
         d_out: int,  # Channels out
     ):
         super().__init__()
-        self.weight, self.bias = (
-            nn.Parameter(torch.randn(K, d_in, d_out) / d_in**0.5),
-            nn.Parameter(torch.zeros(K, d_out)),
-        )
+        self.weight = nn.Parameter(torch.randn(K, d_in, d_out) / d_in**0.5)
+        self.bias = nn.Parameter(torch.zeros(K, d_out))
 
     def forward(
         self,
@@ -278,7 +276,8 @@ def _parts(temporal):
     parts = set(temporal.split("+")) if isinstance(temporal, str) else set()
     if not parts or not parts <= set(temporal_parts) or ("none" in parts and len(parts) > 1):
         raise ValueError(
-            f"temporal={temporal!r} must be 'none' or parts of {', '.join(temporal_parts[1:])} joined by '+'"
+            f"temporal={temporal!r} must be 'none' or parts of "
+            f"{', '.join(temporal_parts[1:])} joined by '+'"
         )
     return parts
 
@@ -342,8 +341,8 @@ def fit(
     states: Tensor,  # (B,T,S) states of training days
     actions: Tensor,  # (B,T) their actions
     mask: Tensor | None = None,  # (B,T) bool, True on real steps; None means all
-    scale: CondScale
-    | None = None,  # Scale of the conditions, kept for the returns-to-go of the causal planner
+    # Scale of the conditions, kept for the returns-to-go of the causal planner
+    scale: CondScale | None = None,
 ) -> None:
     "Take normalisation and ranges from training days"
     if states.ndim != 3 or states.shape[1:] != (self.T, self.S):
@@ -393,32 +392,28 @@ class MultiTaskPlanner(_Normed):
         context_dim: int = 3,  # Channels of the context
         days: int = 3,  # Days of the context
         inv_width: int = 128,  # Width of the inverse dynamics
-        hide: tuple = (
-            6,
-        ),  # Entries of the next state hidden from it; 6 is the last action, () shows all
+        # Entries of the next state hidden from it; 6 is the last action, () shows all
+        hide: tuple = (6,),
         predict: str = "v",  # What the heads give: "v" or "noise"
     ):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__(state_dim, K, T)
         if K < 1 or state_dim < 1 or blocks < 1 or d < 2 or not 0 <= drop < 1:
             raise ValueError(
-                f"K={K}, state_dim={state_dim}, blocks={blocks} must be at least 1, d={d} at least 2, drop={drop} in [0, 1)"
+                f"K={K}, state_dim={state_dim}, blocks={blocks} must be at least 1, "
+                f"d={d} at least 2, drop={drop} in [0, 1)"
             )
         if predict not in ("noise", "v"):
             raise ValueError(f"predict={predict!r} must be 'noise' or 'v'")
-        self.config, self.parts, self.Y, self.drop, self.predict = (
-            config,
-            _parts(temporal),
-            cond_dim,
-            drop,
-            predict,
-        )
+        self.config = config
+        self.parts = _parts(temporal)
+        self.Y = cond_dim
+        self.drop = drop
+        self.predict = predict
         self.schedule, self.level = DiffusionSchedule(N), nn.Embedding(N + 1, d)
-        self.embed, self.cond, self.null = (
-            nn.Linear(state_dim + 1, d),
-            TaskLinear(K, cond_dim, d),
-            nn.Parameter(torch.zeros(K, d)),
-        )
+        self.embed = nn.Linear(state_dim + 1, d)
+        self.cond = TaskLinear(K, cond_dim, d)
+        self.null = nn.Parameter(torch.zeros(K, d))
         self.join = nn.Sequential(nn.GELU(), nn.Linear(d, d), nn.GELU())
         self.trunk = nn.ModuleList(_Block(d, 2 ** (i % 5)) for i in range(blocks))
         self.clock = TimeOfDay(d, T) if "sincos" in self.parts else None
@@ -436,7 +431,8 @@ class MultiTaskPlanner(_Normed):
 def _embedding(self: MultiTaskPlanner, n, cond, drop, task, context):
     if (context is None) != (self.past is None):
         raise ValueError(
-            f"context is {'missing' if context is None else 'given'}, temporal is {'+'.join(sorted(self.parts))!r}"
+            f"context is {'missing' if context is None else 'given'}, "
+            f"temporal is {'+'.join(sorted(self.parts))!r}"
         )
     e = torch.where(drop[:, None], self.null[task], self.cond(cond, task)) + self.level(n)
     return self.join(e if self.past is None else e + self.past(context))
@@ -491,7 +487,8 @@ def _batch(self, batch, task):
     x, a = batch["states"], batch["actions"]
     if x.ndim != 3 or x.shape[1:] != (self.T, self.S) or a.shape != x.shape[:2]:
         raise ValueError(
-            f"states {tuple(x.shape)} and actions {tuple(a.shape)} need (B,{self.T},{self.S}) and (B,{self.T})"
+            f"states {tuple(x.shape)} and actions {tuple(a.shape)} need "
+            f"(B,{self.T},{self.S}) and (B,{self.T})"
         )
     if batch["cond"].shape != (len(x), self.Y):
         raise ValueError(
@@ -511,7 +508,9 @@ def _batch(self, batch, task):
 @patch
 def loss(
     self: MultiTaskPlanner,
-    batch: dict,  # states (B,T,S), actions (B,T), cond (B,Y), optional mask (B,T) True on real steps, context (B,days*T,c)
+    # states (B,T,S), actions (B,T), cond (B,Y), optional mask (B,T) True on real steps, context
+    # (B,days*T,c)
+    batch: dict,
     task,  # Task of the batch, or (B,)
     noise: Noise,  # From `draw`
 ) -> Tensor:  # Scalar
@@ -540,10 +539,8 @@ def guided(
     context: Tensor | None = None,  # (B, days*T, context_dim)
 ) -> Tensor:  # (B,T,S)
     "The guess of the network with guidance"
-    level, no = (
-        torch.full((len(x),), n, device=x.device),
-        torch.zeros(len(x), dtype=torch.bool, device=x.device),
-    )
+    level = torch.full((len(x),), n, device=x.device)
+    no = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     if guidance in (0, 1):
         return self.guess(x, known, level, cond, no if guidance else ~no, task, context)
 
@@ -572,8 +569,8 @@ def plan(
     task,  # Task, or (B,)
     guidance: float = 1.2,  # 0 ignores the condition, 1 uses it
     temperature: float = 0.5,  # Factor on all noise
-    generator: torch.Generator
-    | None = None,  # Source of noise; None starts a new stream of seed 0 in every call
+    # Source of noise; None starts a new stream of seed 0 in every call
+    generator: torch.Generator | None = None,
     noise: Tensor | None = None,  # (B,N,T,S) instead of a generator
     context: Tensor | None = None,  # (B, days*T, context_dim)
 ) -> Tensor:  # (B,T,S): the history as it is, then the plan
