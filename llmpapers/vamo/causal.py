@@ -40,11 +40,8 @@ class _Attention(nn.Module):
         B, t, d = x.shape
         q, k, v = self.qkv(self.one(x)).view(B, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         later = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
-        w = (
-            (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5)
-            .masked_fill(later, -torch.inf)
-            .softmax(-1)
-        )
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        w = scores.masked_fill(later, -torch.inf).softmax(-1)
         x = x + self.out((w @ v).transpose(1, 2).reshape(B, t, d))
         return x + self.mlp(self.two(x))
 
@@ -110,9 +107,8 @@ def forward(
     x = self.normalise(states)
     won = value_so_far(states) / (self.r_high - self.r_low)[task][:, None]
     y = torch.cat([(cond[:, :1] - won)[..., None], cond[:, None, 1:].expand(B, t, -1)], -1)
-    h = self.embed(x) + torch.where(
-        drop[:, None, None], self.null[task][:, None], self.cond(y, task)
-    )
+    told = torch.where(drop[:, None, None], self.null[task][:, None], self.cond(y, task))
+    h = self.embed(x) + told
     if self.clock is not None:
         h = h + self.clock(torch.arange(t, device=x.device))
     if self.past is not None:
@@ -152,10 +148,8 @@ def loss(
     states = torch.where(mask[..., None], batch["states"], self.mean)
     nxt, act = self(states, batch["cond"], noise.drop, k, batch.get("context"))
     following = mask[:, :-1] & mask[:, 1:]
-    return 0.5 * (
-        _mean((nxt[:, :-1] - x[:, 1:]).square().mean(-1), following)
-        + _mean((act - a).square(), mask)
-    )
+    state_error = _mean((nxt[:, :-1] - x[:, 1:]).square().mean(-1), following)
+    return 0.5 * (state_error + _mean((act - a).square(), mask))
 
 # %% ../../nbs/vamo/07_causal.ipynb #ecc71077
 @patch
@@ -166,22 +160,12 @@ def guided(
     task: Tensor,  # (B,) long
     guidance: float = 1.0,  # 0 ignores the condition, 1 uses it
     context: Tensor | None = None,  # (B, days*T, context_dim)
-) -> tuple[
-    Tensor, Tensor
-]:  # Next state (B,S) and action (B,) after the last executed step, normalised
+) -> tuple[Tensor, Tensor]:  # Next state (B,S) and action (B,) after the last step, normalised
     "Prediction with guidance"
 
     def ask(hide):
-        return [
-            v[:, -1]
-            for v in self(
-                history,
-                cond,
-                torch.full((len(history),), hide, device=history.device),
-                task,
-                context,
-            )
-        ]
+        drop = torch.full((len(history),), hide, device=history.device)
+        return [v[:, -1] for v in self(history, cond, drop, task, context)]
 
     if guidance in (0, 1):
         return tuple(ask(not guidance))
@@ -204,10 +188,9 @@ def plan(
     "Predict the rest of the day, one state after the other"
     k, x = self._history(history, cond, task), history
     while x.shape[1] < self.T:
-        nxt = self.guided(x, cond, k, guidance, context)[0]
-        x = torch.cat(
-            [x, self.restore(torch.minimum(torch.maximum(nxt, self.low), self.high))[:, None]], 1
-        )
+        nxt, _ = self.guided(x, cond, k, guidance, context)
+        nxt = torch.minimum(torch.maximum(nxt, self.low), self.high)
+        x = torch.cat([x, self.restore(nxt)[:, None]], 1)
     return x.clone()
 
 # %% ../../nbs/vamo/07_causal.ipynb #1f4d1333
@@ -235,9 +218,8 @@ def save_planner(
     "Write a planner: kind, constructor's arguments, parameters and statistics"
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    torch.save(
-        dict(kind=type(planner).__name__, config=planner.config, state=planner.state_dict()), part
-    )
+    kind = type(planner).__name__
+    torch.save(dict(kind=kind, config=planner.config, state=planner.state_dict()), part)
     os.replace(part, path)
     return path
 
