@@ -109,9 +109,8 @@ def ensemble_stats(
         raise ValueError(f"how={how!r} must be 'mean' or 'min'")
     d = values - values[:1]
     centre = d.mean(0)
-    return (values[0] + centre if how == "mean" else values.amin(0)), (d - centre).square().mean(
-        0
-    ).sqrt()
+    value = values[0] + centre if how == "mean" else values.amin(0)
+    return value, (d - centre).square().mean(0).sqrt()
 
 # %% ../../nbs/asyppo/02_critics.ipynb #d16d7b56
 def critic_loss(
@@ -123,11 +122,8 @@ def critic_loss(
     old_values: Tensor = None,  # (M,B,T) predictions when the batch was made
 ) -> tuple[Tensor, Tensor]:  # Sum over critics, and (M,) mean squared error of each on its shard
     "Squared error of each critic on its own responses"
-    if (
-        values.dim() != 3
-        or not values.shape[1:] == returns.shape == mask.shape
-        or shard.shape != mask.shape[:1]
-    ):
+    agree = values.shape[1:] == returns.shape == mask.shape and shard.shape == mask.shape[:1]
+    if values.dim() != 3 or not agree:
         raise ValueError(
             f"values {tuple(values.shape)} must be (M,B,T), "
             f"returns {tuple(returns.shape)} and mask {tuple(mask.shape)} (B,T), shard (B,)"
@@ -138,9 +134,8 @@ def critic_loss(
     w = mine[:, :, None] & mask.bool()
     err = (values - returns).square()
     if clip is not None:
-        err = torch.maximum(
-            err, (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
-        )
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        err = torch.maximum(err, (near - returns).square())
     per = torch.where(w, err, 0.0).sum((1, 2)) / w.sum((1, 2)).clamp(min=1)
     return per.sum(), per
 
