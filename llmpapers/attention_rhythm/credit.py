@@ -70,12 +70,10 @@ def top_q(
         raise ValueError("scores has NaN or infinite values at candidates")
     count = c.sum(-1)
     n = count if n is None else torch.as_tensor(n, device=x.device).reshape(-1)
-    m = torch.minimum(((n.double() * q + 0.5 + 1e-9).floor().clamp(min=1) * (q > 0)).long(), count)
-    order = (
-        torch.where(c, x if largest else -x, -math.inf)
-        .sort(dim=-1, descending=True, stable=True)
-        .indices
-    )
+    wanted = (n.double() * q + 0.5 + 1e-9).floor().clamp(min=1) * (q > 0)
+    m = torch.minimum(wanted.long(), count)
+    ranked = torch.where(c, x if largest else -x, -math.inf)
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
     chosen = torch.arange(x.shape[-1], device=x.device) < m[:, None]
     return torch.zeros_like(c).scatter(-1, order, chosen).reshape(scores.shape)
 
@@ -222,7 +220,7 @@ def coupled_gamma(
     select: str = "top",  # "top" or "bottom" of FAI
     return_parts: bool = False,  # Also return the sets
 ) -> "Tensor|CreditParts":  # Coefficients, 1 outside the response; or `CreditParts`
-    "Coefficients of the coupled strategy: anchors, with back-allocation to the tokens that introduce them"
+    "Coefficients of the coupled strategy: anchors, and back-allocation to what introduces them"
     _check_knobs(q, amp, select)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha} must be in [0, 1]: a share of the bonus")

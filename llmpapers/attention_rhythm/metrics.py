@@ -46,9 +46,7 @@ def _maps(
     attn: Tensor,  # (...,n,n) maps; leading axes as in `lead`, the batch axis may be missing
     response_mask: Tensor,  # (b,n) or (n,)
     lead: str,  # Axes before (n,n), e.g. "lbh" or "b"
-) -> tuple[
-    Tensor, Tensor
-]:  # Maps with a batch axis in at least single precision, and the mask (b,n)
+) -> tuple[Tensor, Tensor]:  # Maps with a batch axis, at least single precision; the mask (b,n)
     "Bring maps and mask to full shape and check that every response row is a causal distribution"
     m, half = _response(response_mask), attn.dtype in (torch.float16, torch.bfloat16)
     if response_mask.ndim == 1:
@@ -60,20 +58,19 @@ def _maps(
             f"they need ({','.join(lead)},n,n) and (b,n), or both without b"
         )
     attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
-    mass = torch.cat(
-        [
-            attn[..., i : i + 256, :i].sum(-1) + attn[..., i : i + 256, i : i + 256].tril().sum(-1)
-            for i in range(0, n, 256)
-        ],
-        -1,
-    )
+
+    def past_mass(i, size=256):
+        "Attention of a block of queries to itself and before"
+        rows = attn[..., i : i + size, :]
+        return rows[..., :i].sum(-1) + rows[..., i : i + size].tril().sum(-1)
+
+    mass = torch.cat([past_mass(i) for i in range(0, n, 256)], -1)
     mass = mass.movedim(lead.index("b"), -2)  # (...,b,n)
     off = ((mass - 1).abs() <= (2e-2 if half else 1e-3)).logical_not() & m
     if off.any():
         raise ValueError(
-            f"attn: {int(off.sum())} response rows do not sum to "
-            "one over past positions (first sum "
-            f"{float(mass[off][0]):.4f}); pass causal softmax maps, "
+            f"attn: {int(off.sum())} response rows do not sum to one over past positions "
+            f"(first sum {float(mass[off][0]):.4f}); pass causal softmax maps, "
             "and average heads instead of summing them"
         )
     return attn, m
@@ -182,19 +179,16 @@ def aggregate_heads(
         )
     if attn.ndim not in (4, 5):
         raise ValueError(f"attn has shape {tuple(attn.shape)}; it needs (l,b,h,n,n) or (l,h,n,n)")
-    if (heads < 0).any() or (
-        heads.amax(0) >= torch.tensor([attn.shape[0], attn.shape[-3]], device=heads.device)
-    ).any():
+    room = torch.tensor([attn.shape[0], attn.shape[-3]], device=heads.device)
+    if (heads < 0).any() or (heads.amax(0) >= room).any():
         raise ValueError(
             f"heads points outside the {attn.shape[0]} layers x {attn.shape[-3]} heads of attn"
         )
-    l, h = heads.to(attn.device).T
-    picked = attn[l, h] if attn.ndim == 4 else attn[l, :, h]
+    layer, head = heads.to(attn.device).T
+    picked = attn[layer, head] if attn.ndim == 4 else attn[layer, :, head]
     picked = picked.to(torch.promote_types(attn.dtype, torch.float32))
     if drop_first:
-        picked = drop_sink(
-            picked[:, None] if attn.ndim == 4 else picked[:, :, None], attention_mask
-        ).squeeze(-3)
+        picked = drop_sink(picked.unsqueeze(-3), attention_mask).squeeze(-3)
     mean = picked.mean(0)
     if attn.dtype not in (torch.float16, torch.bfloat16):
         return mean
@@ -290,9 +284,8 @@ def fai(
     hi = m.shape[1] - 1 if h_hi is None else min(h_hi, m.shape[1] - 1)
     if hi < h_lo:
         return torch.zeros(response_mask.shape, dtype=A.dtype, device=A.device)
-    asks = (
-        torch.arange(h_lo, hi + 1, device=A.device) < h_lo + support[..., None]
-    )  # the first |T(s)| of the band
+    # the first |T(s)| of the band
+    asks = torch.arange(h_lo, hi + 1, device=A.device) < h_lo + support[..., None]
     total = torch.where(asks, _diagonals(A, h_lo, hi), 0.0).sum(-1)
     return (total / support.clamp(min=1)).reshape(response_mask.shape)
 
