@@ -88,12 +88,13 @@ def cluster_times(
     cohort = (n, gpus, d.mean() / slots, d.max(), t.mean() * train_per_token)
     m = best_split(*cohort, async_ratio=async_ratio)
     batches = d[: n * sync_batches].reshape(sync_batches, n)
-    naive = np.mean(
-        [
-            max(list_schedule(b[w::gpus], slots).makespan for w in range(gpus) if len(b[w::gpus]))
-            for b in batches
-        ]
-    )
+
+    def slowest(b):
+        "Time of the last device when a batch is dealt out beforehand"
+        shares = [b[w::gpus] for w in range(gpus) if len(b[w::gpus])]
+        return max(list_schedule(share, slots).makespan for share in shares)
+
+    naive = np.mean([slowest(b) for b in batches])
     sync = np.mean([list_schedule(b, gpus * slots).makespan for b in batches])
     res = simulate_async(
         d, (gpus - m) * slots, n, async_ratio, n * mu_train / m, n_steps, on_stale=on_stale
@@ -105,7 +106,7 @@ def cluster_times(
         sync=float(sync + n * mu_train / gpus),
         ahead=steady_time(res, async_ratio),
         bound=float(async_step_bound(*cohort, async_ratio=async_ratio, beta=m / gpus)),
-        utilisation=res.utilisation,
+        utilisation=float(res.utilisation),
     )
 
 # %% ../../nbs/roll_flash/02_sim.ipynb #2c6df999
@@ -199,7 +200,7 @@ def policy_study(
     train_time: float = 4.5,  # Training time of a step
     steps: int = 100,  # Steps measured after the pipeline has filled
 ) -> dict:  # (policy, ratio) -> dict of arrays over seeds: `step`, `bias`, `wasted`
-    "Step time, length bias and waste of the three policies on one long-tailed stream (lognormal(1, 1), cap 60)"
+    "Step time, length bias and waste of the policies on one stream of lengths, lognormal(1, 1)"
 
     def one(how, al, s):
         skip = math.ceil(5 + 2 * al)

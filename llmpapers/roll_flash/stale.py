@@ -112,19 +112,17 @@ def init_policies(
 ) -> Tensor:  # (M,P) one row of parameters per model
     "Random policies; a seed gives the same weights in any company"
 
-    def size(n):
-        return (
-            1.0
-            if n in ("embed", "place")
-            else 0.3 * cfg.width**-0.5
-            if n == "head"
-            else cfg.width**-0.5 * (0.5 if n.startswith("down") else 1)
-        )
+    def size(name):
+        "Standard deviation of a matrix"
+        if name in ("embed", "place"):
+            return 1.0
+        if name == "head":
+            return 0.3 * cfg.width**-0.5
+        return cfg.width**-0.5 * (0.5 if name.startswith("down") else 1)
 
     def one(g):
-        return torch.cat(
-            [size(n) * torch.randn(a * b, generator=g) for n, (a, b) in _shapes(cfg).items()]
-        )
+        shapes = _shapes(cfg).items()
+        return torch.cat([size(n) * torch.randn(a * b, generator=g) for n, (a, b) in shapes])
 
     return torch.stack([one(rng(s, "stale", "init")) for s in seeds])
 
@@ -147,9 +145,8 @@ def _forward(w, ids, cfg, past=None, start=0):
     M, N, T = ids.shape
     d, H, seen = cfg.width, cfg.heads, []
     one_hot = F.one_hot(ids, _vocab).to(w["embed"].dtype).view(M, N * T, _vocab)
-    x = ((one_hot @ w["embed"]).view(M, N, T, d) + w["place"][:, None, start : start + T]).view(
-        M, N * T, d
-    )
+    place = w["place"][:, None, start : start + T]
+    x = ((one_hot @ w["embed"]).view(M, N, T, d) + place).view(M, N * T, d)
     for i in range(cfg.layers):
         q, k, v = (_norm(x) @ w[f"qkv{i}"]).view(M * N, T, 3, H, d // H).permute(2, 0, 3, 1, 4)
         if past is not None:
@@ -271,9 +268,8 @@ def forced_lag_run(
     if not arms or not seeds:
         raise ValueError("arms and seeds need at least one entry each")
     A, K, n = len(arms), len(seeds), cfg.prompts * cfg.samples
-    flat = (
-        init_policies(seeds, cfg).repeat(A, 1).to(device).requires_grad_()
-    )  # model a*K + k is arm a, seed k
+    # model a*K + k is arm a, seed k
+    flat = init_policies(seeds, cfg).repeat(A, 1).to(device).requires_grad_()
     state, depth = (torch.zeros_like(flat), torch.zeros_like(flat)), max(a.lag for a in arms)
     groups = torch.arange(A * K * cfg.prompts, device=device).repeat_interleave(cfg.samples)
     queue = {j: _draw(flat.detach(), seeds, A, j, cfg) for j in range(-depth, 0)}
