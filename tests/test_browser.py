@@ -16,6 +16,7 @@ import time
 import urllib.request
 
 import pytest
+
 from common import notebooks, root
 from nb_read import Notebook
 from test_style import copy_of_tree

@@ -6,10 +6,10 @@ import math
 import re
 
 import pytest
-from common import nbs, root
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common import nbs, root
 from llmpapers.core.claims import Claim, Gate, claims_in, claims_table, mime, tally, verdict
 from llmpapers.core.cli import papers, series
 

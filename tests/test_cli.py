@@ -10,6 +10,7 @@ import time
 
 import psutil
 import pytest
+
 from common import notebooks, root
 
 pytestmark = pytest.mark.xdist_group("cli")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 from common import notebooks, root
 
 sys.path.insert(0, str(root / "tools"))

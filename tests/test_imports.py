@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from common import root
 
 lib = root / "llmpapers"

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from common import notebooks, root
 
 pytestmark = [pytest.mark.xdist_group("package"), pytest.mark.build, pytest.mark.timeout(1500)]

@@ -9,10 +9,10 @@ import sys
 import time
 
 import pytest
-from common import nbs, root
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common import nbs, root
 from llmpapers.core.artifacts import Record, load_record, record, recorded_names, within
 from llmpapers.core.cli import Minutes, Progress, keep_minutes, minutes_of, papers, series
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import root
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import root
 from llmpapers.core.lm import TinyLMConfig, char_tokenizer, tiny_lm
 from llmpapers.rl.buffer import SampleBuffer
 from llmpapers.rl.checkpoint import MetricsLog, checkpoint_fault, latest, load, read_metrics, save

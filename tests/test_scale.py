@@ -4,8 +4,8 @@ import ast
 import json
 
 import pytest
-from common import nbs, notebooks
 
+from common import nbs, notebooks
 from llmpapers.core.scale import Scale, scale_names
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from common import root
 
 sys.path.insert(0, str(root / "tools"))

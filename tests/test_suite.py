@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+
 from common import Processes, machine_traces, root
 
 SAMPLE = """

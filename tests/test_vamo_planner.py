@@ -11,9 +11,8 @@ from torch import nn
 
 from llmpapers.core.scale import rng
 from llmpapers.vamo.auction import Market, MarketConfig, behaviour, draw_budgets, rollout
-from llmpapers.vamo.causal import load_planner, save_planner
+from llmpapers.vamo.causal import CausalPlanner, load_planner, save_planner
 from llmpapers.vamo.planner import (
-    CausalPlanner,
     DiffusionSchedule,
     InverseDynamics,
     MultiTaskPlanner,

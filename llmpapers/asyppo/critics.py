@@ -29,7 +29,8 @@ class ValueModel(nn.Module):
         size = getattr(base.config, "hidden_size", None)
         if size is None:
             raise ValueError(
-                f"model: the configuration of {type(model).__name__} has no hidden_size; pass a transformers model"
+                f"model: the configuration of {type(model).__name__} has no hidden_size; "
+                "pass a transformers model"
             )
         self.head = nn.Linear(size, 1).to(next(base.parameters()))
         nn.init.zeros_(self.head.weight)
@@ -55,7 +56,8 @@ def check_vocab(
     c, a = critic.get_input_embeddings().num_embeddings, actor.get_input_embeddings().num_embeddings
     if c < a:
         raise ValueError(
-            f"critic: its vocabulary has {c} ids, the actor's {a}; the tokenizers do not match, take a critic of the same family"
+            f"critic: its vocabulary has {c} ids, the actor's {a}; "
+            "the tokenizers do not match, take a critic of the same family"
         )
 
 # %% ../../nbs/asyppo/02_critics.ipynb #7d63b8a6
@@ -87,7 +89,8 @@ def shard_groups(
         return torch.from_numpy((g + seed) % n_critics)
     if n.min() < n_critics:
         warnings.warn(
-            f"a group of {n.min()} responses gives some of the {n_critics} critics nothing; take larger groups",
+            f"a group of {n.min()} responses gives some of the {n_critics} critics nothing; "
+            "take larger groups",
             stacklevel=2,
         )
     return torch.from_numpy((rank + g + seed) % n_critics)
@@ -106,9 +109,8 @@ def ensemble_stats(
         raise ValueError(f"how={how!r} must be 'mean' or 'min'")
     d = values - values[:1]
     centre = d.mean(0)
-    return (values[0] + centre if how == "mean" else values.amin(0)), (d - centre).square().mean(
-        0
-    ).sqrt()
+    value = values[0] + centre if how == "mean" else values.amin(0)
+    return value, (d - centre).square().mean(0).sqrt()
 
 # %% ../../nbs/asyppo/02_critics.ipynb #d16d7b56
 def critic_loss(
@@ -120,13 +122,11 @@ def critic_loss(
     old_values: Tensor = None,  # (M,B,T) predictions when the batch was made
 ) -> tuple[Tensor, Tensor]:  # Sum over critics, and (M,) mean squared error of each on its shard
     "Squared error of each critic on its own responses"
-    if (
-        values.dim() != 3
-        or not values.shape[1:] == returns.shape == mask.shape
-        or shard.shape != mask.shape[:1]
-    ):
+    agree = values.shape[1:] == returns.shape == mask.shape and shard.shape == mask.shape[:1]
+    if values.dim() != 3 or not agree:
         raise ValueError(
-            f"values {tuple(values.shape)} must be (M,B,T), returns {tuple(returns.shape)} and mask {tuple(mask.shape)} (B,T), shard (B,)"
+            f"values {tuple(values.shape)} must be (M,B,T), "
+            f"returns {tuple(returns.shape)} and mask {tuple(mask.shape)} (B,T), shard (B,)"
         )
     if clip is not None and old_values is None:
         raise ValueError(f"old_values is None, but clip={clip} needs them")
@@ -134,9 +134,8 @@ def critic_loss(
     w = mine[:, :, None] & mask.bool()
     err = (values - returns).square()
     if clip is not None:
-        err = torch.maximum(
-            err, (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
-        )
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        err = torch.maximum(err, (near - returns).square())
     per = torch.where(w, err, 0.0).sum((1, 2)) / w.sum((1, 2)).clamp(min=1)
     return per.sum(), per
 
@@ -146,7 +145,8 @@ class CriticEnsemble(nn.Module):
 
     def __init__(
         self,
-        models: "Sequence[ValueModel]|Callable",  # Value models, or a function of the index that makes one
+        # Value models, or a function of the index that makes one
+        models: "Sequence[ValueModel]|Callable",
         n: int = None,  # How many to make, if `models` is a function
     ):
         super().__init__()

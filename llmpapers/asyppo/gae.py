@@ -40,10 +40,14 @@ def explained_variance(
     "Share of the variance of the returns that the values explain"
     if not values.shape == returns.shape == mask.shape:
         raise ValueError(
-            f"values {tuple(values.shape)}, returns {tuple(returns.shape)} and mask {tuple(mask.shape)} must agree"
+            f"values {tuple(values.shape)}, returns {tuple(returns.shape)} and mask "
+            f"{tuple(mask.shape)} must agree"
         )
     v, r = values.double(), returns.double()
-    var = lambda x: masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+    def var(x):
+        return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
     total = var(r)
     return float(1 - var(r - v) / total) if total > 0 else float("nan")
 
@@ -59,9 +63,10 @@ class Episodes(NamedTuple):
 
 @dataclass(frozen=True)
 class SurvivalMDP:
-    "Token world with known values; token 0 is padding, 1-3 classes, 4 ok, 5 error, then one token for each number of steps"
+    "Token world with known values"
 
-    probs: tuple = (0.5, 0.3, 0.2)  # Probability of each class
+    # Token 0 is padding, 1 to 3 are classes, 4 is ok, 5 an error; then one for each number of steps
+    probs: tuple = (0.5, 0.3, 0.2)  # Probability of each class of step
     errors: tuple = (0.02, 0.15, 0.5)  # Probability of an error in each class
     steps: tuple = (2, 3, 4, 5, 6)  # Numbers of steps a prompt may announce
 
@@ -104,12 +109,11 @@ def sample(
     used = torch.arange(K) < n[:, None]
     body = torch.stack([c + 1, 4 + bad.long()], -1).view(B, 2 * K)
     mask = used.repeat_interleave(2, 1)
-    ids = torch.cat([(6 + which)[:, None], body * mask], 1)
     return Episodes(
-        ids,
-        torch.nn.functional.pad(mask, (1, 0)),
-        (~(bad & used).any(1)).float(),
-        torch.arange(n_groups).repeat_interleave(group_size),
+        input_ids=torch.cat([(6 + which)[:, None], body * mask], 1),
+        mask=torch.nn.functional.pad(mask, (1, 0)),
+        scores=(~(bad & used).any(1)).float(),
+        group_ids=torch.arange(n_groups).repeat_interleave(group_size),
     )
 
 # %% ../../nbs/asyppo/01_gae.ipynb #e75580de

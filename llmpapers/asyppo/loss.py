@@ -21,7 +21,7 @@ def _same(mask, **tensors):
 
 
 def _mean(x, mask, keep, renorm, denom):
-    "Mean over the tokens of each response, then over responses; masked tokens count in the denominator unless `renorm`"
+    "Mean over tokens, then over responses; masked tokens count in the length unless `renorm`"
     m = mask.bool() if keep is None else mask.bool() & keep.bool()
     x = torch.where(m, x, 0.0)
     if not renorm:
@@ -58,16 +58,13 @@ def asyppo_loss(
     if beta and entropy is None:
         raise ValueError(f"entropy is None, but beta={beta} needs it")
     m = mask.bool()
-    safe = lambda x: torch.where(m, x, 0.0)
-    policy = _mean(
-        ppo_loss(
-            safe(logp), safe(old_logp), safe(adv), clip, clip if clip_high is None else clip_high
-        ),
-        mask,
-        adv_mask,
-        renorm,
-        denom,
-    )
+
+    def safe(x):
+        return torch.where(m, x, 0.0)
+
+    high = clip if clip_high is None else clip_high
+    surrogate = ppo_loss(safe(logp), safe(old_logp), safe(adv), clip, high)
+    policy = _mean(surrogate, mask, adv_mask, renorm, denom)
     stats, loss = dict(policy=policy.item()), policy
     for name, x in (("masked", adv_mask), ("filtered", ent_mask)):
         stats[name] = 0.0 if x is None else float((~x.bool())[m].float().mean())

@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,50 +66,52 @@ def _world(cfg, seeds, F):
         dec, right = torch.rand(P, T, generator=g) < 0.5, torch.randint(A, (P, T), generator=g)
         up = np.log(cfg.start * (A - 1) / (1 - cfg.start))
         theta = torch.nn.functional.one_hot(right, A).float() * up * dec[..., None]
-        x = torch.cat(
-            [
-                torch.eye(P)[:, None, None].expand(P, T, 2, P),
-                (torch.arange(T) / T)[None, :, None, None].expand(P, T, 2, 1),
-                torch.arange(2.0)[None, None, :, None].expand(P, T, 2, 1),
-            ],
-            -1,
-        )
-        g = rng(k, "features", F)
-        phi = (
-            torch.relu(x @ torch.randn(P + 2, F, generator=g) + torch.randn(F, generator=g))
-            if F
-            else x[..., :1]
-        )
+        prompt = torch.eye(P)[:, None, None].expand(P, T, 2, P)
+        time = (torch.arange(T) / T)[None, :, None, None].expand(P, T, 2, 1)
+        alive = torch.arange(2.0)[None, None, :, None].expand(P, T, 2, 1)
+        x = torch.cat([prompt, time, alive], -1)
+        phi = x[..., :1]
+        if F:
+            g = rng(k, "features", F)
+            phi = torch.relu(x @ torch.randn(P + 2, F, generator=g) + torch.randn(F, generator=g))
         out.append((dec, right, theta, phi))
     return [torch.stack(z) for z in zip(*out)]
 
 # %% ../../nbs/asyppo/06_results.ipynb #22063c98
+class _Played(NamedTuple):
+    "Responses of all seeds"
+
+    actions: torch.Tensor  # (S,P,G,T)
+    logp: torch.Tensor  # (S,P,G,T) log-probability of each
+    alive: torch.Tensor  # (S,P,G,T) 1 while all decisive choices before were right
+    reward: torch.Tensor  # (S,P,G) 1 if all were right
+
+
+def _logp(theta, actions):
+    "Log-probabilities of actions (S,P,G,T) under logits (S,P,T,A)"
+    lp = theta.log_softmax(-1)[:, :, None].expand(*actions.shape, -1)
+    return lp.gather(-1, actions[..., None]).squeeze(-1)
+
+
 def _rollout(theta, dec, right, G, g):
-    "Actions, log-probabilities, whether all was right so far, and rewards; (S,P,G,T) and (S,P,G)"
+    "Play G responses to every prompt of every seed"
     lp = theta.log_softmax(-1)[:, :, None]
     u = torch.rand(*theta.shape[:2], G, theta.shape[2], 1, generator=g)
     a = (u > lp.exp().cumsum(-1)[..., :-1]).sum(-1)
     ok = ((a == right[:, :, None]) | ~dec[:, :, None]).long().cumprod(-1)
     alive = torch.nn.functional.pad(ok[..., :-1], (1, 0), value=1)
-    return (
-        a,
-        lp.expand(*a.shape, -1).gather(-1, a[..., None]).squeeze(-1),
-        alive,
-        ok[..., -1].float(),
-    )
+    return _Played(a, _logp(theta, a), alive, ok[..., -1].float())
 
 # %% ../../nbs/asyppo/06_results.ipynb #41ede6e3
 class _Fit:
-    "Critics of all seeds on features: ridge regressions with fading statistics, or single steps of gradient descent"
+    "Critics of all seeds on features: ridge regressions that forget, or steps of gradient descent"
 
     def __init__(self, S, M, F, cfg, kind):
-        self.cfg, self.kind, self.XX, self.Xy, self.w = (
-            cfg,
-            kind,
-            torch.zeros(S, M, F, F),
-            torch.zeros(S, M, F),
-            torch.zeros(S, M, F),
-        )
+        self.cfg = cfg
+        self.kind = kind
+        self.XX = torch.zeros(S, M, F, F)
+        self.Xy = torch.zeros(S, M, F)
+        self.w = torch.zeros(S, M, F)
 
     def update(self, X, y, use):
         "X (S,N,F), y (S,N), use (M,N)"
@@ -122,43 +125,50 @@ class _Fit:
         self.w = torch.linalg.solve(self.XX + self.cfg.ridge * torch.eye(X.shape[-1]), self.Xy)
 
 # %% ../../nbs/asyppo/06_results.ipynb #d3d99cc3
-def _credit(arm, cfg, crit, phi, alive, R, i, seeds):
-    "Advantages and mask, (S,B,T) each with B = P*G, and the spread"
-    M, shards, _, mask, _ = arms[arm]
-    S, P, G, T = alive.shape
+def _values(critics, phi, played, groups, shards, batch):
+    "Train the critics on a batch; their mean value and spread, (S,B,T) each"
+    S, P, G, T = played.alive.shape
+    B, M, F = P * G, critics.w.shape[1], phi.shape[-1]
+    where = played.alive[..., None, None].expand(S, P, G, T, 1, F)
+    states = phi[:, :, None].expand(S, P, G, T, 2, -1)  # features of both: dead and alive
+    X = states.gather(4, where).squeeze(4).reshape(S, B * T, F)
+    use = torch.ones(M, B).bool()
+    if shards != "none":
+        use = shard_groups(groups, max(M, 2), batch) == torch.arange(M)[:, None]
+    rewards = played.reward.view(S, B).repeat_interleave(T, 1)
+    critics.update(X, rewards, use.repeat_interleave(T, 1))
+    value, std = ensemble_stats(torch.einsum("snf,smf->msn", X, critics.w))
+    return value.view(S, B, T), std.view(S, B, T)
+
+
+def _keep(kind, std, share, seeds, batch):
+    "Tokens (S,B,T) that keep their gradient: all but a share of lowest, highest or random spread"
+    on = torch.ones(std.shape[1:]).bool()
+    if kind == "random":
+        return torch.stack([random_mask(on, share, rng(k, "random", batch)) for k in seeds])
+    sign = -1 if kind == "high" else 1
+    with warnings.catch_warnings():  # in some batches a seed has no success yet
+        warnings.filterwarnings("ignore", "std is the same")
+        return torch.stack([advantage_mask(sign * x, on, share) for x in std])
+
+
+def _credit(arm, cfg, critics, phi, played, batch, seeds):
+    "Advantages (S,B,T) with B = P*G, and the tokens that keep their gradient (None: all)"
+    _, shards, _, mask, _ = arms[arm]
+    S, P, G, T = played.alive.shape
     B = P * G
-    ids, on, Rb = torch.arange(P).repeat_interleave(G), torch.ones(B, T).bool(), R.view(S, B)
-    if not M:
-        A = torch.stack([group_advantages(r, ids)[:, None].expand(B, T) for r in Rb])
-    else:
-        where = alive[..., None, None].expand(S, P, G, T, 1, phi.shape[-1])
-        X = (
-            phi[:, :, None]
-            .expand(S, P, G, T, 2, -1)
-            .gather(4, where)
-            .squeeze(4)
-            .reshape(S, B * T, -1)
-        )
-        shard = shard_groups(ids, max(M, 2), i)
-        use = torch.ones(M, B).bool() if shards == "none" else shard == torch.arange(M)[:, None]
-        crit.update(X, Rb.repeat_interleave(T, 1), use.repeat_interleave(T, 1))
-        V, std = ensemble_stats(torch.einsum("snf,smf->msn", X, crit.w))
-        r = terminal_rewards(Rb.reshape(-1), on.repeat(S, 1))
-        A = gae(r, V.view(S * B, T), on.repeat(S, 1), 1.0, cfg.lam)[0].view(S, B, T)
+    groups = torch.arange(P).repeat_interleave(G)
+    R = played.reward.view(S, B)
+    on = torch.ones(B, T).bool()
+    if critics is None:
+        A = torch.stack([group_advantages(r, groups)[:, None].expand(B, T) for r in R])
+        return torch.stack([whiten(a, on) for a in A]), None
+    V, std = _values(critics, phi, played, groups, shards, batch)
+    all_on = on.repeat(S, 1)
+    r = terminal_rewards(R.reshape(-1), all_on)
+    A = gae(r, V.view(S * B, T), all_on, 1.0, cfg.lam)[0].view(S, B, T)
     A = torch.stack([whiten(a, on) for a in A])
-    if not mask:
-        return A, None
-    std = std.view(S, B, T)
-    pick = dict(
-        low=lambda x, k: advantage_mask(x, on, cfg.k),
-        high=lambda x, k: advantage_mask(-x, on, cfg.k),
-        random=lambda x, k: random_mask(on, cfg.k, rng(k, "random", i)),
-    )[mask]
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "std is the same"
-        )  # batches in which a seed has no success yet
-        return A, torch.stack([pick(x, k) for x, k in zip(std, seeds)])
+    return A, _keep(mask, std, cfg.k, seeds, batch) if mask else None
 
 # %% ../../nbs/asyppo/06_results.ipynb #2c38b2dc
 def tabular_run(
@@ -172,35 +182,28 @@ def tabular_run(
     M, _, F, _, kind = arms[arm]
     S, G = len(seeds), cfg.group
     dec, right, theta, phi = _world(cfg, seeds, F)
-    crit, rows = _Fit(S, M, phi.shape[-1], cfg, kind) if M else None, []
+    critics = _Fit(S, M, phi.shape[-1], cfg, kind) if M else None
+    step = cfg.lr * S * cfg.prompts * cfg.steps  # the loss is a mean over all of these
+    rows = []
     one = torch.nn.functional.one_hot(right, cfg.actions).bool()
-    success = lambda: (
-        torch.where(dec, theta.softmax(-1)[one].view(dec.shape), 1.0).prod(-1).mean(-1)
-    )
+
+    def success():
+        return torch.where(dec, theta.softmax(-1)[one].view(dec.shape), 1.0).prod(-1).mean(-1)
+
+    def flat(x):
+        return x.reshape(-1, cfg.steps)
+
     for i in range(cfg.iters):
         rows.append(success())
-        a, old, alive, R = _rollout(theta, dec, right, G, rng(seeds[0], "rollout", i))
-        A, keep = _credit(arm, cfg, crit, phi, alive, R, i, seeds)
-        flat = lambda x: x.reshape(-1, cfg.steps)
+        played = _rollout(theta, dec, right, G, rng(seeds[0], "rollout", i))
+        A, keep = _credit(arm, cfg, critics, phi, played, i, seeds)
+        old, A = flat(played.logp), flat(A)
+        keep = None if keep is None else flat(keep)
         for _ in range(cfg.utd):
             theta = theta.detach().requires_grad_()
-            lp = (
-                theta.log_softmax(-1)[:, :, None]
-                .expand(*a.shape, -1)
-                .gather(-1, a[..., None])
-                .squeeze(-1)
-            )
-            loss = asyppo_loss(
-                flat(lp),
-                flat(old),
-                flat(A),
-                flat(a) >= 0,
-                adv_mask=None if keep is None else flat(keep),
-            )[0]
-            theta = (
-                theta.detach()
-                - cfg.lr * S * cfg.prompts * cfg.steps * torch.autograd.grad(loss, theta)[0]
-            )
+            logp = flat(_logp(theta, played.actions))
+            loss, _ = asyppo_loss(logp, old, A, torch.ones_like(A).bool(), adv_mask=keep)
+            theta = theta.detach() - step * torch.autograd.grad(loss, theta)[0]
     return torch.stack([*rows, success()], 1).numpy()
 
 # %% ../../nbs/asyppo/06_results.ipynb #012d0051
@@ -214,19 +217,14 @@ def tabular_study(
     def build(out):
         np.savez(out / "runs.npz", **{n: tabular_run(n, cfg, seeds) for n in names})
 
-    code = (tabular_run, _credit, _Fit.update, _world, _rollout)
-    with np.load(
-        artifact(
-            "asyppo_tabular", dict(arms=list(names), cfg=cfg, seeds=list(seeds)), build, code=code
-        )
-        / "runs.npz"
-    ) as f:
+    code = (tabular_run, _credit, _values, _keep, _Fit.update, _world, _rollout)
+    recipe = dict(arms=list(names), cfg=cfg, seeds=list(seeds))
+    with np.load(artifact("asyppo_tabular", recipe, build, code=code) / "runs.npz") as f:
         return {n: f[n] for n in names}
 
 # %% ../../nbs/asyppo/06_results.ipynb #0fef7f10
-actor_lm = TinyLMConfig(
-    layers=4, width=64, heads=4, head_dim=16, max_len=32
-)  # The actor, and the symmetric critic
+# The actor, and the symmetric critic
+actor_lm = TinyLMConfig(layers=4, width=64, heads=4, head_dim=16, max_len=32)
 critic_lm = TinyLMConfig(layers=2, width=32, heads=2, head_dim=16, max_len=32)  # A mini-critic
 
 
@@ -242,13 +240,12 @@ def lm_run(
     def build(out):
         task = SumTask()
         lm = start_model(task, actor_lm, sft)
-        base = (
-            None
-            if method == "grpo"
-            else copy.deepcopy(lm.model)
-            if method == "ppo"
-            else start_model(task, critic_lm, sft).model
-        )
+        if method == "grpo":
+            base = None
+        elif method == "ppo":
+            base = copy.deepcopy(lm.model)
+        else:
+            base = start_model(task, critic_lm, sft).model
         rows = train_asyppo(lm, base, lambda i: task.prompt(i, k), task.reward, steps, cfg)[0]
         (out / "rows.json").write_text(json.dumps(rows))
 
@@ -270,15 +267,16 @@ def critic_work(
     "The critics' share of a step, to be measured"
     task, g = SumTask(), rng(0, "work")
     ids, on = torch.randint(4, 14, (rows, width), generator=g), torch.ones(rows, width).bool()
-    R, n = torch.rand(rows, width, generator=g), 1 if kind == "big" else 2
+    R = torch.rand(rows, width, generator=g)
+    n = 1 if kind == "big" else 2
     made = []
+
+    def make():
+        return MiniCritic(ValueModel(tiny_lm(task.tokenizer, sizes[kind], 0), copy_model=False))
 
     def work():
         if not made:
-            made.extend(
-                MiniCritic(ValueModel(tiny_lm(task.tokenizer, sizes[kind], 0), copy_model=False))
-                for _ in range(n)
-            )
+            made.extend(make() for _ in range(n))
         for k, c in enumerate(made):
             c.fit(ids[k::n], on[k::n], R[k::n], on[k::n])
         return [c.values(ids, on) for c in made]

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from ..rl.pools import InProcessPool
-from ..rl.rollout import SingleTurn
 from torch import Tensor, nn
 
 from .critics import ValueModel, check_vocab, ensemble_stats, shard_groups
@@ -30,6 +28,8 @@ from ..rl.buffer import SampleBuffer
 from ..rl.engines import HFEngine
 from ..rl.loop import AsyncController, train_sync
 from ..rl.losses import PolicyLossConfig, policy_loss
+from ..rl.pools import InProcessPool
+from ..rl.rollout import SingleTurn
 from ..rl.trainer import PolicyTrainer, cpu_copy
 from ..rl.types import Batch, SamplingConfig
 
@@ -89,9 +89,12 @@ def _settle(cfg):
         raise ValueError(f"n_critics={cfg.n_critics} must be at least 1 for {cfg.method}")
     if cfg.method == "grpo" and cfg.n_critics:
         raise ValueError(f"n_critics={cfg.n_critics}: grpo has no critics")
-    for name, allowed in dict(
-        shards=("response", "prompt", "none"), mask=("low", "random", "high"), how=("mean", "min")
-    ).items():
+    choices = dict(
+        shards=("response", "prompt", "none"),
+        mask=("low", "random", "high"),
+        how=("mean", "min"),
+    )
+    for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"{name}={getattr(cfg, name)!r} must be one of {', '.join(allowed)}")
     for name in ("k", "h", "gamma", "lam_actor", "lam_critic"):
@@ -131,6 +134,18 @@ class MiniCritic:
         "Predict"
         return torch.cat([self.model(i, a).cpu() for i, a in self._rows(ids, real)])
 
+    def state_dict(self) -> dict:  # Tensors and plain values on the CPU
+        "Weights and optimiser"
+        return cpu_copy(dict(model=self.model.state_dict(), optimizer=self.opt.state_dict()))
+
+    def load_state_dict(
+        self,
+        state: dict,  # From `state_dict`
+    ) -> None:
+        "Take over a saved state"
+        self.model.load_state_dict(state["model"])
+        self.opt.load_state_dict(state["optimizer"])
+
 # %% ../../nbs/asyppo/05_train.ipynb #f691b1dc
 @patch
 def fit(
@@ -154,22 +169,6 @@ def fit(
         self.opt.step()
     return loss
 
-# %% ../../nbs/asyppo/05_train.ipynb #ba41b2fa
-@patch
-def state_dict(self: MiniCritic) -> dict:  # Tensors and plain values on the CPU
-    "Weights and optimiser"
-    return cpu_copy(dict(model=self.model.state_dict(), optimizer=self.opt.state_dict()))
-
-
-@patch
-def load_state_dict(
-    self: MiniCritic,
-    state: dict,  # From `state_dict`
-) -> None:
-    "Take over a saved state"
-    self.model.load_state_dict(state["model"])
-    self.opt.load_state_dict(state["optimizer"])
-
 # %% ../../nbs/asyppo/05_train.ipynb #acc679f2
 class Critics:
     "Several critics that act as the trainer's critic"
@@ -178,7 +177,8 @@ class Critics:
         self,
         models,  # Value models, one per critic
         cfg: AsyPPOConfig,  # The run
-        ray_options: dict = None,  # Resources of each critic's Ray actor; None keeps them in this process
+        # Resources of each critic's Ray actor; None keeps them in this process
+        ray_options: dict = None,
     ):
         if len(models) != cfg.n_critics:
             raise ValueError(f"models: {len(models)} given, n_critics={cfg.n_critics}")
@@ -222,9 +222,8 @@ def predict(
 ) -> Tensor:  # (M,N,L) values
     "What every critic says about every response"
     ids, real = batch.input_ids.cpu(), batch.attention_mask.cpu()
-    return torch.stack(self._all("values", *[(ids, real)] * self.cfg.n_critics)).to(
-        batch.rewards.device
-    )
+    values = self._all("values", *[(ids, real)] * self.cfg.n_critics)
+    return torch.stack(values).to(batch.rewards.device)
 
 
 @patch
@@ -244,18 +243,13 @@ def update(
 ) -> dict:  # Error of each critic on its rows
     "Every critic learns from its own responses"
     M, cfg = self.cfg.n_critics, self.cfg
-    ids, real, R, m = (
-        x.cpu() for x in (batch.input_ids, batch.attention_mask, returns, batch.response_mask)
-    )
-    shard = (
-        None
-        if cfg.shards == "none"
-        else shard_groups(batch.group_ids, M, self.n + cfg.seed, cfg.shards)
-    )
-    rows = [
-        torch.arange(len(ids)) if shard is None else (shard == k).nonzero().flatten()
-        for k in range(M)
-    ]
+    ids, real = batch.input_ids.cpu(), batch.attention_mask.cpu()
+    R, m = returns.cpu(), batch.response_mask.cpu()
+    if cfg.shards == "none":
+        rows = [torch.arange(len(ids))] * M
+    else:
+        shard = shard_groups(batch.group_ids, M, self.n + cfg.seed, cfg.shards)
+        rows = [(shard == k).nonzero().flatten() for k in range(M)]
     losses = self._all("fit", *[(ids[r], real[r], R[r], m[r], cfg.critic_epochs) for r in rows])
     self.n += 1
     return {f"loss_{k}": x for k, x in enumerate(losses)} | dict(rows=float(sum(map(len, rows))))
@@ -310,9 +304,8 @@ class AsyPPOTrainer(PolicyTrainer):
                 check_vocab(c.backbone, actor)
             critics = Critics(critics, cfg, ray_options)
         self.cfg, self.adv_keep, self.ent_keep, self.watch = cfg, None, None, {}
-        args = dict(
-            clip_low=cfg.clip, clip_high=cfg.clip if cfg.clip_high is None else cfg.clip_high
-        )
+        high = cfg.clip if cfg.clip_high is None else cfg.clip_high
+        args = dict(clip_low=cfg.clip, clip_high=high)
         loss = PolicyLossConfig("ppo", "seq-mean-token-mean", entropy_coef=cfg.beta, args=args)
         super().__init__(
             actor,
@@ -393,14 +386,9 @@ def objective(
         renorm=c.renorm,
         denom=denom,
     )
+    plain = replace(self.loss, entropy_coef=0.0)
     with torch.no_grad():
-        seen = policy_loss(
-            replace(self.loss, entropy_coef=0.0),
-            batch,
-            logprobs.detach(),
-            entropy=entropy,
-            denom=denom,
-        )[1]
+        _, seen = policy_loss(plain, batch, logprobs.detach(), entropy=entropy, denom=denom)
     return loss, seen | self.watch | {f"asyppo/{k}": stats[k] for k in ("masked", "filtered")}
 
 # %% ../../nbs/asyppo/05_train.ipynb #8641fd82
@@ -414,7 +402,11 @@ class SumTask:
     ):
         if n < 1 or not 0 <= noise <= 1:
             raise ValueError(f"n={n} must be positive and noise={noise} in [0, 1]")
-        self.n, self.noise, self.tokenizer = n, noise, word_tokenizer([*map(str, range(10)), "="])
+        self.n, self.noise = n, noise
+        self.tokenizer = word_tokenizer([*map(str, range(10)), "="])
+        zero, self.equals = self.tokenizer.convert_tokens_to_ids(["0", "="])
+        self.digit = zero  # ids of the ten digits follow each other
+        self.end = self.tokenizer.eos_token_id
 
     def prompt(
         self,
@@ -422,12 +414,8 @@ class SumTask:
         seed: int = 0,  # Which list of prompts
     ) -> str:  # The text
         "A problem"
-        return (
-            " ".join(
-                map(str, torch.randint(10, (self.n,), generator=rng(seed, "prompt", i)).tolist())
-            )
-            + " ="
-        )
+        numbers = torch.randint(10, (self.n,), generator=rng(seed, "prompt", i))
+        return " ".join(map(str, numbers.tolist())) + " ="
 
     def reward(
         self,
@@ -436,13 +424,8 @@ class SumTask:
         info: dict = None,  # Not used
     ) -> float:  # 1 if every sum is right
         "Verify"
-        return float(
-            response.split()
-            == [
-                str(x % 10)
-                for x in torch.tensor([*map(int, prompt.split()[:-1])]).cumsum(0).tolist()
-            ]
-        )
+        sums = torch.tensor([*map(int, prompt.split()[:-1])]).cumsum(0) % 10
+        return float(response.split() == [str(x) for x in sums.tolist()])
 
     def batch(
         self,
@@ -453,17 +436,14 @@ class SumTask:
         def make(step, g):
             x = torch.randint(10, (size, self.n), generator=g)
             y = x.cumsum(1) % 10
-            ids = torch.cat([x + 4, torch.full((size, 1), 14), y + 4, torch.full((size, 1), 2)], 1)
+            equals = torch.full((size, 1), self.equals)
+            end = torch.full((size, 1), self.end)
+            ids = torch.cat([x + self.digit, equals, y + self.digit, end], 1)
             wrong = torch.rand(size, self.n, generator=g) < self.noise
-            lab = torch.cat(
-                [
-                    torch.full((size, self.n + 1), -100),
-                    torch.where(wrong, torch.randint(10, y.shape, generator=g), y) + 4,
-                    ids[:, -1:],
-                ],
-                1,
-            )
-            return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=lab)
+            told = torch.where(wrong, torch.randint(10, y.shape, generator=g), y) + self.digit
+            not_learnt = torch.full((size, self.n + 1), -100)  # the prompt
+            labels = torch.cat([not_learnt, told, end], 1)
+            return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
 
         return make
 
@@ -482,12 +462,8 @@ def start_model(
         train(m, task.batch(64), cfg, progress=False)
         save_lm(LM(m, task.tokenizer, "sums"), out / "model")
 
-    return load_lm(
-        str(
-            artifact("asyppo_start", dict(task=[task.n, task.noise], lm=lm, train=cfg), build)
-            / "model"
-        )
-    )
+    recipe = dict(task=[task.n, task.noise], lm=lm, train=cfg)
+    return load_lm(str(artifact("asyppo_start", recipe, build) / "model"))
 
 # %% ../../nbs/asyppo/05_train.ipynb #23861722
 def train_asyppo(
@@ -498,41 +474,23 @@ def train_asyppo(
     n_steps: int,  # Batches
     cfg: AsyPPOConfig = AsyPPOConfig(),  # The run
     async_ratio: float = None,  # None: synchronous; else how many batches generation may run ahead
-    ray_options: dict = None,  # Resources of each critic's Ray actor; None keeps critics in this process
+    # Resources of each critic's Ray actor; None keeps critics in this process
+    ray_options: dict = None,
     folder: "str|Path|None" = None,  # Checkpoints; None keeps nothing
 ) -> tuple[list, AsyPPOTrainer]:  # One row a batch, and the trainer
     "Train an actor with mini-critics"
     critics = [ValueModel(critic_model) for _ in range(cfg.n_critics)] if cfg.n_critics else None
     t = AsyPPOTrainer(lm.model, critics, cfg, ray_options)
-    pad, stop = (
-        lm.tokenizer.pad_token_id,
-        tuple(x for x in [lm.tokenizer.eos_token_id] if x is not None),
-    )
-    rollout = SingleTurn(
-        lm.tokenizer, reward, SamplingConfig(cfg.max_new_tokens, cfg.temperature, stop, cfg.seed)
-    )
+    pad = lm.tokenizer.pad_token_id
+    stop = tuple(x for x in [lm.tokenizer.eos_token_id] if x is not None)
+    sampling = SamplingConfig(cfg.max_new_tokens, cfg.temperature, stop, cfg.seed)
+    rollout = SingleTurn(lm.tokenizer, reward, sampling)
     slots = cfg.batch_size * cfg.group_size
+    keep = dict(checkpoint=folder, pad_id=pad)
     if async_ratio is None:
-        rows = train_sync(
-            HFEngine(lm.model, pad, slots),
-            source,
-            rollout,
-            t,
-            n_steps,
-            batch_size=cfg.batch_size,
-            group_size=cfg.group_size,
-            checkpoint=folder,
-            pad_id=pad,
-        )
-    else:
-        pool = InProcessPool(HFEngine(lm.model, pad, slots, copy_model=True), slots)
-        rows = AsyncController(
-            source,
-            rollout,
-            t,
-            pool,
-            SampleBuffer(cfg.batch_size, async_ratio, cfg.group_size),
-            checkpoint=folder,
-            pad_id=pad,
-        ).run(n_steps)
-    return rows, t
+        engine = HFEngine(lm.model, pad, slots)
+        sizes = dict(batch_size=cfg.batch_size, group_size=cfg.group_size)
+        return train_sync(engine, source, rollout, t, n_steps, **sizes, **keep), t
+    pool = InProcessPool(HFEngine(lm.model, pad, slots, copy_model=True), slots)
+    buffer = SampleBuffer(cfg.batch_size, async_ratio, cfg.group_size)
+    return AsyncController(source, rollout, t, pool, buffer, **keep).run(n_steps), t

@@ -25,7 +25,8 @@ from ..rl.logprobs import entropy
 def local_maxima(
     x: Tensor,  # (B,N) or (N,) signal
     mask: Tensor,  # Same shape, bool: positions that count (the response)
-    quantile: float = None,  # Keep only peaks at or above this quantile of the response's values; None keeps all
+    # Keep only peaks at or above this quantile of the response's values; None keeps all
+    quantile: float = None,
 ) -> Tensor:  # Same shape, bool
     "Strict local maxima inside the mask"
     if x.shape != mask.shape:
@@ -84,9 +85,8 @@ def receiver_heads(
     got = (attn.float() * pair[:, None]).sum(-2) / pair.sum(1).clamp(min=1)[:, None]
     valid = (pair.sum(1) > 0)[:, None].expand(B, H, N)
     count = valid.sum(-1).clamp(min=1)
-    centred = torch.where(
-        valid, got - torch.where(valid, got, 0.0).sum(-1, keepdim=True) / count[..., None], 0.0
-    )
+    mean = torch.where(valid, got, 0.0).sum(-1, keepdim=True) / count[..., None]
+    centred = torch.where(valid, got - mean, 0.0)
     var = centred.square().sum(-1) / count
     kurt = ((centred**4).sum(-1) / count / var.square().clamp(min=1e-20)).mean(1).flatten()
     best = kurt.argsort(descending=True, stable=True)[:n]
@@ -101,31 +101,30 @@ def _random_picks(picks, mask, n, generator):
 
 
 def _lift(values, picks, mask, n_perm, n_boot, generator):
-    "Observed and chance mean of `values` at `picks`, p-value, and bootstrap interval of their ratio over rows"
+    "The numbers of a `Coupling`: mean of `values` at `picks` against random positions of each row"
+    rows = len(mask)
     v, k = torch.where(mask, values.double(), 0.0), picks.sum(-1).double()
-    at, chance = (v * picks).sum(-1), k * v.sum(-1) / mask.sum(-1).clamp(min=1)
     if k.sum() == 0:
-        return float("nan"), float("nan"), float("nan"), float("nan"), float("nan")
-    obs, rnd = (at.sum() / k.sum()).item(), (chance.sum() / k.sum()).item()
-    null = (
-        torch.cat(
-            [
-                (v * _random_picks(picks, mask, min(50, n_perm - i), generator)).sum((-1, -2))
-                for i in range(0, n_perm, 50)
-            ]
-        )
-        / k.sum()
-    )
-    p = (1 + (null >= obs - 1e-12).sum().item()) / (1 + n_perm)
-    draws = torch.stack(
-        [
-            torch.bincount(torch.randint(len(v), (len(v),), generator=generator), minlength=len(v))
-            for _ in range(n_boot)
-        ]
-    ).double()
+        nan = float("nan")
+        return dict(observed=nan, random=nan, lift=nan, p_value=nan, low=nan, high=nan)
+    at, chance = (v * picks).sum(-1), k * v.sum(-1) / mask.sum(-1).clamp(min=1)
+    observed, random = (at.sum() / k.sum()).item(), (chance.sum() / k.sum()).item()
+
+    def permuted(n):
+        return (v * _random_picks(picks, mask, n, generator)).sum((-1, -2))
+
+    null = torch.cat([permuted(min(50, n_perm - i)) for i in range(0, n_perm, 50)]) / k.sum()
+    p = (1 + (null >= observed - 1e-12).sum().item()) / (1 + n_perm)
+
+    def resampled():
+        again = torch.randint(rows, (rows,), generator=generator)
+        return torch.bincount(again, minlength=rows)
+
+    draws = torch.stack([resampled() for _ in range(n_boot)]).double()
     ratio = (draws @ at) / (draws @ chance)
-    lo, hi = torch.nanquantile(ratio, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-    return obs, rnd, p, lo, hi
+    low, high = torch.nanquantile(ratio, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    lift = observed / random if random else float("nan")
+    return dict(observed=observed, random=random, lift=lift, p_value=p, low=low, high=high)
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #ae9add1e
 @dataclass(frozen=True)
@@ -152,13 +151,14 @@ def coupling_stats(
 ) -> list[Coupling]:  # Two or three couplings
     "The couplings of Table 2 with chance levels, permutation p-values and bootstrap intervals"
     m = response_mask.bool().cpu()
-    given = dict(waad=waad, fai=fai, entropy=entropy) | (
-        {} if receiver_fai is None else dict(receiver_fai=receiver_fai)
-    )
+    given = dict(waad=waad, fai=fai, entropy=entropy)
+    if receiver_fai is not None:
+        given["receiver_fai"] = receiver_fai
     for name, x in given.items():
         if x.shape != m.shape:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}, response_mask has {tuple(m.shape)}; they must agree"
+                f"{name} has shape {tuple(x.shape)}, response_mask has {tuple(m.shape)}; "
+                "they must agree"
             )
     if n_perm < 1:
         raise ValueError(f"n_perm={n_perm} must be at least 1")
@@ -168,14 +168,13 @@ def coupling_stats(
     after = w | (torch.nn.functional.pad(w[:, :-1], (1, 0)) & m)
     rows = [("entropy at WAAD peaks", x["entropy"], w)]
     if receiver_fai is not None:
-        rows.append(
-            ("receiver peaks that are global FAI peaks", f, local_maxima(x["receiver_fai"], m))
-        )
+        peaks = local_maxima(x["receiver_fai"], m)
+        rows.append(("receiver peaks that are global FAI peaks", f, peaks))
     rows.append(("FAI peaks at or right after a WAAD peak", after, f))
     res = []
     for i, (name, values, picks) in enumerate(rows):
-        obs, rnd, p, lo, hi = _lift(values, picks, inner, n_perm, 1000, rng(seed, "coupling", i))
-        res.append(Coupling(name, obs, rnd, obs / rnd if rnd else float("nan"), p, lo, hi))
+        numbers = _lift(values, picks, inner, n_perm, 1000, rng(seed, "coupling", i))
+        res.append(Coupling(name, **numbers))
     return res
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #914a8fc5
@@ -200,33 +199,26 @@ def sample_responses(
     "Sample one response per prompt"
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("prompts must be a non-empty list of non-empty lists of token ids")
-    device, pad = (
-        next(model.parameters()).device,
-        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    )
+    device = next(model.parameters()).device
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    eos = tokenizer.eos_token_id
     width, rows = max(map(len, prompts)), []
-    how = (
-        dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-        if temperature
-        else dict(do_sample=False)
-    )
-    how |= dict(
-        max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
-    )
+    how = dict(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos, do_sample=False)
+    if temperature:
+        how |= dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     set_seed(seed)
     for i in range(0, len(prompts), batch):
         part = prompts[i : i + batch]
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in part], device=device)
         att = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
         out = model.generate(input_ids=ids, attention_mask=att, **how)
-        rows.append(
-            torch.nn.functional.pad(out, (0, width + max_new_tokens - out.shape[1]), value=pad)
-        )
-    return _masks(torch.cat(rows), [len(p) for p in prompts], width, tokenizer.eos_token_id)
+        missing = width + max_new_tokens - out.shape[1]
+        rows.append(torch.nn.functional.pad(out, (0, missing), value=pad))
+    return _masks(torch.cat(rows), [len(p) for p in prompts], width, eos)
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #c0caac49
 def _masks(ids, lengths, width, eos):
-    "Masks of left-padded prompts of `lengths` and responses that start at `width` and end with their first `eos`"
+    "Masks of left-padded prompts and of responses from `width` up to their first `eos`"
     t, n = torch.arange(ids.shape[1], device=ids.device), torch.tensor(lengths, device=ids.device)
     done = (ids[:, width:] == eos).int().cumsum(-1) - (ids[:, width:] == eos).int()
     resp = torch.zeros_like(ids, dtype=torch.bool)
@@ -242,23 +234,18 @@ def load_prompts(
     tokenizer,  # Turns a question into token ids
     field: str = "question",  # Name of the field with the question
     split: str = "test",  # Split of a hub data set
-    config: str = None,  # Configuration of a hub data set; None tries "main" (GSM8K's) and then the default
+    # Configuration of a hub data set; None tries "main" (GSM8K's) and then the default
+    config: str = None,
 ) -> list[list[int]]:  # Token ids
     "Prompts from a file or from the hub"
     if Path(dataset).is_file():
-        rows = [
-            json.loads(l)
-            for l in Path(dataset).read_text(encoding="utf-8").splitlines()
-            if l.strip()
-        ]
+        lines = Path(dataset).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
     else:
         hub = need("datasets")
-        names = (
-            [config]
-            if config
-            else [c for c in ("main",) if c in hub.get_dataset_config_names(dataset)] or [None]
-        )
-        rows = hub.load_dataset(dataset, names[0], split=split)
+        if config is None and "main" in hub.get_dataset_config_names(dataset):
+            config = "main"
+        rows = hub.load_dataset(dataset, config, split=split)
     if len(rows) < n:
         raise ValueError(f"dataset={dataset!r} has {len(rows)} rows, n={n} are needed")
     if field not in rows[0]:
@@ -276,8 +263,8 @@ def jaccard(
 
 
 _stop = frozenset(
-    "a an and are as at be but by for from had has have he her his if in is it its of on or she so that the "
-    "then there they this to was we were what when which will with".split()
+    "a an and are as at be but by for from had has have he her his if in is it its of on or she "
+    "so that the then there they this to was we were what when which will with".split()
 )
 
 
@@ -294,7 +281,8 @@ class Perturbation(NamedTuple):
 
     candidates: Tensor  # (B,k) candidate token ids, most likely first
     original: Tensor  # (B,) the token that stood there
-    continuations: list  # B lists of k+1 lists of token ids after the position; the last is the original token's
+    # B lists of k+1 lists of token ids after the position; the last is the original token's
+    continuations: list
 
 
 @torch.no_grad()
@@ -310,17 +298,16 @@ def perturb_rollouts(
 ) -> Perturbation:  # Candidates and continuations
     "Force each of the `top_k` candidates at a position and continue greedily (Sec. 4.3)"
     ids = input_ids.reshape(-1, input_ids.shape[-1])
-    att, row = (
-        torch.ones_like(ids).bool()
-        if attention_mask is None
-        else attention_mask.reshape(ids.shape).bool(),
-        torch.arange(len(ids)),
-    )
+    att = torch.ones_like(ids).bool()
+    if attention_mask is not None:
+        att = attention_mask.reshape(ids.shape).bool()
+    row = torch.arange(len(ids))
     at = torch.as_tensor(pos, device=ids.device)
     at = at.reshape(-1).expand(len(ids)) if at.numel() == 1 else at
     if at.shape != (len(ids),):
         raise ValueError(
-            f"pos has shape {tuple(at.shape)}; it needs one position for each of the {len(ids)} sequences"
+            f"pos has shape {tuple(at.shape)}; "
+            f"it needs one position for each of the {len(ids)} sequences"
         )
     if (at < 1).any() or (at >= ids.shape[1]).any() or not att[row, at].all():
         raise ValueError("pos must be real tokens after the first of each sequence")
@@ -337,35 +324,36 @@ def _left_pad(rows, device):
     return ids, torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
 
 
-def _continue(model, prefixes, original, top_k, max_new_tokens, eos, batch):
-    "Candidates after each prefix, and the greedy continuations of each candidate and of the original token"
-    ids, att = _left_pad(prefixes, original.device)
+def _candidates(model, prefixes, top_k, batch, device):
+    "(B,top_k) likeliest next tokens of each prefix"
+    ids, att = _left_pad(prefixes, device)
     pos = (att.cumsum(-1) - 1).clamp(min=0)
-    last = lambda s: model(
-        input_ids=ids[s], attention_mask=att[s], position_ids=pos[s], use_cache=False
-    ).logits[:, -1]
-    best = torch.cat(
-        [last(slice(i, i + batch)).topk(top_k).indices for i in range(0, len(ids), batch)]
-    )
+    best = []
+    for i in range(0, len(ids), batch):
+        s = slice(i, i + batch)
+        tokens = dict(input_ids=ids[s], attention_mask=att[s], position_ids=pos[s])
+        logits = model(**tokens, use_cache=False).logits
+        best.append(logits[:, -1].topk(top_k).indices)
+    return torch.cat(best)
+
+
+def _continue(model, prefixes, original, top_k, max_new_tokens, eos, batch):
+    "Force the likeliest candidates and the original token after each prefix, and go on greedily"
+    best = _candidates(model, prefixes, top_k, batch, original.device)
     forced = torch.cat([best, original[:, None]], 1).tolist()
     rows = [p + [c] for p, cs in zip(prefixes, forced) for c in cs]
-    out, how = (
-        [],
-        dict(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=eos,
-            pad_token_id=eos if isinstance(eos, int) else (eos or [0])[0],
-        ),
-    )
+    pad = eos if isinstance(eos, int) else (eos or [0])[0]
+    how = dict(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=pad)
+    out = []
     for i in range(0, len(rows), batch):
         part, real = _left_pad(rows[i : i + batch], original.device)
         new = model.generate(input_ids=part, attention_mask=real, **how)[:, part.shape[1] :]
         out += [_until(n, eos) for n in new.tolist()]
-    out = [[] if _ends(r[-1], eos) else o for r, o in zip(rows, out)]
-    return Perturbation(
-        best, original, [out[i : i + top_k + 1] for i in range(0, len(out), top_k + 1)]
-    )
+    # nothing follows a candidate that ends the response
+    out = [[] if _ends(row[-1], eos) else o for row, o in zip(rows, out)]
+    per_prefix = top_k + 1
+    groups = [out[i : i + per_prefix] for i in range(0, len(out), per_prefix)]
+    return Perturbation(best, original, groups)
 
 
 def _ends(token, eos):

@@ -67,7 +67,7 @@ def _n_layers(model: nn.Module) -> int:
 def _check_layers(model: nn.Module, layers: list[int] | None) -> list[int]:
     "Requested layers, ascending and inside the model; the middle ones by default"
     n = _n_layers(model)
-    layers = middle_layers(n) if layers is None else [int(l) for l in layers]
+    layers = middle_layers(n) if layers is None else [int(layer) for layer in layers]
     if not layers or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= n:
         raise ValueError(
             f"layers={layers} must be ascending, without repetition and inside 0..{n - 1}"
@@ -82,14 +82,13 @@ def _inputs(
     ids = input_ids[None] if input_ids.ndim == 1 else input_ids
     if ids.ndim != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it needs (b,n) or (n,)")
-    real = (
-        torch.ones_like(ids, dtype=torch.bool)
-        if attention_mask is None
-        else attention_mask.bool().reshape(-1, attention_mask.shape[-1])
-    )
+    real = torch.ones_like(ids, dtype=torch.bool)
+    if attention_mask is not None:
+        real = attention_mask.bool().reshape(-1, attention_mask.shape[-1])
     if real.shape != ids.shape:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
+            f"attention_mask has shape {tuple(attention_mask.shape)}, "
+            f"input_ids {tuple(input_ids.shape)}"
         )
     if (real[:, 1:] & ~real[:, :-1]).sum(1).add(real[:, 0]).gt(1).any():
         raise ValueError(
@@ -100,7 +99,8 @@ def _inputs(
     resp = _response(response_mask).to(ids.device)
     if resp.shape != ids.shape:
         raise ValueError(
-            f"response_mask has shape {tuple(response_mask.shape)}, input_ids {tuple(input_ids.shape)}"
+            f"response_mask has shape {tuple(response_mask.shape)}, "
+            f"input_ids {tuple(input_ids.shape)}"
         )
     if (resp & ~real).any():
         raise ValueError("response_mask marks padding; every response token needs attention_mask 1")
@@ -131,21 +131,18 @@ def capture_attention(
     "The reference: full attention maps through `output_attentions=True`"
     ids, real, _ = _inputs(input_ids, attention_mask)
     layers = _check_layers(model, layers)
-    fused = str(model.config._attn_implementation).startswith(
-        ("sdpa", "flash", "flex")
-    )  # these never return maps
-    maps = (
-        None
-        if fused
-        else getattr(_forward(model, ids, real, output_attentions=True), "attentions", None)
-    )
-    if not maps or any(maps[l] is None for l in layers):
+    maps = None
+    # fused implementations never return maps
+    if not str(model.config._attn_implementation).startswith(("sdpa", "flash", "flex")):
+        maps = getattr(_forward(model, ids, real, output_attentions=True), "attentions", None)
+    if not maps or any(maps[layer] is None for layer in layers):
         raise RuntimeError(
             f"the model returned no attention maps, because its attention implementation is "
-            f'{model.config._attn_implementation!r}; call model.set_attn_implementation("eager") or load it with '
+            f"{model.config._attn_implementation!r}; "
+            'call model.set_attn_implementation("eager") or load it with '
             'attn_implementation="eager", or use rhythm_signals(method="band"), which needs no maps'
         )
-    return torch.stack([maps[l] for l in layers])
+    return torch.stack([maps[layer] for layer in layers])
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #980e4916
 class _Recorder:
@@ -157,9 +154,8 @@ class _Recorder:
         self.waad, self.fai, self.spans = {}, {}, {}
         self.first = real.long().argmax(1)
         self.blocks, self.room = list(self._blocks()), torch.empty(0)
-        self.largest = max(
-            (j - i) * (b - a) * (b - k0) for i, j, a, b, k0 in self.blocks
-        )  # scores of one head
+        # most scores of one head in a block
+        self.largest = max((j - i) * (b - a) * (b - k0) for i, j, a, b, k0 in self.blocks)
 
     def _blocks(self):
         "Blocks `(i, j, a, b, k0)`: sequences `i:j`, queries `a:b`, first key `k0`"
@@ -186,24 +182,22 @@ def scratch(self: _Recorder, size, heads, device):
 
 @patch
 def attention(self: _Recorder, q, k, scaling, mask, i, j, a, b, k0):
-    "(j-i,h,b-a,b-k0) attention of one block of queries to all keys they can see, in single precision"
-    (_, H, _, D), Hk, c = q.shape, k.shape[1], b - a
-    qs = (q[i:j, :, a:b].float() * scaling).reshape((j - i) * Hk, H // Hk * c, D)
-    kt = k[i:j, :, k0:b].float().transpose(-1, -2).reshape((j - i) * Hk, D, b - k0)
-    s = torch.bmm(
-        qs, kt, out=self.scratch((j - i) * H * c * (b - k0), H, q.device).view(len(qs), -1, b - k0)
-    ).view(j - i, H, c, b - k0)
+    "(j-i,h,b-a,b-k0) attention of a block of queries to the keys they see, in single precision"
+    heads, key_heads, D = q.shape[1], k.shape[1], q.shape[3]
+    rows, queries, keys = j - i, b - a, b - k0
+    qs = (q[i:j, :, a:b].float() * scaling).reshape(rows * key_heads, -1, D)
+    kt = k[i:j, :, k0:b].float().transpose(-1, -2).reshape(rows * key_heads, D, keys)
+    room = self.scratch(rows * heads * queries * keys, heads, q.device)
+    s = torch.bmm(qs, kt, out=room.view(len(qs), -1, keys)).view(rows, heads, queries, keys)
     if mask is None:
-        s[..., a - k0 :].masked_fill_(
-            torch.ones(c, c, dtype=torch.bool, device=s.device).triu_(1), -math.inf
-        )
+        later = torch.ones(queries, queries, dtype=torch.bool, device=s.device).triu_(1)
+        s[..., a - k0 :].masked_fill_(later, -math.inf)
     else:
         s.masked_fill_(~mask.rows(i, j, a, b, k0), -math.inf)
     p = s.sub_(s.amax(-1, keepdim=True)).exp_()
     if self.drop_first:
-        sink = (torch.arange(k0, b, device=s.device) == self.first[i:j, None].to(s.device))[
-            :, None, None
-        ]
+        sink = torch.arange(k0, b, device=s.device) == self.first[i:j, None].to(s.device)
+        sink = sink[:, None, None]
         p.masked_fill_(sink, 0)
         p += sink & (p.sum(-1, keepdim=True) == 0)  # a row with nothing but the sink keeps it
     return p.div_(p.sum(-1, keepdim=True))
@@ -212,21 +206,28 @@ def attention(self: _Recorder, q, k, scaling, mask, i, j, a, b, k0):
 @patch
 def add_block(self: _Recorder, p, block, out_waad, out_fai):
     "Write WAAD and add FAI sums of one block in place; return its row spans `(j-i,h,b-a)`"
-    (i, j, a, b, k0), dev, W = block, p.device, self.window
-    t, r = torch.arange(a, b, device=dev), self.resp[i:j, None, a:b].to(dev).float()
-    far = p @ (b - 1 - torch.arange(k0, b, device=dev)).float() - (b - 1 - t).float()
-    lag = torch.arange(min(W, b - k0), device=dev)
-    at = t[:, None] - lag - k0
-    saved = (p.gather(-1, at.clamp(min=0).expand(*p.shape[:3], -1)) * ((W - lag) * (at >= 0))).sum(
-        -1
-    )
-    out_waad[i:j, :, a:b] = (far if W >= b - k0 else W - saved).clamp(0, W) * r
-    lo, hi = k0 if self.h_hi is None else max(k0, a - self.h_hi), b - self.h_lo
+    i, j, a, b, k0 = block
+    device, W = p.device, self.window
+    t = torch.arange(a, b, device=device)
+    counts = self.resp[i:j, None, a:b].to(device).float()
+    # mean distance: from the block's end to the key, less from the block's end to the query
+    distance = p @ (b - 1 - torch.arange(k0, b, device=device)).float() - (b - 1 - t).float()
+    if W >= b - k0:
+        capped = distance
+    else:  # only keys nearer than the window are below the cap
+        lag = torch.arange(W, device=device)
+        at = t[:, None] - lag - k0
+        near = p.gather(-1, at.clamp(min=0).expand(*p.shape[:3], -1))
+        capped = W - (near * ((W - lag) * (at >= 0))).sum(-1)
+    out_waad[i:j, :, a:b] = capped.clamp(0, W) * counts
+    lo = k0 if self.h_hi is None else max(k0, a - self.h_hi)
+    hi = b - self.h_lo
     if hi > lo:
-        d = t[:, None] - torch.arange(lo, hi, device=dev)
+        d = t[:, None] - torch.arange(lo, hi, device=device)
         inside = (d >= self.h_lo) & (d <= (math.inf if self.h_hi is None else self.h_hi))
-        out_fai[i:j, :, lo:hi] += (r[:, :, None] @ p[..., lo - k0 : hi - k0].mul_(inside))[:, :, 0]
-    return far * r
+        received = counts[:, :, None] @ p[..., lo - k0 : hi - k0].mul_(inside)  # `p` is not used on
+        out_fai[i:j, :, lo:hi] += received[:, :, 0]
+    return distance * counts
 
 
 @patch
@@ -244,7 +245,8 @@ def observe(self: _Recorder, layer, q, k, scaling, mask):
 class _RowMask(NamedTuple):
     "An attention mask that is never built: rows are computed when a block asks for them"
 
-    allowed: object  # Function of (batch, head, query, key) indices that broadcasts, as Transformers composes it
+    # Function of (batch, head, query, key) indices that broadcasts, as Transformers composes it
+    allowed: object
     real: Tensor  # (b,n) bool, False on padding
 
     def rows(self, i: int, j: int, a: int, b: int, k0: int) -> Tensor:
@@ -297,7 +299,8 @@ def _rhythm_mask(
         )
     if use_vmap or not allow_is_causal_skip or q_length != kv_length:
         raise RuntimeError(
-            'the model does not use plain causal attention; load it with attn_implementation="eager" and use method="dense"'
+            "the model does not use plain causal attention; "
+            'load it with attn_implementation="eager" and use method="dense"'
         )
     if bool(rec.real[:, 0].all()) and (local_size is None or kv_length < local_size):
         return None
@@ -305,79 +308,65 @@ def _rhythm_mask(
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #5bf2795e
 def _rhythm_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    "What Transformers calls for attention: observe the captured layers, then SDPA, in query blocks if there is a mask"
+    "What Transformers calls for attention: observe captured layers, then SDPA, in blocks if masked"
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
     rec, layer = _recorder.get(), getattr(module, "layer_idx", None)
     if rec is None:
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if extra := [
-        k for k in ("softcap", "s_aux", "position_bias", "sinks") if kwargs.get(k) is not None
-    ]:
+    unknown = ("softcap", "s_aux", "position_bias", "sinks")
+    if extra := [k for k in unknown if kwargs.get(k) is not None]:
         raise RuntimeError(
             f"attention with {', '.join(extra)} is not a plain softmax; load the model with "
             'attn_implementation="eager" and use method="dense"'
         )
     if not (attention_mask is None or isinstance(attention_mask, _RowMask)):
         raise RuntimeError(
-            'the model builds its own attention mask; use method="dense" with attn_implementation="eager"'
+            "the model builds its own attention mask; "
+            'use method="dense" with attn_implementation="eager"'
         )
     if layer in rec.layers:
-        rec.observe(
-            layer,
-            query,
-            key,
-            query.shape[-1] ** -0.5 if scaling is None else scaling,
-            attention_mask,
-        )
+        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+        rec.observe(layer, query, key, factor, attention_mask)
         if rec.stop and layer == rec.layers[-1]:
             raise _Stop
     if attention_mask is None:
         return sdpa(module, query, key, value, None, scaling=scaling, **kwargs)
     B, N = query.shape[0], query.shape[2]
-    out = [
-        sdpa(
-            module,
-            query[:, :, a:b],
-            key[:, :, :b],
-            value[:, :, :b],
-            attention_mask.rows(0, B, a, b, 0),
-            scaling=scaling,
-            **kwargs,
-        )[0]
-        for a in range(0, N, rec.chunk)
-        for b in [min(N, a + rec.chunk)]
-    ]
-    return torch.cat(out, 1), None
+
+    def block(a, b):
+        rows = attention_mask.rows(0, B, a, b, 0)
+        qkv = query[:, :, a:b], key[:, :, :b], value[:, :, :b]
+        return sdpa(module, *qkv, rows, scaling=scaling, **kwargs)[0]
+
+    starts = range(0, N, rec.chunk)
+    return torch.cat([block(a, min(N, a + rec.chunk)) for a in starts], 1), None
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #51923faa
 def _stoppable(model: nn.Module) -> bool:
     "May the forward pass be left early? Not if hooks or sharding must see its end"
-    return not any(
-        hasattr(m, "_hf_hook") or "FSDP" in type(m).__name__ for m in model.modules()
-    ) and not any(hasattr(p, "ds_id") for p in model.parameters())
+    hooked = any(hasattr(m, "_hf_hook") or "FSDP" in type(m).__name__ for m in model.modules())
+    return not hooked and not any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 @contextlib.contextmanager
 def _attention_mode(model: nn.Module, name: str):
-    "Evaluate the model with another attention implementation; everything is put back on exit, also after an error"
+    "Evaluate the model with another attention implementation; all is put back, also after an error"
     configs = {
         id(m.config): m.config
         for m in model.modules()
         if hasattr(getattr(m, "config", None), "_attn_implementation")
     }
-    before, training = (
-        {k: c._attn_implementation for k, c in configs.items()},
-        [(m, m.training) for m in model.modules()],
-    )
+    before = {k: c._attn_implementation for k, c in configs.items()}
+    training = [(m, m.training) for m in model.modules()]
     try:
         model.eval()
         if model.config._attn_implementation != name:
             model.set_attn_implementation(name)
         if model.config._attn_implementation != name:
             raise RuntimeError(
-                f"{type(model).__name__} cannot change its attention implementation to {name!r}; load it with "
-                'attn_implementation="eager" and use method="dense"'
+                f"{type(model).__name__} cannot change its attention implementation to {name!r}; "
+                'load it with attn_implementation="eager" and use method="dense"'
             )
         yield
     finally:
@@ -403,24 +392,29 @@ def _band(model, ids, real, resp, layers, window, h_lo, h_hi, chunk, drop_first)
             pass
         finally:
             _recorder.reset(token)
-    if missing := [l for l in layers if l not in rec.spans]:
+    if missing := [layer for layer in layers if layer not in rec.spans]:
         raise RuntimeError(
-            f"layers {missing} never called the attention interface; they may be recurrent, choose other layers"
+            f"layers {missing} never called the attention interface; "
+            "they may be recurrent, choose other layers"
         )
-    waads, fais, spans = (
-        torch.stack([d[l].to(ids.device) for l in layers]) for d in (rec.waad, rec.fai, rec.spans)
-    )
+
+    def stacked(by_layer):
+        return torch.stack([by_layer[layer].to(ids.device) for layer in layers])
+
+    waads, fais, spans = stacked(rec.waad), stacked(rec.fai), stacked(rec.spans)
     return waads, fais, (spans / resp.sum()).float()
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #003e97d7
 class RhythmSignals(NamedTuple):
     "What one forward pass tells about the rhythm of a batch"
 
-    waad: Tensor  # (b,n) windowed average attention distance of the local heads, 0 outside the response
+    # (b,n) windowed average attention distance of the local heads, 0 outside the response
+    waad: Tensor
     fai: Tensor  # (b,n) future attention influence in the global heads, 0 outside the response
     support: Tensor  # (b,n) long, number of later tokens FAI averages over
     spans: Tensor  # (l,h) mean look-back distance of every head of the captured layers
-    heads: HeadSplit  # Local and global heads, (layer, head) with layers counted within the captured ones
+    # Local and global heads, (layer, head) with layers counted within the captured ones
+    heads: HeadSplit
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #d9476ebb
 def _check_heads(heads: HeadSplit | None, spans: Tensor, frac: float) -> HeadSplit:
@@ -436,7 +430,8 @@ def _check_heads(heads: HeadSplit | None, spans: Tensor, frac: float) -> HeadSpl
             or (x.amax(0).cpu() >= torch.tensor(spans.shape)).any()
         ):
             raise ValueError(
-                f"heads.{name} must be (k,2) pairs inside {spans.shape[0]} captured layers x {spans.shape[1]} heads"
+                f"heads.{name} must be (k,2) pairs inside {spans.shape[0]} "
+                f"captured layers x {spans.shape[1]} heads"
             )
     return heads
 
@@ -444,19 +439,17 @@ def _check_heads(heads: HeadSplit | None, spans: Tensor, frac: float) -> HeadSpl
 def _band_signals(
     model, ids, real, resp, layers, window, h_lo, h_hi, chunk, frac, heads, drop_first, support
 ):
-    "Average per-head WAAD and FAI over the chosen heads, which is exact because both are linear in the map"
+    "Mean WAAD and FAI of the chosen heads, which is exact because both are linear in the map"
     waads, fais, spans = _band(
         model, ids, real, resp, layers, window, h_lo, h_hi, chunk, drop_first
     )
     heads = _check_heads(heads, spans, frac)
-    mean = lambda x, pairs: x[pairs[:, 0], :, pairs[:, 1]].mean(0)
-    return RhythmSignals(
-        mean(waads, heads.local),
-        mean(fais, heads.glob) / support.clamp(min=1) * resp,
-        support,
-        spans,
-        heads,
-    )
+
+    def mean(x, pairs):
+        return x[pairs[:, 0], :, pairs[:, 1]].mean(0)
+
+    received = mean(fais, heads.glob) / support.clamp(min=1) * resp
+    return RhythmSignals(mean(waads, heads.local), received, support, spans, heads)
 
 
 def _dense_signals(
@@ -468,9 +461,8 @@ def _dense_signals(
     spans = head_spans(attn, resp, drop_first, real)
     heads = _check_heads(heads, spans, frac)
     a_loc, a_glob = (aggregate_heads(attn, h, drop_first, real) for h in heads)
-    return RhythmSignals(
-        waad(a_loc, resp, window), fai(a_glob, resp, h_lo, h_hi), support, spans, heads
-    )
+    signals = waad(a_loc, resp, window), fai(a_glob, resp, h_lo, h_hi)
+    return RhythmSignals(*signals, support, spans, heads)
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #1a7e9803
 def rhythm_signals(
@@ -501,16 +493,13 @@ def rhythm_signals(
         raise ValueError("response_mask has no response token; drop empty batches first")
     layers, support = _check_layers(model, layers), fai_support(resp, h_lo, h_hi)
     args = (model, ids, real, resp, layers, window, h_lo, h_hi)
-    res = (
-        _dense_signals(*args, frac, heads, drop_first, support)
-        if method == "dense"
-        else _band_signals(*args, chunk, frac, heads, drop_first, support)
-    )
-    return (
-        res
-        if input_ids.ndim == 2
-        else res._replace(waad=res.waad[0], fai=res.fai[0], support=res.support[0])
-    )
+    if method == "dense":
+        res = _dense_signals(*args, frac, heads, drop_first, support)
+    else:
+        res = _band_signals(*args, chunk, frac, heads, drop_first, support)
+    if input_ids.ndim == 2:
+        return res
+    return res._replace(waad=res.waad[0], fai=res.fai[0], support=res.support[0])
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #87c7d253
 def extra_memory(
@@ -530,7 +519,8 @@ capture_methods = ("eager", "band", "sdpa")
 
 
 def capture_call(
-    method: str,  # "eager" stores all maps, "band" is `rhythm_signals` on all layers, "sdpa" captures nothing
+    # "eager" stores all maps, "band" is `rhythm_signals` on all layers, "sdpa" captures nothing
+    method: str,
     n: int,  # Tokens in the one sequence, the first 32 of them the prompt
 ) -> object:  # A function without arguments; give it `n` to run at another length
     "One way of capturing attention in a random Qwen3 of 4 layers and 4 heads, ready to be timed"
@@ -548,9 +538,8 @@ def capture_call(
         head_dim=16,
         max_position_embeddings=1 << 17,
     )
-    model = Qwen3ForCausalLM._from_config(
-        cfg, attn_implementation="eager" if method == "eager" else "sdpa"
-    ).eval()
+    attention = "eager" if method == "eager" else "sdpa"
+    model = Qwen3ForCausalLM._from_config(cfg, attn_implementation=attention).eval()
 
     @torch.no_grad()
     def run(n=n):
@@ -591,7 +580,8 @@ def capture_memory(
 ) -> list[int]:  # Bytes
     "Peak extra memory of each capture, in a fresh process each"
     code = (
-        "import json, transformers.models.qwen3.modeling_qwen3; from llmpapers.attention_rhythm.capture import _memory_jobs; "
+        "import json, transformers.models.qwen3.modeling_qwen3; "
+        "from llmpapers.attention_rhythm.capture import _memory_jobs; "
         f"print(json.dumps(_memory_jobs({list(jobs)!r})))"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

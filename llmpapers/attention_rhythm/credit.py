@@ -21,7 +21,8 @@ def _check_signal(x, mask, name):
     "A signal with a batch axis, finite on the response, of the mask's shape"
     if x.shape != mask.shape:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, response_mask has {tuple(mask.shape)}; they must agree"
+            f"{name} has shape {tuple(x.shape)}, response_mask has {tuple(mask.shape)}; "
+            "they must agree"
         )
     m = _response(mask)
     x = x.detach().reshape(m.shape).to(torch.promote_types(x.dtype, torch.float32))
@@ -61,19 +62,18 @@ def top_q(
         raise ValueError(f"q={q} must be in [0, 1]: a share of the response tokens")
     if scores.shape != candidates.shape:
         raise ValueError(
-            f"scores has shape {tuple(scores.shape)}, candidates {tuple(candidates.shape)}; they must agree"
+            f"scores has shape {tuple(scores.shape)}, candidates {tuple(candidates.shape)}; "
+            "they must agree"
         )
     x, c = scores.reshape(-1, scores.shape[-1]), candidates.bool().reshape(-1, scores.shape[-1])
     if not torch.where(c, x, 0.0).isfinite().all():
         raise ValueError("scores has NaN or infinite values at candidates")
     count = c.sum(-1)
     n = count if n is None else torch.as_tensor(n, device=x.device).reshape(-1)
-    m = torch.minimum(((n.double() * q + 0.5 + 1e-9).floor().clamp(min=1) * (q > 0)).long(), count)
-    order = (
-        torch.where(c, x if largest else -x, -math.inf)
-        .sort(dim=-1, descending=True, stable=True)
-        .indices
-    )
+    wanted = (n.double() * q + 0.5 + 1e-9).floor().clamp(min=1) * (q > 0)
+    m = torch.minimum(wanted.long(), count)
+    ranked = torch.where(c, x if largest else -x, -math.inf)
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
     chosen = torch.arange(x.shape[-1], device=x.device) < m[:, None]
     return torch.zeros_like(c).scatter(-1, order, chosen).reshape(scores.shape)
 
@@ -108,7 +108,8 @@ def _anchors(fai, response_mask, support, q, select):
     f, m = _check_signal(fai, response_mask, "fai")
     if support is not None and support.shape != response_mask.shape:
         raise ValueError(
-            f"support has shape {tuple(support.shape)}, response_mask has {tuple(response_mask.shape)}; they must agree"
+            f"support has shape {tuple(support.shape)}, "
+            f"response_mask has {tuple(response_mask.shape)}; they must agree"
         )
     can = m if support is None else m & (support.reshape(m.shape) > 0)
     return top_q(f, can, q, m.sum(-1), select == "top"), m
@@ -119,8 +120,8 @@ def global_anchor_gamma(
     response_mask: Tensor,  # Same shape, bool
     q: float = 0.4,  # Share of tokens amplified
     amp: float = 1.5,  # Their coefficient
-    support: Tensor
-    | None = None,  # Same shape, from `fai_support` or `rhythm_signals`; None lets every response token be selected
+    # Same shape, from `fai_support` or `rhythm_signals`; None lets every response token be selected
+    support: Tensor | None = None,
     select: str = "top",  # "top" or "bottom"
 ) -> Tensor:  # Same shape, 1 outside the response
     "Coefficients of the global-anchor strategy: tokens with the largest FAI"
@@ -146,7 +147,10 @@ def coupled_gamma_loop(
             continue
         W, F = waad[b].tolist(), fai[b].tolist()
         delta = {t: abs(W[t] - W[t + 1]) for t in R[:-1]}
-        lower_median = lambda v: sorted(v)[(len(v) - 1) // 2] if v else math.inf
+
+        def lower_median(v):
+            return sorted(v)[(len(v) - 1) // 2] if v else math.inf
+
         tau_w, tau_d = lower_median([W[t] for t in R]), lower_median(list(delta.values()))
         can = [t for t in R if support is None or support[b, t] > 0]
         m = 0 if q == 0 else max(1, math.floor(q * len(R) + 0.5 + 1e-9))
@@ -208,13 +212,15 @@ def coupled_gamma(
     amp: float = 1.5,  # Their coefficient
     alpha: float = 0.5,  # Share of the bonus a dominated anchor hands back, 0 to 1
     k: int = 3,  # How far back an introducing token may stand; 0 switches the hand-back off
-    tau_waad=None,  # Largest WAAD of a dominated anchor; None: median of the response; or a number, or (B,)
-    tau_delta=None,  # Smallest jump of an introducing token; None: median of the response; or a number, or (B,)
+    # Largest WAAD of a dominated anchor; None: median of the response; or a number, or (B,)
+    tau_waad=None,
+    # Smallest jump of an introducing token; None: median of the response; or a number, or (B,)
+    tau_delta=None,
     support: Tensor | None = None,  # Same shape; None lets every response token be an anchor
     select: str = "top",  # "top" or "bottom" of FAI
     return_parts: bool = False,  # Also return the sets
 ) -> "Tensor|CreditParts":  # Coefficients, 1 outside the response; or `CreditParts`
-    "Coefficients of the coupled strategy: anchors, with back-allocation to the tokens that introduce them"
+    "Coefficients of the coupled strategy: anchors, and back-allocation to what introduces them"
     _check_knobs(q, amp, select)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha} must be in [0, 1]: a share of the bonus")
@@ -294,7 +300,8 @@ def shape_advantages(
     )
     if A.shape != gamma.shape:
         raise ValueError(
-            f"adv has shape {tuple(adv.shape)}; it needs {tuple(gamma.shape[:1])} or {tuple(gamma.shape)}"
+            f"adv has shape {tuple(adv.shape)}; "
+            f"it needs {tuple(gamma.shape[:1])} or {tuple(gamma.shape)}"
         )
     g = gamma.detach().to(A.dtype)
     if (g < 0).any():

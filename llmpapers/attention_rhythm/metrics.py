@@ -22,14 +22,16 @@ def _response(
         raise TypeError(f"response_mask must be a tensor, not {type(response_mask).__name__}")
     if response_mask.ndim not in (1, 2) or response_mask.shape[-1] == 0:
         raise ValueError(
-            f"response_mask has shape {tuple(response_mask.shape)}; it needs (n,) or (b,n) with n >= 1"
+            f"response_mask has shape {tuple(response_mask.shape)}; "
+            "it needs (n,) or (b,n) with n >= 1"
         )
     m = response_mask.bool()
     m = m[None] if m.ndim == 1 else m
     starts = m[:, 0].long() + (m[:, 1:] & ~m[:, :-1]).sum(1)
     if (starts > 1).any():
         raise ValueError(
-            f"response_mask row {int((starts > 1).nonzero()[0])} has holes; the response must be one contiguous run of tokens"
+            f"response_mask row {int((starts > 1).nonzero()[0])} has holes; "
+            "the response must be one contiguous run of tokens"
         )
     return m
 
@@ -44,9 +46,7 @@ def _maps(
     attn: Tensor,  # (...,n,n) maps; leading axes as in `lead`, the batch axis may be missing
     response_mask: Tensor,  # (b,n) or (n,)
     lead: str,  # Axes before (n,n), e.g. "lbh" or "b"
-) -> tuple[
-    Tensor, Tensor
-]:  # Maps with a batch axis in at least single precision, and the mask (b,n)
+) -> tuple[Tensor, Tensor]:  # Maps with a batch axis, at least single precision; the mask (b,n)
     "Bring maps and mask to full shape and check that every response row is a causal distribution"
     m, half = _response(response_mask), attn.dtype in (torch.float16, torch.bfloat16)
     if response_mask.ndim == 1:
@@ -58,27 +58,28 @@ def _maps(
             f"they need ({','.join(lead)},n,n) and (b,n), or both without b"
         )
     attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
-    mass = torch.cat(
-        [
-            attn[..., i : i + 256, :i].sum(-1) + attn[..., i : i + 256, i : i + 256].tril().sum(-1)
-            for i in range(0, n, 256)
-        ],
-        -1,
-    )
+
+    def past_mass(i, size=256):
+        "Attention of a block of queries to itself and before"
+        rows = attn[..., i : i + size, :]
+        return rows[..., :i].sum(-1) + rows[..., i : i + size].tril().sum(-1)
+
+    mass = torch.cat([past_mass(i) for i in range(0, n, 256)], -1)
     mass = mass.movedim(lead.index("b"), -2)  # (...,b,n)
     off = ((mass - 1).abs() <= (2e-2 if half else 1e-3)).logical_not() & m
     if off.any():
         raise ValueError(
-            f"attn: {int(off.sum())} response rows do not sum to one over past positions (first sum "
-            f"{float(mass[off][0]):.4f}); pass causal softmax maps, and average heads instead of summing them"
+            f"attn: {int(off.sum())} response rows do not sum to one over past positions "
+            f"(first sum {float(mass[off][0]):.4f}); pass causal softmax maps, "
+            "and average heads instead of summing them"
         )
     return attn, m
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #13266182
 def drop_sink(
     attn: Tensor,  # (l,b,h,n,n) attention maps, rows sum to one; or (l,h,n,n)
-    attention_mask: Tensor
-    | None = None,  # (b,n) or (n,) True on real tokens; None means no left padding
+    # (b,n) or (n,) True on real tokens; None means no left padding
+    attention_mask: Tensor | None = None,
 ) -> Tensor:  # Maps without the first real token's column, rows sum to one again
     "Remove the attention sink: zero the first real token's column and renormalise"
     if attn.ndim not in (4, 5):
@@ -119,8 +120,8 @@ def head_spans(
     attn: Tensor,  # (l,b,h,n,n) causal attention, rows sum to one; or (l,h,n,n) with a mask (n,)
     response_mask: Tensor,  # (b,n) True on response tokens
     drop_first: bool = False,  # Remove the attention sink first, see `drop_sink`
-    attention_mask: Tensor
-    | None = None,  # (b,n) True on real tokens; only for `drop_first` with left padding
+    # (b,n) True on real tokens; only for `drop_first` with left padding
+    attention_mask: Tensor | None = None,
 ) -> Tensor:  # (l,h) mean look-back distance in tokens
     "Mean look-back distance of each head over all response tokens (Eq. 7)"
     A, m = _maps(attn, response_mask, "lbh")
@@ -148,7 +149,8 @@ def split_heads(
     "Lowest and highest `frac` of the heads by span; ties go by (layer, head)"
     if not 0 < frac <= 0.5:
         raise ValueError(
-            f"frac={frac} must be in (0, 0.5]; above one half a head would be local and global at once"
+            f"frac={frac} must be in (0, 0.5]; "
+            "above one half a head would be local and global at once"
         )
     if spans.ndim != 2 or spans.numel() < 2:
         raise ValueError(
@@ -166,29 +168,27 @@ def aggregate_heads(
     attn: Tensor,  # (l,b,h,n,n) attention maps; or (l,h,n,n)
     heads: Tensor,  # (k,2) (layer, head) pairs, e.g. `HeadSplit.local`
     drop_first: bool = False,  # Remove the attention sink first, see `drop_sink`
-    attention_mask: Tensor
-    | None = None,  # (b,n) True on real tokens; only for `drop_first` with left padding
+    # (b,n) True on real tokens; only for `drop_first` with left padding
+    attention_mask: Tensor | None = None,
 ) -> Tensor:  # (b,n,n) mean map; (n,n) without a batch axis
     "Mean attention map of a group of heads (Eq. 8)"
     if not isinstance(heads, Tensor) or heads.ndim != 2 or heads.shape[1] != 2 or not len(heads):
         raise ValueError(
-            "heads must be a (k,2) tensor of (layer, head) pairs; pass `split.local` or `split.glob`"
+            "heads must be a (k,2) tensor of (layer, head) pairs; "
+            "pass `split.local` or `split.glob`"
         )
     if attn.ndim not in (4, 5):
         raise ValueError(f"attn has shape {tuple(attn.shape)}; it needs (l,b,h,n,n) or (l,h,n,n)")
-    if (heads < 0).any() or (
-        heads.amax(0) >= torch.tensor([attn.shape[0], attn.shape[-3]], device=heads.device)
-    ).any():
+    room = torch.tensor([attn.shape[0], attn.shape[-3]], device=heads.device)
+    if (heads < 0).any() or (heads.amax(0) >= room).any():
         raise ValueError(
             f"heads points outside the {attn.shape[0]} layers x {attn.shape[-3]} heads of attn"
         )
-    l, h = heads.to(attn.device).T
-    picked = attn[l, h] if attn.ndim == 4 else attn[l, :, h]
+    layer, head = heads.to(attn.device).T
+    picked = attn[layer, head] if attn.ndim == 4 else attn[layer, :, head]
     picked = picked.to(torch.promote_types(attn.dtype, torch.float32))
     if drop_first:
-        picked = drop_sink(
-            picked[:, None] if attn.ndim == 4 else picked[:, :, None], attention_mask
-        ).squeeze(-3)
+        picked = drop_sink(picked.unsqueeze(-3), attention_mask).squeeze(-3)
     mean = picked.mean(0)
     if attn.dtype not in (torch.float16, torch.bfloat16):
         return mean
@@ -264,9 +264,10 @@ def _diagonals(
     "A band below the diagonal, read through strides so that nothing of size n x n is made"
     (b, n, _), (sb, st, ss) = A.shape, A.stride()
     cut = max(0, n - hi)
-    band = lambda x, k, sb, st, ss: x.as_strided(
-        (b, k, hi - lo + 1), (sb, st + ss, st), x.storage_offset() + lo * st
-    )
+
+    def band(x, k, sb, st, ss):
+        return x.as_strided((b, k, hi - lo + 1), (sb, st + ss, st), x.storage_offset() + lo * st)
+
     tail = torch.nn.functional.pad(A[:, cut:, cut:], (0, 0, 0, hi))
     return torch.cat([band(A, cut, sb, st, ss), band(tail, n - cut, *tail.stride())], 1)
 
@@ -283,9 +284,8 @@ def fai(
     hi = m.shape[1] - 1 if h_hi is None else min(h_hi, m.shape[1] - 1)
     if hi < h_lo:
         return torch.zeros(response_mask.shape, dtype=A.dtype, device=A.device)
-    asks = (
-        torch.arange(h_lo, hi + 1, device=A.device) < h_lo + support[..., None]
-    )  # the first |T(s)| of the band
+    # the first |T(s)| of the band
+    asks = torch.arange(h_lo, hi + 1, device=A.device) < h_lo + support[..., None]
     total = torch.where(asks, _diagonals(A, h_lo, hi), 0.0).sum(-1)
     return (total / support.clamp(min=1)).reshape(response_mask.shape)
 

@@ -25,8 +25,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from fastcore.basics import patch
-from ..rl.pools import InProcessPool
-from ..rl.rollout import SingleTurn
 from torch import Tensor
 
 from .analysis import token_entropy
@@ -64,7 +62,9 @@ from ..rl.buffer import SampleBuffer
 from ..rl.engines import HFEngine, generate
 from ..rl.loop import AsyncController, train_sync
 from ..rl.losses import PolicyLossConfig
+from ..rl.pools import InProcessPool
 from ..rl.rewards import ChainReward, Countdown, evaluate
+from ..rl.rollout import SingleTurn
 from ..rl.trainer import PolicyTrainer
 from ..rl.types import Request, SamplingConfig
 
@@ -138,9 +138,12 @@ def chain_problems(
     seed: int = 0,  # Decides them
 ) -> Problems:  # An endless set
     "Chained arithmetic"
-    return Problems(
-        lambda i: task.split(task.sample(1, rng(seed, "prompt", i)).texts[0])[0], ChainReward(task)
-    )
+
+    def prompt(i):
+        text = task.sample(1, rng(seed, "prompt", i)).texts[0]
+        return task.split(text)[0]
+
+    return Problems(prompt, ChainReward(task))
 
 
 def countdown_problems(
@@ -148,7 +151,11 @@ def countdown_problems(
     seed: int = 0,  # Decides them
 ) -> Problems:  # An endless set
     "Countdown"
-    return Problems(lambda i: task.sample(1, rng(seed, "prompt", i))[0], task)
+
+    def prompt(i):
+        return task.sample(1, rng(seed, "prompt", i))[0]
+
+    return Problems(prompt, task)
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #d526f40f
 def countdown_trace(
@@ -186,14 +193,12 @@ def _countdown_batch(task, tok, size):
 
     def make(step, generator):
         ps = task.sample(size, generator)
-        enc = encode_batch(
-            tok, [p["prompt"] + countdown_trace(p["solution"]) + tok.eos_token for p in ps]
-        )
+        texts = [p["prompt"] + countdown_trace(p["solution"]) + tok.eos_token for p in ps]
+        enc = encode_batch(tok, texts)
         start = torch.tensor([len(p["prompt"]) for p in ps])
         at = torch.arange(enc["input_ids"].shape[1])
-        labels = enc["input_ids"].masked_fill(
-            (at < start[:, None]) | (enc["attention_mask"] == 0), -100
-        )
+        not_learnt = (at < start[:, None]) | (enc["attention_mask"] == 0)
+        labels = enc["input_ids"].masked_fill(not_learnt, -100)
         return {k: v.to(generator.device) for k, v in (enc | dict(labels=labels)).items()}
 
     return make
@@ -209,20 +214,14 @@ def countdown_lm(
     tok = char_tokenizer(countdown_alphabet)
 
     def build(out):
-        lm, conf = LM(tiny_lm(tok, cfg.lm, seed), tok, "countdown"), replace(cfg.train, seed=seed)
-        train(
-            lm.model,
-            _countdown_batch(cfg.task, tok, conf.batch_size),
-            conf,
-            out=out / "run",
-            progress=progress,
-            device=device,
-        )
+        lm = LM(tiny_lm(tok, cfg.lm, seed), tok, "countdown")
+        conf = replace(cfg.train, seed=seed)
+        data = _countdown_batch(cfg.task, tok, conf.batch_size)
+        train(lm.model, data, conf, out=out / "run", progress=progress, device=device)
         save_lm(lm, out / "model")
 
-    return load_lm(
-        str(artifact("countdown_lm", dict(config=cfg, seed=seed), build) / "model"), device=device
-    )
+    folder = artifact("countdown_lm", dict(config=cfg, seed=seed), build)
+    return load_lm(str(folder / "model"), device=device)
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #b1b3bc00
 class RhythmCredit:
@@ -265,11 +264,9 @@ class RhythmCredit:
 
 
 def _cast(trainer):
-    return (
-        nullcontext()
-        if trainer.autocast_dtype is None
-        else torch.autocast(trainer.device.type, trainer.autocast_dtype)
-    )
+    if trainer.autocast_dtype is None:
+        return nullcontext()
+    return torch.autocast(trainer.device.type, trainer.autocast_dtype)
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #7e840f64
 @patch
@@ -278,29 +275,20 @@ def signals(
     batch,  # A `Batch`
 ) -> dict:  # What the strategy needs: "waad", "fai", "support" or "entropy", (N,L) each
     "One more look at the batch, by the policy itself"
-    c, model, parts, heads = self.cfg, self.trainer.model, [], None
-    args = lambda s: (batch.input_ids[s], batch.attention_mask[s])
+    c, model = self.cfg, self.trainer.model
+    ids, real, resp = batch.input_ids, batch.attention_mask, batch.response_mask
     if c.strategy in ("none", "uniform", "random"):
         return {}
     if c.strategy == "entropy":
-        return dict(
-            entropy=token_entropy(model, *args(slice(None)), batch=min(c.signal_rows, 64))
-            * batch.response_mask
-        )
+        H = token_entropy(model, ids, real, batch=min(c.signal_rows, 64))
+        return dict(entropy=H * resp)
+    how = dict(frac=c.frac, window=c.window, h_lo=c.h_lo, h_hi=c.h_hi)
+    how["layers"] = None if c.layers is None else list(c.layers)
+    parts, heads = [], None
     for i in range(0, len(batch), c.signal_rows):
         s = slice(i, i + c.signal_rows)
-        x = rhythm_signals(
-            model,
-            *args(s),
-            batch.response_mask[s],
-            layers=None if c.layers is None else list(c.layers),
-            frac=c.frac,
-            heads=heads,
-            window=c.window,
-            h_lo=c.h_lo,
-            h_hi=c.h_hi,
-        )
-        heads = x.heads
+        x = rhythm_signals(model, ids[s], real[s], resp[s], heads=heads, **how)
+        heads = x.heads  # the split of the first rows serves the whole batch
         parts.append(x)
     return {k: torch.cat([getattr(x, k) for x in parts]) for k in ("waad", "fai", "support")}
 
@@ -358,32 +346,16 @@ class RhythmRun(NamedTuple):
 
 
 def _loop(cfg, engine, problems, rollout, trainer, out, pad):
+    keep = dict(checkpoint=out, save_every=25, pad_id=pad)
     if cfg.loop == "sync":
-        return train_sync(
-            engine,
-            problems.prompt,
-            rollout,
-            trainer,
-            cfg.steps,
-            batch_size=cfg.prompts,
-            group_size=cfg.group_size,
-            checkpoint=out,
-            save_every=25,
-            pad_id=pad,
-        )
+        sizes = dict(batch_size=cfg.prompts, group_size=cfg.group_size)
+        return train_sync(engine, problems.prompt, rollout, trainer, cfg.steps, **sizes, **keep)
     buffer = SampleBuffer(cfg.prompts, cfg.async_ratio, cfg.group_size)
     pool = InProcessPool(engine, max_inflight=cfg.max_active)
-    return AsyncController(
-        problems.prompt,
-        rollout,
-        trainer,
-        pool,
-        buffer,
-        checkpoint=out,
-        save_every=25,
-        pad_id=pad,
-        probe_tol=0.1 if cfg.bf16 else 1e-3,
-    ).run(cfg.steps)
+    # how far log-probabilities of engine and trainer may differ: bfloat16 keeps eight bits
+    keep["probe_tol"] = 0.1 if cfg.bf16 else 1e-3
+    controller = AsyncController(problems.prompt, rollout, trainer, pool, buffer, **keep)
+    return controller.run(cfg.steps)
 
 
 def train_rhythm(
@@ -416,19 +388,16 @@ def train_rhythm(
         autocast_dtype=torch.bfloat16 if cfg.bf16 else None,
     )
     trainer.advantages_fn = credit = RhythmCredit(trainer, cfg)
-    rollout = SingleTurn(
-        tok,
-        problems.reward,
-        SamplingConfig(cfg.max_new_tokens, cfg.temperature, (tok.eos_token_id,), cfg.seed),
-    )
-    engine = rhythm_engine(
-        lm,
-        cfg,
-        policy if isinstance(policy, (str, Path)) and Path(policy).is_dir() else None,
-        **engine_args,
-    )
+    stop = (tok.eos_token_id,)
+    sampling = SamplingConfig(cfg.max_new_tokens, cfg.temperature, stop, cfg.seed)
+    rollout = SingleTurn(tok, problems.reward, sampling)
+    saved = isinstance(policy, (str, Path)) and Path(policy).is_dir()
+    engine = rhythm_engine(lm, cfg, policy if saved else None, **engine_args)
     rows = _loop(cfg, engine, problems, rollout, trainer, out, tok.pad_token_id or 0)
-    step = lambda r: r.get("time/step") or r["time/wait_batch"] + r["time/train"]
+
+    def step(r):
+        return r.get("time/step") or r["time/wait_batch"] + r["time/train"]
+
     rows = [
         r | c | {"rhythm/share": c["rhythm/seconds"] / step(r)} for r, c in zip(rows, credit.log)
     ]
@@ -443,26 +412,16 @@ def success_rate(
     seed: int = 0,  # Of the sampling
 ) -> float:  # Mean reward
     "Mean reward of sampled responses"
-    tok, sampling = (
-        lm.tokenizer,
-        SamplingConfig(max_new_tokens, 1.0, (lm.tokenizer.eos_token_id,), seed),
-    )
+    tok = lm.tokenizer
+    sampling = SamplingConfig(max_new_tokens, 1.0, (lm.tokenizer.eos_token_id,), seed)
     items = [problems.prompt(i) for i in range(n)]
     text = [p if isinstance(p, str) else p["prompt"] for p in items]
-    ask = [
-        Request(str(i), tok(t, add_special_tokens=False).input_ids, sampling)
-        for i, t in enumerate(text)
-    ]
+    ids = [tok(t, add_special_tokens=False).input_ids for t in text]
+    ask = [Request(str(i), x, sampling) for i, x in enumerate(ids)]
     done = generate(HFEngine(lm.model, tok.pad_token_id or 0, 256, use_cache=True), ask)
-    answer = [tok.decode([t for t in c.token_ids if t != tok.eos_token_id]) for c in done]
-    return float(
-        np.mean(
-            [
-                problems.reward(t, a, p if isinstance(p, dict) else {})
-                for t, a, p in zip(text, answer, items)
-            ]
-        )
-    )
+    answers = [tok.decode([t for t in c.token_ids if t != tok.eos_token_id]) for c in done]
+    infos = [p if isinstance(p, dict) else {} for p in items]
+    return float(np.mean([problems.reward(*x) for x in zip(text, answers, infos)]))
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #e071bbf2
 class RhythmScale(NamedTuple):
@@ -476,7 +435,10 @@ class RhythmScale(NamedTuple):
     n_eval: int  # Problems of an evaluation
 
 
-_short = lambda scale: replace(chain_scales[scale].task, n_steps=2)
+def _short(scale):
+    return replace(chain_scales[scale].task, n_steps=2)
+
+
 _tiny_run = RhythmConfig(
     steps=12, prompts=6, group_size=8, max_new_tokens=40, lr=3e-4, h_lo=4, h_hi=20
 )
@@ -522,9 +484,8 @@ def scale_policy(
     device=None,  # Where
 ) -> LM:  # The policy before reinforcement learning
     "The policy of a scale"
-    return (chain_lm if size.task == "chain" else countdown_lm)(
-        size.lm, seed, progress=False, device=device
-    )
+    make = chain_lm if size.task == "chain" else countdown_lm
+    return make(size.lm, seed, progress=False, device=device)
 
 
 def scale_problems(
@@ -540,27 +501,21 @@ def rhythm_outcome(
     cfg: RhythmConfig,  # The arm; its seed decides prompts, sampling and held-out problems
     policy_seed: int = 0,  # Of the supervised training
     device=None,  # Where
-) -> dict:  # Held-out success "before" and "after"; by batch "reward", "share", "coverage"
-    "Train one arm and evaluate it, at most once on this machine"
+) -> dict:  # Success "before" and "after"; lists "reward", "share", "coverage", a value a batch
+    "Train one arm and evaluate it on held-out problems, at most once on this machine"
 
     def build(out):
-        policy, held = (
-            scale_policy(size, policy_seed, device),
-            scale_problems(size, 10_000 + cfg.seed),
-        )
-        rate = lambda lm: success_rate(lm, held, size.n_eval, cfg.max_new_tokens, cfg.seed)
+        policy = scale_policy(size, policy_seed, device)
+        held = scale_problems(size, 10_000 + cfg.seed)
+
+        def rate(lm):
+            return success_rate(lm, held, size.n_eval, cfg.max_new_tokens, cfg.seed)
+
         run = train_rhythm(policy, scale_problems(size, cfg.seed), cfg, device=device)
-        rows = {
-            k: [r[n] for r in run.rows]
-            for k, n in (
-                ("reward", "rollout/reward"),
-                ("share", "rhythm/share"),
-                ("coverage", "rhythm/coverage"),
-            )
-        }
-        (out / "outcome.json").write_text(
-            json.dumps(dict(before=rate(policy), after=rate(run.lm)) | rows)
-        )
+        outcome = dict(before=rate(policy), after=rate(run.lm))
+        for name in ("rollout/reward", "rhythm/share", "rhythm/coverage"):
+            outcome[name.split("/")[1]] = [r[name] for r in run.rows]
+        (out / "outcome.json").write_text(json.dumps(outcome))
 
     recipe = dict(
         task=size.task,
@@ -584,11 +539,13 @@ class TabularConfig:
     group: int = 8  # Responses per prompt
     iterations: int = 60  # Batches
     updates: int = 4  # Gradient steps per batch
-    p_start: float = 0.82  # Probability of the right choice at decisive tokens before training; uniform elsewhere
+    # Probability of the right choice at decisive tokens before training; uniform elsewhere
+    p_start: float = 0.82
     lr: float = 0.5  # Step size of plain gradient ascent
     clip: float = 0.2  # Clip range of the ratio
     max_norm: float = 1.5  # Global gradient norm; inf does not clip
-    decisive: str = "rhythm"  # Decisive tokens: "rhythm" (onsets and anchors), "anchors", or "elsewhere" (unrelated to attention)
+    # Decisive tokens: "rhythm" (onsets and anchors), "anchors", or "elsewhere" (not attended to)
+    decisive: str = "rhythm"
     noise: float = 0.15  # Share of random mass in the maps
     targeted: bool = True  # Split the heads; False averages all of them
     window: int = 10  # Of WAAD
@@ -601,14 +558,11 @@ class TabularConfig:
             raise ValueError(
                 f"decisive={self.decisive!r} must be 'rhythm', 'anchors' or 'elsewhere'"
             )
-        if (
-            min(self.seeds, self.prompts, self.iterations, self.updates) < 1
-            or self.group < 2
-            or self.choices < 2
-            or self.length < 8
-        ):
+        runs = min(self.seeds, self.prompts, self.iterations, self.updates)
+        if runs < 1 or self.group < 2 or self.choices < 2 or self.length < 8:
             raise ValueError(
-                "seeds, prompts, iterations and updates must be at least 1, group and choices 2, length 8"
+                "seeds, prompts, iterations and updates must be at least 1, "
+                "group and choices 2, length 8"
             )
         if not 1 / self.choices < self.p_start < 1:
             raise ValueError(f"p_start={self.p_start} must be between 1/choices and 1")
@@ -619,18 +573,14 @@ def planted_rhythm(
     length: int,  # Response tokens
     generator: torch.Generator,  # Decides chunk lengths and places
 ) -> tuple[Tensor, Tensor]:  # (n,length) bool each: onsets and anchors
-    "Chunks of 3 to 6 tokens; each begins with an onset, and one of the next two tokens is its anchor"
-    starts = torch.cat(
-        [
-            torch.zeros(n, 1).long(),
-            torch.randint(3, 7, (n, length // 3), generator=generator).cumsum(1),
-        ],
-        1,
-    )
+    "Chunks of 3 to 6 tokens; each begins with an onset, one of the next two tokens is its anchor"
+    chunks = torch.randint(3, 7, (n, length // 3), generator=generator)
+    starts = torch.nn.functional.pad(chunks.cumsum(1), (1, 0))
     anchors = starts + torch.randint(1, 3, starts.shape, generator=generator)
-    mark = lambda at: (
-        torch.zeros(n, length + 8).scatter(1, at.clamp(max=length), 1.0)[:, :length] > 0
-    )
+
+    def mark(at):
+        return torch.zeros(n, length + 8).scatter(1, at.clamp(max=length), 1.0)[:, :length] > 0
+
     return mark(starts), mark(anchors)
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #3a8ee345
@@ -646,16 +596,17 @@ def rhythm_maps(
     on, an = (torch.nn.functional.pad(x, (prompt, 0)) for x in (onsets, anchors))
     (b, N), t = on.shape, torch.arange(on.shape[1])
     d, first = t[:, None] - t[None], torch.eye(N)[:1]
-    rows = lambda x: torch.cat(
-        [first.expand(b, 1, N), (x / x.sum(-1, keepdim=True).clamp(min=1e-9))[:, 1:]], 1
-    )
+
+    def rows(x):
+        share = x / x.sum(-1, keepdim=True).clamp(min=1e-9)
+        return torch.cat([first.expand(b, 1, N), share[:, 1:]], 1)
+
     near = rows(((d >= 1) & (d <= torch.where(on, 20, 2)[..., None])).float())
     past, back = rows((d >= 1).float().expand(b, N, N)), ((d >= 1) & an[:, None]).float()
     far = torch.where(back.sum(-1, keepdim=True) > 0, 0.3 * past + 0.7 * rows(back), past)
     rand = torch.rand(b, heads, N, N, generator=generator).tril() + 1e-6 * torch.eye(N)
-    attn = torch.stack([near, far], 1).repeat(1, heads // 2, 1, 1) * (
-        1 - noise
-    ) + noise * rand / rand.sum(-1, keepdim=True)
+    planted = torch.stack([near, far], 1).repeat(1, heads // 2, 1, 1)
+    attn = planted * (1 - noise) + noise * rand / rand.sum(-1, keepdim=True)
     return attn[None], (t >= prompt).expand(b, N)
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #449fdf62
@@ -673,13 +624,19 @@ class TabularWorld(NamedTuple):
 def _signals(cfg, onsets, anchors, generator):
     "WAAD and FAI (P,G,T) of one batch of one world: maps, head split, metrics"
     P, T = onsets.shape
-    many = lambda x: x[:, None].expand(P, cfg.group, T).reshape(-1, T)
+
+    def many(x):
+        return x[:, None].expand(P, cfg.group, T).reshape(-1, T)
+
     attn, m = rhythm_maps(many(onsets), many(anchors), noise=cfg.noise, generator=generator)
     if cfg.targeted:
         a_loc, a_glob = (aggregate_heads(attn, h) for h in split_heads(head_spans(attn, m)))
     else:
         a_loc = a_glob = attn[0].mean(1)
-    cut = lambda x: x[:, -T:].reshape(P, cfg.group, T)
+
+    def cut(x):
+        return x[:, -T:].reshape(P, cfg.group, T)
+
     return cut(waad(a_loc, m, cfg.window)), cut(fai(a_glob, m, cfg.h_lo, cfg.h_hi))
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #d091029d
@@ -689,10 +646,8 @@ def tabular_world(
     "Plant a rhythm and measure it in every response, through maps, head split, WAAD and FAI"
     S, P, T = cfg.seeds, cfg.prompts, cfg.length
     on, an = (x.reshape(S, P, T) for x in planted_rhythm(S * P, T, rng(cfg.seed, "rhythm")))
-    n, shuffled = (
-        (on | an).sum(-1, keepdim=True),
-        torch.rand(S, P, T, generator=rng(cfg.seed, "elsewhere")).argsort(-1).argsort(-1),
-    )
+    n = (on | an).sum(-1, keepdim=True)
+    shuffled = torch.rand(S, P, T, generator=rng(cfg.seed, "elsewhere")).argsort(-1).argsort(-1)
     decisive = {"rhythm": on | an, "anchors": an, "elsewhere": shuffled < n}[cfg.decisive]
     sig = [
         [_signals(cfg, on[s], an[s], rng(cfg.seed, "maps", s, i)) for s in range(S)]
@@ -720,12 +675,8 @@ def _success(theta, decisive):
 def _ascend(theta, y, old, A, cfg):
     "One clipped policy-gradient step of every seed; the new table and which seeds were scaled down"
     theta = theta.detach().requires_grad_()
-    lp = (
-        theta.log_softmax(-1)[:, :, None]
-        .expand(*y.shape, theta.shape[-1])
-        .gather(-1, y[..., None])[..., 0]
-    )
-    r = (lp - old).exp()
+    lp = theta.log_softmax(-1)[:, :, None].expand(*y.shape, theta.shape[-1])
+    r = (lp.gather(-1, y[..., None])[..., 0] - old).exp()
     torch.minimum(r * A, r.clamp(1 - cfg.clip, 1 + cfg.clip) * A).sum(-1).mean(2).sum().backward()
     norm = theta.grad.flatten(1).norm(dim=1)
     scale = (cfg.max_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
@@ -735,18 +686,18 @@ def _ascend(theta, y, old, A, cfg):
 def _tabular_gamma(world, cfg, i, theta, strategy, select, knobs):
     "(S,P,G,T) coefficients of one batch"
     shape = world.waad[i].shape
-    flat = lambda x: x.expand(shape).reshape(-1, shape[-1])
+
+    def flat(x):
+        return x.expand(shape).reshape(-1, shape[-1])
+
     p = theta.softmax(-1)
     H = -(p * p.log()).sum(-1)[:, :, None]
-    if strategy == "oracle":
-        score = world.decisive[:, :, None].float() + 0.01 * torch.rand(
-            shape, generator=rng(cfg.seed, "oracle", i)
-        )
-        return entropy_gamma(flat(score), flat(world.support > -1), select=select, **knobs).reshape(
-            shape
-        )
     m = flat(world.support > -1)
-    return credit_gamma(
+    if strategy == "oracle":
+        ties = 0.01 * torch.rand(shape, generator=rng(cfg.seed, "oracle", i))
+        score = world.decisive[:, :, None].float() + ties
+        return entropy_gamma(flat(score), m, select=select, **knobs).reshape(shape)
+    gamma = credit_gamma(
         strategy,
         m,
         waad=flat(world.waad[i]),
@@ -756,7 +707,8 @@ def _tabular_gamma(world, cfg, i, theta, strategy, select, knobs):
         generator=rng(cfg.seed, "random", i),
         select=select,
         **knobs,
-    ).reshape(shape)
+    )
+    return gamma.reshape(shape)
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #fd9a20ef
 def tabular_grpo(
@@ -767,12 +719,11 @@ def tabular_grpo(
     sign: str = "both",  # Which advantages are shaped
     **knobs,  # q, amp, alpha, k of `credit_gamma`
 ) -> TabularRun:  # Curves of all seeds
-    "GRPO on a table of choices with the coefficients of a strategy; all strategies see the same random numbers"
+    "GRPO on a table of choices with a strategy's coefficients; all see the same random numbers"
     S, P, T = world.decisive.shape
     theta = torch.zeros(S, P, T, cfg.choices)
-    theta[..., 0] = torch.where(
-        world.decisive, math.log(cfg.p_start * (cfg.choices - 1) / (1 - cfg.p_start)), 0.0
-    )
+    head_start = math.log(cfg.p_start * (cfg.choices - 1) / (1 - cfg.p_start))
+    theta[..., 0] = torch.where(world.decisive, head_start, 0.0)
     curve, scaled, paid, hit = [_success(theta, world.decisive)], [], 0.0, 0.0
     for i in range(cfg.iterations):
         lp = theta.log_softmax(-1)[:, :, None].expand(S, P, cfg.group, T, cfg.choices)

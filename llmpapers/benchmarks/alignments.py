@@ -132,15 +132,11 @@ def loop_step(
     import torch
 
     def dots(net, losses, shared, gv):
-        return torch.stack(
-            [
-                sum(
-                    (a * b).sum()
-                    for a, b in zip(torch.autograd.grad(l, shared, retain_graph=True), gv)
-                )
-                for l in losses
-            ]
-        )
+        def dot(loss):
+            grads = torch.autograd.grad(loss, shared, retain_graph=True)
+            return sum((a * b).sum() for a, b in zip(grads, gv))
+
+        return torch.stack([dot(loss) for loss in losses])
 
     return _step_with(dots, K, own, width, False)
 

@@ -40,7 +40,8 @@ def load_environment(
     "AuctionNet's bidding environment"
     if not (Path(checkout) / "simul_bidding_env" / "Environment" / "BiddingEnv.py").is_file():
         raise ValueError(
-            "auctionnet is no checkout of alimama-tech/AuctionNet: simul_bidding_env/Environment/BiddingEnv.py is missing"
+            "auctionnet is no checkout of alimama-tech/AuctionNet: "
+            "simul_bidding_env/Environment/BiddingEnv.py is missing"
         )
     try:
         importlib.import_module("gin")
@@ -62,7 +63,10 @@ def compare(
     x, g = make_bids(n, seed=seed), rng(seed, "chance")
     bids, values, sigmas = (torch.from_numpy(x[k]) for k in ("bids", "values", "sigmas"))
     money = torch.full((bids.shape[1],), 1e9)
-    ours = lambda: run_auctions(bids, values, money, g, sigma=sigmas, reserve=0.0001)
+
+    def ours():
+        return run_auctions(bids, values, money, g, sigma=sigmas, reserve=0.0001)
+
     if not checkout:
         return dict(ours=race(ours, lambda: None, repeat)[0], n=n)
     env = load_environment(checkout)

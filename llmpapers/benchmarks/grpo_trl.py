@@ -72,7 +72,6 @@ def run_ours(
 ) -> dict:  # Lists: seconds, tokens, reward
     "GRPO with this library"
     import torch
-    from llmpapers.rl.rollout import SingleTurn
 
     from llmpapers.core.lm import LM
     from llmpapers.rl.engines import HFEngine
@@ -85,7 +84,9 @@ def run_ours(
     tok = tokenizer()
     m = policy(tok, seed)
     out = dict(seconds=[], tokens=[], reward=[])
-    ask = lambda i: prompt(i, longest, seed)
+
+    def ask(i):
+        return prompt(i, longest, seed)
 
     def note(r):
         for k, v in dict(
@@ -189,9 +190,10 @@ def run_trl(
         data = datasets.Dataset.from_dict(
             dict(prompt=[prompt(i, longest, seed) for i in range(8 * steps)])
         )
-        reward = lambda prompts, completions, **kw: [
-            score(p, c) for p, c in zip(prompts, completions)
-        ]
+
+        def reward(prompts, completions, **kw):
+            return [score(p, c) for p, c in zip(prompts, completions)]
+
         reward.__name__ = "share"
         torch.set_num_threads(threads)
         try:

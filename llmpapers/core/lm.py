@@ -7,7 +7,10 @@ __all__ = ['specials', 'archs', 'char_tokenizer', 'word_tokenizer', 'encode_batc
            'n_params', 'LM', 'save_lm', 'load_lm']
 
 # %% ../../nbs/core/04_lm.ipynb #dc3a0cea
-import os, re, secrets, shutil
+import os
+import re
+import secrets
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path

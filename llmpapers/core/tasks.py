@@ -31,7 +31,7 @@ from llmpapers.core.lm import (
     tiny_lm,
     word_tokenizer,
 )
-from .scale import pick_device, rng
+from .scale import rng
 from .train import TrainConfig, read_metrics, train
 
 # %% ../../nbs/core/08_tasks.ipynb #acafffd5

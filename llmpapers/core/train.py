@@ -7,7 +7,16 @@ __all__ = ['schedules', 'TrainConfig', 'lr_factor', 'param_groups', 'lm_loss', '
            'checkpoint_fault', 'newest_checkpoint', 'History', 'read_metrics', 'train']
 
 # %% ../../nbs/core/05_train.ipynb #fdd7f036
-import hashlib, json, math, os, random, re, shutil, signal, threading, warnings
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import threading
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -17,11 +17,11 @@ from typing import Protocol
 
 import torch
 from fastcore.basics import patch
-from .weights import copy_weights, model_logprobs
 from torch import Tensor
 
 from ..core.scale import rng
 from .types import Completion, Request
+from .weights import copy_weights, model_logprobs
 
 # %% ../../nbs/rl/07_engines.ipynb #e99e7b68
 class RolloutEngine(Protocol):

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from .pools import EngineLost, EngineProxy, RolloutPoolError, sync_modes
-from .rollout import EngineClient
-from .weights import WeightSyncError, model_logprobs, probe_ids
 
 from .buffer import SampleBuffer
 from .checkpoint import latest, load, save
+from .pools import EngineLost, EngineProxy, RolloutPoolError, sync_modes
+from .rollout import EngineClient
 from .types import Group, collate
+from .weights import WeightSyncError, model_logprobs, probe_ids
 
 # %% ../../nbs/rl/14_loop.ipynb #d4a0285d
 def _prompt(source, i):

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fastcore.basics import patch
-from .rollout import EngineClient
 
+from .rollout import EngineClient
 from .types import Completion, Group, Request
 
 # %% ../../nbs/rl/11_pools.ipynb #f6cc5f9c

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
-from .pools import EngineLost, EngineProxy, RolloutPoolError
-from .rollout import EngineClient
-from .weights import pack_weights, read_weights, unpack_weights
 from torch import Tensor
 
 from ..core.scale import need
+from .pools import EngineLost, EngineProxy, RolloutPoolError
+from .rollout import EngineClient
 from .types import Batch, Group
+from .weights import pack_weights, read_weights, unpack_weights
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -15,7 +15,6 @@ from typing import Protocol
 
 import torch
 from fastcore.basics import patch
-from .weights import checkpoint_weights, copy_weights
 from torch import Tensor, nn
 
 from ..core.scale import rng
@@ -23,6 +22,7 @@ from .advantages import gae, group_advantages
 from .logprobs import entropy, token_logprobs
 from .losses import PolicyLossConfig, policy_loss
 from .types import Batch
+from .weights import checkpoint_weights, copy_weights
 
 # %% ../../nbs/rl/08_trainer.ipynb #94a3c54e
 def micro_batches(

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from .weights import read_weights, untied
 from torch import Tensor
 
 from ..core.scale import need
 from .engines import _Row
 from .types import Completion, Request
+from .weights import read_weights, untied
 
 # %% ../../nbs/rl/09_vllm.ipynb #8934969d
 _vllm_env = dict(

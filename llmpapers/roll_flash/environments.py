@@ -11,8 +11,8 @@ import numpy as np
 # %% ../../nbs/roll_flash/04_environments.ipynb #3be2f8c6
 def simulate_env_rollout(
     latency: np.ndarray,  # (E,T) or (...,E,T) time the environment takes in each turn
-    gen_time: float
-    | np.ndarray,  # Time to generate an action, or an array that broadcasts to `latency`
+    # Time to generate an action, or an array that broadcasts to `latency`
+    gen_time: float | np.ndarray,
     mode: str = "env",  # "turn": all environments take a turn together; "env": each at its own pace
 ) -> float | np.ndarray:  # Time of the batch; an array over leading dimensions if there are any
     "Time to roll out a batch of episodes, in lock step or without barriers"

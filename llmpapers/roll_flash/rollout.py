@@ -59,7 +59,7 @@ def simulate_filtering(
     need: int,  # Groups that must pass
     in_flight: int,  # Prompts that run at a time
 ) -> float:  # Time at which the last needed group is there
-    "Queue scheduling under dynamic filtering: keep `in_flight` prompts running until enough have passed"
+    "Queue scheduling under dynamic filtering: keep prompts running until enough have passed"
     d, ok = _filter_input(durations, passed, need)
     if not isinstance(in_flight, (int, np.integer)) or in_flight < 1:
         raise ValueError(f"in_flight={in_flight!r} must be a positive integer")

@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+
 from .simulator import SimResult
 from .simulator import simulate as simulate_async
-
 from .theory import async_step_bound, best_split, list_schedule
 
 # %% ../../nbs/roll_flash/02_sim.ipynb #9556d89b
@@ -59,7 +59,8 @@ def steady_time(
     skip = math.ceil(5 + 2 * async_ratio)
     if len(res.step_times) <= skip:
         raise ValueError(
-            f"async_ratio={async_ratio} drops {skip} steps, the run has {len(res.step_times)}; simulate more"
+            f"async_ratio={async_ratio} drops {skip} steps, the run has {len(res.step_times)}; "
+            "simulate more"
         )
     return float(np.mean(res.step_times[skip:]))
 
@@ -83,18 +84,17 @@ def cluster_times(
     d = t * token_time
     if len(d) < (least := n * max(n_steps, sync_batches)):
         raise ValueError(f"tokens has {len(d)} entries; {n_steps} steps of {n} need {least}")
-    mu_train, cohort = (
-        t.mean() * train_per_token,
-        (n, gpus, d.mean() / slots, d.max(), t.mean() * train_per_token),
-    )
+    mu_train = t.mean() * train_per_token
+    cohort = (n, gpus, d.mean() / slots, d.max(), t.mean() * train_per_token)
     m = best_split(*cohort, async_ratio=async_ratio)
     batches = d[: n * sync_batches].reshape(sync_batches, n)
-    naive = np.mean(
-        [
-            max(list_schedule(b[w::gpus], slots).makespan for w in range(gpus) if len(b[w::gpus]))
-            for b in batches
-        ]
-    )
+
+    def slowest(b):
+        "Time of the last device when a batch is dealt out beforehand"
+        shares = [b[w::gpus] for w in range(gpus) if len(b[w::gpus])]
+        return max(list_schedule(share, slots).makespan for share in shares)
+
+    naive = np.mean([slowest(b) for b in batches])
     sync = np.mean([list_schedule(b, gpus * slots).makespan for b in batches])
     res = simulate_async(
         d, (gpus - m) * slots, n, async_ratio, n * mu_train / m, n_steps, on_stale=on_stale
@@ -106,7 +106,7 @@ def cluster_times(
         sync=float(sync + n * mu_train / gpus),
         ahead=steady_time(res, async_ratio),
         bound=float(async_step_bound(*cohort, async_ratio=async_ratio, beta=m / gpus)),
-        utilisation=res.utilisation,
+        utilisation=float(res.utilisation),
     )
 
 # %% ../../nbs/roll_flash/02_sim.ipynb #2c6df999
@@ -182,12 +182,13 @@ def tail_study(
     **kw,  # Further arguments of `cluster_times`
 ) -> np.ndarray:  # (seeds, sigmas) naive over asynchronous
     "Speed-up over the width of the tail at a fixed mean"
-    draw = lambda s, sg: lognormal_lengths(
-        n * (n_steps + math.ceil(async_ratio) + 1), mean, sg, seed=[s, 7]
-    )
-    row = lambda s, sg: cluster_times(
-        draw(s, sg), gpus, n, n_steps=n_steps, async_ratio=async_ratio, **kw
-    )
+
+    def draw(s, sg):
+        return lognormal_lengths(n * (n_steps + math.ceil(async_ratio) + 1), mean, sg, seed=[s, 7])
+
+    def row(s, sg):
+        return cluster_times(draw(s, sg), gpus, n, n_steps=n_steps, async_ratio=async_ratio, **kw)
+
     return np.array([[(r := row(s, sg))["naive"] / r["ahead"] for sg in sigmas] for s in seeds])
 
 # %% ../../nbs/roll_flash/02_sim.ipynb #2222ebb3
@@ -199,7 +200,7 @@ def policy_study(
     train_time: float = 4.5,  # Training time of a step
     steps: int = 100,  # Steps measured after the pipeline has filled
 ) -> dict:  # (policy, ratio) -> dict of arrays over seeds: `step`, `bias`, `wasted`
-    "Step time, length bias and waste of the three policies on one long-tailed stream (lognormal(1, 1), cap 60)"
+    "Step time, length bias and waste of the policies on one stream of lengths, lognormal(1, 1)"
 
     def one(how, al, s):
         skip = math.ceil(5 + 2 * al)

@@ -90,12 +90,15 @@ _vocab = 11  # ten digits and the sign that ends a prompt
 def _shapes(cfg):
     "Name -> shape of one model's matrices"
     d = cfg.width
-    layer = lambda i: {
-        f"qkv{i}": (d, 3 * d),
-        f"out{i}": (d, d),
-        f"up{i}": (d, 4 * d),
-        f"down{i}": (4 * d, d),
-    }
+
+    def layer(i):
+        return {
+            f"qkv{i}": (d, 3 * d),
+            f"out{i}": (d, d),
+            f"up{i}": (d, 4 * d),
+            f"down{i}": (4 * d, d),
+        }
+
     return (
         dict(embed=(_vocab, d), place=(2 * cfg.digits, d))
         | {k: v for i in range(cfg.layers) for k, v in layer(i).items()}
@@ -108,16 +111,19 @@ def init_policies(
     cfg: LagConfig,  # Sizes
 ) -> Tensor:  # (M,P) one row of parameters per model
     "Random policies; a seed gives the same weights in any company"
-    size = lambda n: (
-        1.0
-        if n in ("embed", "place")
-        else 0.3 * cfg.width**-0.5
-        if n == "head"
-        else cfg.width**-0.5 * (0.5 if n.startswith("down") else 1)
-    )
-    one = lambda g: torch.cat(
-        [size(n) * torch.randn(a * b, generator=g) for n, (a, b) in _shapes(cfg).items()]
-    )
+
+    def size(name):
+        "Standard deviation of a matrix"
+        if name in ("embed", "place"):
+            return 1.0
+        if name == "head":
+            return 0.3 * cfg.width**-0.5
+        return cfg.width**-0.5 * (0.5 if name.startswith("down") else 1)
+
+    def one(g):
+        shapes = _shapes(cfg).items()
+        return torch.cat([size(n) * torch.randn(a * b, generator=g) for n, (a, b) in shapes])
+
     return torch.stack([one(rng(s, "stale", "init")) for s in seeds])
 
 
@@ -139,9 +145,8 @@ def _forward(w, ids, cfg, past=None, start=0):
     M, N, T = ids.shape
     d, H, seen = cfg.width, cfg.heads, []
     one_hot = F.one_hot(ids, _vocab).to(w["embed"].dtype).view(M, N * T, _vocab)
-    x = ((one_hot @ w["embed"]).view(M, N, T, d) + w["place"][:, None, start : start + T]).view(
-        M, N * T, d
-    )
+    place = w["place"][:, None, start : start + T]
+    x = ((one_hot @ w["embed"]).view(M, N, T, d) + place).view(M, N * T, d)
     for i in range(cfg.layers):
         q, k, v = (_norm(x) @ w[f"qkv{i}"]).view(M * N, T, 3, H, d // H).permute(2, 0, 3, 1, 4)
         if past is not None:
@@ -263,9 +268,8 @@ def forced_lag_run(
     if not arms or not seeds:
         raise ValueError("arms and seeds need at least one entry each")
     A, K, n = len(arms), len(seeds), cfg.prompts * cfg.samples
-    flat = (
-        init_policies(seeds, cfg).repeat(A, 1).to(device).requires_grad_()
-    )  # model a*K + k is arm a, seed k
+    # model a*K + k is arm a, seed k
+    flat = init_policies(seeds, cfg).repeat(A, 1).to(device).requires_grad_()
     state, depth = (torch.zeros_like(flat), torch.zeros_like(flat)), max(a.lag for a in arms)
     groups = torch.arange(A * K * cfg.prompts, device=device).repeat_interleave(cfg.samples)
     queue = {j: _draw(flat.detach(), seeds, A, j, cfg) for j in range(-depth, 0)}
@@ -285,10 +289,8 @@ def forced_lag_run(
                 stale_losses[arms[m // K].loss], b, lp[m], proximal_logprobs=lp[m].detach()
             )
             total = total + loss
-            out["ess"][m // K, m % K, s], out["kl"][m // K, m % K, s] = (
-                watch["ess"],
-                watch["kl/behavior"],
-            )
+            out["ess"][m // K, m % K, s] = watch["ess"]
+            out["kl"][m // K, m % K, s] = watch["kl/behavior"]
         out["reward"][:, :, s] = queue[s][3].mean(-1).view(A, K).cpu().numpy()
         _adam(flat, torch.autograd.grad(total, flat)[0], state, s, cfg)
     return LagRun(arms, seeds, **out)

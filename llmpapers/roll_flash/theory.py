@@ -13,6 +13,7 @@ from heapq import heapify, heapreplace
 from typing import NamedTuple
 
 import numpy as np
+
 from .simulator import simulate as simulate_async
 
 # %% ../../nbs/roll_flash/01_theory.ipynb #9556d89b

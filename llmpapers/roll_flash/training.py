@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ..rl.pools import InProcessPool
-from ..rl.ray import RolloutPool
-from ..rl.rollout import SingleTurn
 
 from ..core.lm import LM, save_lm
 from ..rl.buffer import SampleBuffer
 from ..rl.engines import HFEngine
 from ..rl.loop import AsyncController
 from ..rl.losses import PolicyLossConfig
+from ..rl.pools import InProcessPool
+from ..rl.ray import RolloutPool
+from ..rl.rollout import SingleTurn
 from ..rl.trainer import PolicyTrainer
 from ..rl.types import Group, Sample, SamplingConfig
 

@@ -48,10 +48,8 @@ class DimensionSelector(nn.Module):
         dim: int,  # Dimensions to choose from
         keep: int,  # Dimensions to keep
         prior: Tensor | None = None,  # (dim,) starting importances; None is zero for all
-        tau: tuple[float, float] = (
-            1.0,
-            0.3,
-        ),  # Temperature at the start and at the end of training
+        # Temperature at the start and at the end of training
+        tau: tuple[float, float] = (1.0, 0.3),
     ):
         super().__init__()
         if not 1 <= keep <= dim:
@@ -92,11 +90,15 @@ def ware_loop(
 ) -> Tensor:  # (D,)
     "The definition of `ware`: remove each dimension in turn"
     full = nn.functional.cosine_similarity(x, y)
-    keep = lambda j: [i for i in range(x.shape[1]) if i != j]
-    error = lambda j: (
-        (nn.functional.cosine_similarity(x[:, keep(j)], y[:, keep(j)]) - full).abs()
-        / full.abs().clamp(min=1e-3)
-    )
+
+    def keep(j):
+        return [i for i in range(x.shape[1]) if i != j]
+
+    def error(j):
+        return (
+            nn.functional.cosine_similarity(x[:, keep(j)], y[:, keep(j)]) - full
+        ).abs() / full.abs().clamp(min=1e-3)
+
     return torch.stack([error(j).mean() for j in range(x.shape[1])])
 
 
@@ -111,11 +113,9 @@ def ware(
         raise ValueError(
             f"x {tuple(x.shape)} and y {tuple(y.shape)} need one shape (M, D) with D >= 2"
         )
-    uv, uu, vv = (
-        (x * y).sum(1, keepdim=True),
-        (x * x).sum(1, keepdim=True),
-        (y * y).sum(1, keepdim=True),
-    )
+    uv = (x * y).sum(1, keepdim=True)
+    uu = (x * x).sum(1, keepdim=True)
+    vv = (y * y).sum(1, keepdim=True)
     if not ((uu > 0) & (vv > 0)).all():
         raise ValueError("x or y has a zero vector; its cosine is not defined")
     full = uv / (uu * vv).sqrt()

@@ -23,8 +23,6 @@ from .ads import DimensionSelector, decreasing_prior
 from llmpapers.smec.compressor import (
     Compressor,
     PCACompressor,
-    RandomProjection,
-    Truncation,
     check_dims,
     evaluate,
     kinds,
@@ -112,8 +110,13 @@ def _hold_back(queries, docs, relevance, valid, seed):
         raise ValueError(f"relevance has {len(rel.indptr) - 1} rows for {len(queries)} queries")
     if valid is False:
         return queries, rel, None
-    of = lambda v, i: v[rel.indptr[i] : rel.indptr[i + 1]].tolist()
-    rows = lambda at: [dict(zip(of(rel.docs, i), of(rel.grades, i))) for i in at]
+
+    def of(v, i):
+        return v[rel.indptr[i] : rel.indptr[i + 1]].tolist()
+
+    def rows(at):
+        return [dict(zip(of(rel.docs, i), of(rel.grades, i))) for i in at]
+
     if valid is not None:
         return queries, rel, _Valid(valid[0], docs, valid[1], seed)
     order = np.random.default_rng(seed).permutation(len(queries))
@@ -130,12 +133,10 @@ class _Run:
     "An optimisation that can be stored and continued"
 
     def __init__(self, params, lr, file=None, extra=None):
-        self.params, self.opt, self.file, self.extra = (
-            params,
-            torch.optim.Adam(params, lr),
-            file,
-            extra,
-        )
+        self.params = params
+        self.opt = torch.optim.Adam(params, lr)
+        self.file = file
+        self.extra = extra
         self.step, self.best, self.wait, self.log = 0, (-np.inf, None), 0, []
         if file is not None and file.exists():
             self.load()
@@ -151,10 +152,8 @@ class _Run:
             self.extra.restore(s["extra"])
 
     def save(self):
-        tmp, state = (
-            self.file.with_suffix(".tmp"),
-            dict(params=[p.detach() for p in self.params], opt=self.opt.state_dict()),
-        )
+        tmp = self.file.with_suffix(".tmp")
+        state = dict(params=[p.detach() for p in self.params], opt=self.opt.state_dict())
         torch.save(
             state
             | dict(
@@ -256,7 +255,8 @@ def fit(
     queries,  # (Q,D) query embeddings, floating point
     docs,  # (C,D) document embeddings
     relevance=None,  # Any form that `as_relevance` takes; None pairs query i with document i
-    valid=None,  # (queries, relevance) over the same documents; None holds a tenth back, False does without
+    # (queries, relevance) over the same documents; None holds a tenth back, False does without
+    valid=None,
     out=None,  # Folder for checkpoints; a fit that was interrupted goes on from there
     on_step: Callable | None = None,  # Called with (stage, step, loss)
 ) -> Trained:  # Itself
@@ -421,10 +421,16 @@ def _stage_loss(self: SMEC, step, stage, data, base, V, short, selector, memory,
     "Loss of one step: both widths, and the consistency term"
     o = self.options
     q, d, y, ids = data.batch(10_000 * stage + step)
-    out = lambda x: (x if base is None else x @ base.T) @ V.T
+
+    def out(x):
+        return (x if base is None else x @ base.T) @ V.T
+
     zq, zd, total = out(q), out(d), 0.0
     mask = selector(rng(o["seed"], "gumbel", stage, step), step / steps) if selector else None
-    cut = lambda z: z * mask if selector else z[..., :short]
+
+    def cut(z):
+        return z * mask if selector else z[..., :short]
+
     if o["supervised"]:
         total = self._rank(prefix_scores(zq, zd, len(V)), y)
         if short < len(V):
@@ -461,10 +467,8 @@ def _consistency(self: SMEC, x, z, ids, out, cut, memory, at):
         return 0.0
     f, other = memory.sample(o["sample"], rng(o["seed"], "sample", *at))
     own, T = other == ids[:, None], 1e4
-    hi, lo = (
-        x @ F.normalize(f, dim=1).T,
-        F.normalize(cut(z), dim=1) @ F.normalize(cut(out(f)), dim=1).T,
-    )
+    hi = x @ F.normalize(f, dim=1).T
+    lo = F.normalize(cut(z), dim=1) @ F.normalize(cut(out(f)), dim=1).T
     return listwise_consistency_loss(hi - T * own, lo - T * own)
 
 # %% ../../nbs/smec/04_compress.ipynb #073188c4
@@ -501,16 +505,25 @@ def _stage(self: SMEC, s, data, rows, short, score, steps):
     o, a = self.options, len(rows)
     base, V = (rows, torch.eye(a)) if o["mode"] == "cascade" else (None, rows.clone())
     V.requires_grad_()
-    matrix = lambda: V.detach() if base is None else V.detach() @ base
+
+    def matrix():
+        return V.detach() if base is None else V.detach() @ base
+
     sel = (
         DimensionSelector(a, short, decreasing_prior(a) if o["init"] == "pca" else None)
         if o["selection"] == "ads" and short < a
         else None
     )
-    index = lambda: sel.index if sel else torch.arange(short)
+
+    def index():
+        return sel.index if sel else torch.arange(short)
+
     params = [V] + ([sel.logits] if sel else [])
     memory = CrossBatchMemory(o["memory"], data.d.shape[1]) if o["consistency"] else None
-    loss = lambda step: self._stage_loss(step, s, data, base, V, short, sel, memory, steps)
+
+    def loss(step):
+        return self._stage_loss(step, s, data, base, V, short, sel, memory, steps)
+
     ends = score and (lambda: score(matrix()) + score(matrix()[index()]))
     best = self._run(s, params, loss, steps, ends, memory, every=max(steps // 4, 1))
     with torch.no_grad():
@@ -534,16 +547,15 @@ def extend(
     "Add smaller widths; every present width stays as it is, to the bit"
     if self.options["mode"] == "nested":
         raise ValueError(
-            "mode='nested' shares its rows, so it cannot be extended without changing the present widths"
+            "mode='nested' shares its rows, "
+            "so it cannot be extended without changing the present widths"
         )
     new = check_dims([*self.dims, *dims])
     q, d = unit(queries, "queries").astype(np.float32), unit(docs, "docs").astype(np.float32)
     q, rel, score = _hold_back(q, d, relevance, valid, self.options["seed"])
     self.folder = self.on_step = None
-    data, last = (
-        _Data(q, d, rel, self.options["batch_size"], self.options["seed"]),
-        torch.from_numpy(self.maps[self.dims[-1]][0]),
-    )
+    data = _Data(q, d, rel, self.options["batch_size"], self.options["seed"])
+    last = torch.from_numpy(self.maps[self.dims[-1]][0])
     before, report = dict(self.maps), dict(self.report)
     maps = self._transitions(
         data, (self.dims[-1], *new[len(self.dims) :]), last, score, len(self.dims)

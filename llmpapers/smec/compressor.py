@@ -65,7 +65,8 @@ class Compressor:
     def _map(self, dim):
         if not self.maps:
             raise RuntimeError(
-                f"this {type(self).__name__} has not been fitted; call fit first or load a saved one"
+                f"this {type(self).__name__} has not been fitted; "
+                "call fit first or load a saved one"
             )
         dim = self.dims[-1] if dim is None else dim
         if dim not in self.maps:
@@ -194,7 +195,8 @@ def _read(path):
         raise ValueError(f"path={path.name!r} is damaged or no safetensors file ({e})") from e
     if meta.get("kind") not in kinds:
         raise ValueError(
-            f"path={path.name!r} is no compressor that is known here; it says {meta.get('kind')!r}. "
+            f"path={path.name!r} is no compressor that is known here; "
+            f"it says {meta.get('kind')!r}. "
             "Trained ones need llmpapers.smec.compress to be imported"
         )
     if _checksum(tensors) != meta.get("digest"):
@@ -232,7 +234,10 @@ def to_onnx(
     "Export one width as an ONNX graph: input `x` (n,D), output `z` (n,dim) of unit rows"
     onnx = need("onnx", "search")
     h, (A, b) = onnx.helper, self._map(dim)
-    const = lambda name, v: onnx.numpy_helper.from_array(np.asarray(v), name)
+
+    def const(name, v):
+        return onnx.numpy_helper.from_array(np.asarray(v), name)
+
     init = [
         const("A", np.ascontiguousarray(A.T)),
         const("axis", np.array([1])),
@@ -268,10 +273,8 @@ def to_sentence_transformers(
     dim: int | None = None,  # Width; None is the smallest
 ) -> list:  # A dense layer and a normalisation, to be put behind an encoder's modules
     "The compressor as modules of a sentence-transformers pipeline"
-    mods, (A, b) = (
-        need("sentence_transformers.sentence_transformer.modules", "search"),
-        self._map(dim),
-    )
+    mods = need("sentence_transformers.sentence_transformer.modules", "search")
+    (A, b) = self._map(dim)
     dense = mods.Dense(
         A.shape[1], A.shape[0], bias=b is not None, activation_function=torch.nn.Identity()
     )
@@ -382,9 +385,10 @@ def evaluate(
 ) -> dict:  # Width -> NDCG@10 over the full corpus
     "Quality of every width on one split"
     q, rel = problem.part(which)
-    search = lambda d: exact_search(
-        compressor.transform(q, d), compressor.transform(problem.docs, d), 10
-    )
+
+    def search(d):
+        return exact_search(compressor.transform(q, d), compressor.transform(problem.docs, d), 10)
+
     return {d: mean_metric(ndcg_at_k(search(d), rel)).value for d in compressor.dims}
 
 # %% ../../nbs/smec/03_compressor.ipynb #6bfb5d49

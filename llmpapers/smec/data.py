@@ -10,7 +10,6 @@ __all__ = ['cosine_scores', 'unit', 'Retrieval', 'split_queries', 'make_retrieva
 # %% ../../nbs/smec/01_data.ipynb #1b71f299
 import ast
 import csv
-import dataclasses
 import hashlib
 import importlib.resources
 import importlib.util
@@ -28,7 +27,6 @@ import numpy as np
 from ..core.artifacts import artifact
 from ..core.embed import embed_texts, load_matrix
 from llmpapers.core.ranking import (
-    Mean,
     Relevance,
     as_relevance,
     exact_search,
@@ -62,7 +60,8 @@ def unit(
         raise ValueError(f"{name} has NaN or infinite values in row {int(np.argmin(fine))}")
     if not norm.all():
         raise ValueError(
-            f"{name} has a zero vector in row {int(np.argmin(norm[:, 0] != 0))}; its cosine is not defined"
+            f"{name} has a zero vector in row {int(np.argmin(norm[:, 0] != 0))}; "
+            "its cosine is not defined"
         )
     return x / norm
 
@@ -131,10 +130,8 @@ def make_retrieval(
     by_document: bool = True,  # As in `split_queries`
 ) -> Retrieval:  # The problem, checked
     "A retrieval problem from embeddings and judgements"
-    q, d = (
-        np.ascontiguousarray(queries, dtype=np.float32),
-        np.ascontiguousarray(docs, dtype=np.float32),
-    )
+    q = np.ascontiguousarray(queries, dtype=np.float32)
+    d = np.ascontiguousarray(docs, dtype=np.float32)
     unit(q, "queries")
     unit(d, "docs")
     if q.shape[1] != d.shape[1]:
@@ -240,11 +237,13 @@ def docstring_pairs(
             break
     if len(res.names) < limit:
         raise ValueError(
-            f"limit={limit}: only {len(res.names)} of the listed texts are installed unchanged ({_versions(packages)})"
+            f"limit={limit}: only {len(res.names)} of the listed texts are "
+            f"installed unchanged ({_versions(packages)})"
         )
     if changed:
         warnings.warn(
-            f"{changed} listed docstrings are missing or changed and were passed over ({_versions(packages)})",
+            f"{changed} listed docstrings are missing or changed and were "
+            f"passed over ({_versions(packages)})",
             stacklevel=2,
         )
     return res._replace(changed=changed)
@@ -354,9 +353,13 @@ def load_beir(
 
 # %% ../../nbs/smec/01_data.ipynb #0998d5a3
 def _beir_files(folder, split):
-    rows = lambda f: [
-        json.loads(l) for l in (folder / f).read_text(encoding="utf-8").splitlines() if l.strip()
-    ]
+    def rows(f):
+        return [
+            json.loads(l)
+            for l in (folder / f).read_text(encoding="utf-8").splitlines()
+            if l.strip()
+        ]
+
     file = folder / "qrels" / f"{split}.tsv"
     for f in (folder / "queries.jsonl", file):
         if not f.is_file():
@@ -378,10 +381,14 @@ def _mteb(name, split):
         corpus, queries, qrels = (load(name, c) for c in ("corpus", "queries", "default"))
     except (OSError, ValueError) as e:
         raise ValueError(
-            f"name={name!r} is neither a BEIR folder nor a data set with the configurations corpus, queries and "
+            f"name={name!r} is neither a BEIR folder nor a data set with "
+            "the configurations corpus, queries and "
             f"default ({type(e).__name__})"
         ) from e
-    only = lambda d: next(iter(d.values()))
+
+    def only(d):
+        return next(iter(d.values()))
+
     if split not in qrels:
         raise ValueError(f"split={split!r} has no judgements; there are {', '.join(qrels)}")
     return (

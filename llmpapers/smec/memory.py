@@ -7,9 +7,9 @@ __all__ = ['CrossBatchMemory']
 
 # %% ../../nbs/smec/06_memory.ipynb #89049fb4
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
-from fastcore.basics import patch
 
 # %% ../../nbs/smec/06_memory.ipynb #e22fa2a0
 class CrossBatchMemory:
@@ -44,7 +44,8 @@ class CrossBatchMemory:
             ids = torch.arange(self.next_id, self.next_id + len(x))
         if ids.shape != (len(x),) or (ids < 0).any():
             raise ValueError(
-                f"ids has shape {tuple(ids.shape)}; it needs one id >= 0 for each of the {len(x)} rows"
+                f"ids has shape {tuple(ids.shape)}; "
+                f"it needs one id >= 0 for each of the {len(x)} rows"
             )
         self.next_id = max(self.next_id, int(ids.max()) + 1) if len(ids) else self.next_id
         x, ids = x.detach()[-self.capacity :].to(self.x), ids[-self.capacity :].to(self.ids)

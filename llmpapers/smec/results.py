@@ -15,7 +15,7 @@ import torch
 
 from ..core.artifacts import artifact
 from ..core.scale import need
-from .compress import SMEC, MatryoshkaAdaptor, MRL, SearchAdaptor
+from .compress import MRL, SMEC, MatryoshkaAdaptor, SearchAdaptor
 from llmpapers.smec.compressor import (
     Compressor,
     PCACompressor,
@@ -51,10 +51,8 @@ def st_matryoshka(
     scale: float = 20.0,  # Inverse temperature
 ) -> tuple:  # The dense layer that is trained, and the loss: called with [query features, document features], None
     "A dense layer in a sentence-transformers model under `MatryoshkaLoss`"
-    st, mods = (
-        need("sentence_transformers", "search"),
-        need("sentence_transformers.sentence_transformer.modules", "search"),
-    )
+    st = need("sentence_transformers", "search")
+    mods = need("sentence_transformers.sentence_transformer.modules", "search")
     losses = need("sentence_transformers.sentence_transformer.losses", "search")
     dense = mods.Dense(
         W0.shape[1], W0.shape[0], bias=False, activation_function=torch.nn.Identity()

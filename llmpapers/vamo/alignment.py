@@ -7,7 +7,6 @@ __all__ = ['methods', 'entropy_weights', 'project_simplex', 'alignment_report', 
            'StepInfo', 'vamo_step']
 
 # %% ../../nbs/vamo/01_alignment.ipynb #e630575e
-import contextlib
 import math
 import warnings
 import weakref
@@ -32,7 +31,8 @@ def _scores(m, lam):
         )
     if (bad := ~torch.isfinite(m)).any():
         raise ValueError(
-            f"m of task {int(bad.nonzero()[0, -1])} is NaN or infinite; look at the gradients of that task"
+            f"m of task {int(bad.nonzero()[0, -1])} is NaN or infinite; "
+            "look at the gradients of that task"
         )
     if not lam >= 0:
         raise ValueError(f"lam={lam} must be at least 0: 0 takes the best task, inf is uniform")
@@ -45,7 +45,8 @@ def _best(d):
 
 def entropy_weights(
     m: Tensor,  # [...,K] inner product of each task's gradient with the validation gradient
-    lam: float,  # Temperature, same unit as `m`; 0 takes the best task (ties shared), inf is uniform
+    # Temperature, same unit as `m`; 0 takes the best task (ties shared), inf is uniform
+    lam: float,
 ) -> Tensor:  # [...,K] weights, non-negative, summing to one
     "Weights that maximise agreement plus `lam` times entropy"
     d, dtype, lam = _scores(m, lam)
@@ -70,8 +71,8 @@ def project_simplex(
 def alignment_report(
     m: Tensor,  # [...,K] inner products
     lam: float,  # Temperature
-) -> dict:  # `w` [...,K]; `wm` = <w,m>, `best`, `mean` of m, `entropy` of w in nats, `value` = wm + lam*entropy, all [...]
-    "Weights and what they achieve"
+) -> dict:  # `w` [...,K]; `wm`, `best`, `mean`, `entropy` (nats), `value` = wm + lam*entropy, [...]
+    "Weights `w`, their agreement `wm` = <w,m>, and the best and the mean of `m` beside it"
     w = entropy_weights(m, lam)
     m = torch.as_tensor(m, dtype=w.dtype)
     wm, H = (w * m).sum(-1), -torch.special.xlogy(w, w).sum(-1)
@@ -94,7 +95,8 @@ def _check_losses(losses):
 
 def _unused():
     return ValueError(
-        "no loss depends on the parameters in direction; losses_fn must use the dictionary it is given, e.g. functional_call(model, params, x)"
+        "no loss depends on the parameters in direction; "
+        "losses_fn must use the dictionary it is given, e.g. functional_call(model, params, x)"
     )
 
 
@@ -102,9 +104,8 @@ def _by_jvp(losses_fn, params, direction):
     rest = {k: p for k, p in params.items() if k not in direction and p.requires_grad}
     if sum(p.numel() for p in rest.values()) > sum(d.numel() for d in direction.values()):
         rest = {}
-    tangents = direction | {
-        k: torch.zeros_like(p) for k, p in rest.items()
-    }  # torch is slower where one operand of two has no tangent
+    # torch is slower where one operand of two has no tangent
+    tangents = direction | {k: torch.zeros_like(p) for k, p in rest.items()}
     with fwd.dual_level():
         duals = {
             k: fwd.make_dual(p, tangents[k]) if k in tangents else p for k, p in params.items()
@@ -137,10 +138,9 @@ def _by_stack(losses_fn, params, direction):
     m, sq, zero = [], [], losses.new_zeros(())
     if not losses.requires_grad:
         raise _unused()
-    for l in losses:
-        G = torch.autograd.grad(
-            l, [params[k] for k in direction], retain_graph=True, allow_unused=True
-        )
+    moving = [params[k] for k in direction]
+    for loss in losses:
+        G = torch.autograd.grad(loss, moving, retain_graph=True, allow_unused=True)
         used = [(x, d) for x, d in zip(G, direction.values()) if x is not None]
         m.append(sum(((x * d).sum() for x, d in used), zero))
         sq.append(sum((x.square().sum() for x, _ in used), zero))
@@ -172,27 +172,15 @@ def _by_fd(losses_fn, params, direction, model=None):
     norm = torch.stack([d.double().square().sum() for d in direction.values()]).sum().sqrt().item()
     if norm == 0:
         return losses, torch.zeros_like(losses.detach()), None
-    size = (
-        torch.stack([params[k].detach().double().square().sum() for k in direction])
-        .sum()
-        .sqrt()
-        .item()
-    )
+    squares = [params[k].detach().double().square().sum() for k in direction]
+    size = torch.stack(squares).sum().sqrt().item()
     h = torch.finfo(losses.dtype).eps ** (1 / 3) * max(1.0, size) / norm
     ends, after = [], _Kept(model, params.values())
     with torch.no_grad():
         for sign in (1, -1):
             keep.rewind()
-            ends.append(
-                _check_losses(
-                    losses_fn(
-                        {
-                            k: p + sign * h * direction[k] if k in direction else p
-                            for k, p in params.items()
-                        }
-                    )
-                )
-            )
+            moved = {k: params[k] + sign * h * d for k, d in direction.items()}
+            ends.append(_check_losses(losses_fn(params | moved)))
         keep.rewind()
         same_draw(losses, losses_fn(params))
         after.rewind()
@@ -206,10 +194,8 @@ class _Kept:
         self.devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
         self.buffers = [] if model is None else [(b, b.detach().clone()) for b in model.buffers()]
         self.flags = [] if model is None else [(x, x.training) for x in model.modules()]
-        self.cpu, self.cuda = (
-            torch.get_rng_state(),
-            [torch.cuda.get_rng_state(i) for i in self.devices],
-        )
+        self.cpu = torch.get_rng_state()
+        self.cuda = [torch.cuda.get_rng_state(i) for i in self.devices]
 
     def rewind(self):
         torch.set_rng_state(self.cpu)
@@ -234,7 +220,8 @@ def same_draw(
     if (off > tol).any():
         k = int(off.argmax())
         raise RuntimeError(
-            f"task {k} had a loss of {first[k].item():.6g} in one pass and {second[k].item():.6g} in the next: "
+            f"task {k} had a loss of {first[k].item():.6g} in one pass and "
+            f"{second[k].item():.6g} in the next: "
             "the closure draws new noise on each call; draw it once per iteration and pass it in"
         )
 
@@ -243,7 +230,7 @@ _told = set()
 
 
 def _unsupported(e):
-    "Is this PyTorch saying that an operation lacks a derivative, rather than a fault of the closure?"
+    "Does PyTorch say that an operation lacks a derivative (and not that the closure is at fault)?"
     return isinstance(e, NotImplementedError) or any(
         t in str(e) for t in ("is not implemented", "does not support it", "not implemented for")
     )
@@ -262,9 +249,12 @@ def _align(losses_fn, params, direction, method, model, norms=False, graph=True)
         raise ValueError(f"method={method!r} must be 'auto' or one of {', '.join(methods)}")
     if norms and method not in ("auto", "stack", "vmap"):
         raise ValueError(
-            f"method={method!r} gives no gradient norms, which normalize='cos' needs; use 'stack' or 'vmap'"
+            f"method={method!r} gives no gradient norms, which normalize='cos' needs; "
+            "use 'stack' or 'vmap'"
         )
-    order = [method] if method != "auto" else ["stack"] if norms else ["jvp", "double", "stack"]
+    order = ["stack"] if norms else ["jvp", "double", "stack"]
+    if method != "auto":
+        order = [method]
     kept = _Kept(model, params.values())
     for i, name in enumerate(order):
         try:
@@ -277,7 +267,8 @@ def _align(losses_fn, params, direction, method, model, norms=False, graph=True)
             if why not in _told:
                 _told.add(why)
                 warnings.warn(
-                    f"method {name!r} is not possible here ({why}); falling back to {order[i + 1]!r}",
+                    f"method {name!r} is not possible here ({why}); "
+                    f"falling back to {order[i + 1]!r}",
                     stacklevel=4,
                 )
             kept.rewind()
@@ -286,13 +277,14 @@ def _align(losses_fn, params, direction, method, model, norms=False, graph=True)
         _check_losses(losses)
         if (bad := ~torch.isfinite(m)).any():
             raise ValueError(
-                f"the agreement of task {int(bad.nonzero()[0, 0])} is not finite; nothing was updated"
+                f"the agreement of task {int(bad.nonzero()[0, 0])} is not finite; "
+                "nothing was updated"
             )
         return losses, m, sizes, name
 
 
 def _usable(params, direction):
-    "The entries of `direction` that take part: known, shaped as the parameter, not None, not frozen"
+    "The entries of `direction` that take part: known, of the parameter's shape, not frozen"
     if unknown := sorted(set(direction) - set(params)):
         raise ValueError(f"direction has {', '.join(unknown[:3])}, which params does not have")
     some = any(p.requires_grad for p in params.values())
@@ -304,7 +296,8 @@ def _usable(params, direction):
     for k, d in res.items():
         if d.shape != params[k].shape:
             raise ValueError(
-                f"direction[{k!r}] has shape {tuple(d.shape)}, the parameter {tuple(params[k].shape)}"
+                f"direction[{k!r}] has shape {tuple(d.shape)}, "
+                f"the parameter {tuple(params[k].shape)}"
             )
     if not res:
         raise ValueError("direction has no entry for a trainable parameter")
@@ -313,10 +306,13 @@ def _usable(params, direction):
 # %% ../../nbs/vamo/01_alignment.ipynb #36e26623
 def task_alignments(
     losses_fn: Callable,  # Takes the dictionary of parameters, returns the losses [K]
-    params: dict,  # Name -> tensor; frozen ones are constants (if none requires a gradient, all take part)
-    direction: dict,  # Name -> tensor such as the validation gradient; a missing or None entry counts as zero
+    # Name -> tensor; frozen ones are constants (if none requires a gradient, all take part)
+    params: dict,
+    # Name -> tensor such as the validation gradient; a missing or None entry counts as zero
+    direction: dict,
     method: str = "auto",  # "auto", "jvp", "double", "vmap", "stack" or "fd"
-    model: nn.Module = None,  # Module that the closure calls, so that its buffers and training flags are put back
+    # Module that the closure calls, so that its buffers and training flags are put back
+    model: nn.Module = None,
 ) -> tuple[Tensor, Tensor]:  # Losses [K] and inner products of their gradients with `direction` [K]
     "Inner product of every task's gradient with one direction, without touching `.grad`"
     params, direction = dict(params), _usable(params, direction)
@@ -362,14 +358,12 @@ class AlignedWeighter:
             if not 0 <= value <= top:
                 raise ValueError(f"{name}={value} must be between 0 and {top}")
         self.lam, self.normalize, self.ema, self.floor = float(lam), normalize, ema, floor
-        self.mode, self.abstain, self.val_ema, self.n, self.score, self.gval_sq = (
-            mode,
-            abstain,
-            val_ema,
-            0,
-            None,
-            0.0,
-        )
+        self.mode = mode
+        self.abstain = abstain
+        self.val_ema = val_ema
+        self.n = 0
+        self.score = None
+        self.gval_sq = 0.0
 
 # %% ../../nbs/vamo/01_alignment.ipynb #80f6e802
 @patch
@@ -381,7 +375,8 @@ def _normalized(self: AlignedWeighter, m, gval_sq, norms):
         return m / m.square().mean().sqrt().clamp_min(1e-150)
     if gval_sq is None:
         raise ValueError(
-            f"normalize={self.normalize!r} needs gval_sq, the squared norm of the validation gradient"
+            f"normalize={self.normalize!r} needs gval_sq, "
+            "the squared norm of the validation gradient"
         )
     if self.normalize == "val":
         self.gval_sq = self.val_ema * self.gval_sq + (1 - self.val_ema) * float(gval_sq)
@@ -484,7 +479,8 @@ def _in_scope(model, params, scope):
     if scope == "shared":
         if not hasattr(model, "shared_parameters"):
             raise ValueError(
-                "scope='shared' needs a method model.shared_parameters(); or pass name prefixes, e.g. scope=('trunk.',)"
+                "scope='shared' needs a method model.shared_parameters(); "
+                "or pass name prefixes, e.g. scope=('trunk.',)"
             )
         names = [k for k, p in params.items() if any(p is q for q in model.shared_parameters())]
     elif callable(scope):
@@ -497,7 +493,8 @@ def _in_scope(model, params, scope):
         )
     if not names:
         raise ValueError(
-            f"scope={scope!r} selects no trainable parameter; there are {', '.join(list(params)[:4])} ..."
+            f"scope={scope!r} selects no trainable parameter; "
+            f"there are {', '.join(list(params)[:4])} ..."
         )
     return names
 
@@ -509,11 +506,12 @@ def _ids(x):
 
 # %% ../../nbs/vamo/01_alignment.ipynb #73965dab
 def _val_gradient(model, val_loss, params, kept):
-    "Validation loss and its gradient by name; the state of the model and of the generator is put back"
+    "Validation loss and its gradient by name; model and generator are put back"
     loss = val_loss(model)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(
-            "val_loss must return one number, the mean of the validation losses or that of the target task"
+            "val_loss must return one number, "
+            "the mean of the validation losses or that of the target task"
         )
     if not torch.isfinite(loss):
         raise ValueError(f"the validation loss is {loss.item()}; nothing was updated")
@@ -533,10 +531,12 @@ _fallback = weakref.WeakKeyDictionary()
 def vamo_step(
     model: nn.Module,  # Any module
     optimizer: torch.optim.Optimizer,  # Over its parameters
-    train_losses: Callable,  # Model -> training losses [K]; draws of noise through the global generator, or fixed outside
+    # Model -> training losses [K]; draws of noise through the global generator, or fixed outside
+    train_losses: Callable,
     val_loss: Callable,  # Model -> validation loss [], on other and later samples
     weighter: AlignedWeighter,  # Holds the temperature
-    scope="all",  # "all", "shared" (uses `model.shared_parameters()`), name prefixes, or name -> bool
+    # "all", "shared" (uses `model.shared_parameters()`), name prefixes, or name -> bool
+    scope="all",
     method: str = "auto",  # As in `task_alignments`
     clip: float = None,  # Largest gradient norm
     train_ids: Iterable = None,  # Ids of the training samples, to warn of overlap
@@ -545,8 +545,8 @@ def vamo_step(
     "One optimiser step on the validation-aligned mixture of task losses"
     if train_ids is not None and val_ids is not None and (both := _ids(train_ids) & _ids(val_ids)):
         warnings.warn(
-            f"{len(both)} validation sample(s) are training samples of this step: their noise counts as agreement; "
-            "validate on held-out samples",
+            f"{len(both)} validation sample(s) are training samples of this step: "
+            "their noise counts as agreement; validate on held-out samples",
             stacklevel=2,
         )
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
@@ -558,26 +558,21 @@ def vamo_step(
             f"the validation loss does not depend on the parameters of scope={scope!r}"
         )
     call = _Call(model, train_losses)
-    run = lambda p: (
-        train_losses(model)
-        if p is params
-        else functional_call(call, {f"model.{k}": v for k, v in p.items()}, ())
-    )
+
+    def run(p):
+        if p is params:
+            return train_losses(model)
+        return functional_call(call, {f"model.{k}": v for k, v in p.items()}, ())
+
     cos = weighter.normalize == "cos"
-    losses, m, norms, how = _align(
-        run,
-        params,
-        used,
-        _fallback.get(model, "auto") if method == "auto" and not cos else method,
-        model,
-        cos,
-    )
-    if method == "auto" and not cos and how != "jvp":
+    remember = method == "auto" and not cos
+    first = _fallback.get(model, "auto") if remember else method
+    losses, m, norms, how = _align(run, params, used, first, model, cos)
+    if remember and how != "jvp":
         _fallback[model] = how
     kept.reset_flags()
-    w = weighter.update(
-        m, float(torch.stack(torch._foreach_norm(list(used.values()))).square().sum()), norms
-    )
+    gval_sq = float(torch.stack(torch._foreach_norm(list(used.values()))).square().sum())
+    w = weighter.update(m, gval_sq, norms)
     return _update(optimizer, params, losses, val, m, w, g, clip, how)
 
 # %% ../../nbs/vamo/01_alignment.ipynb #5f5042bf

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.scale import need, rng
-from .slots import ResponseCurve, gsp_auction, run_auctions, score
+from .slots import ResponseCurve, gsp_auction, run_auctions, score  # noqa: F401
 
 # %% ../../nbs/vamo/04_auction.ipynb #518821dd
 _all_ = ["ResponseCurve", "gsp_auction", "run_auctions", "score"]
@@ -42,10 +42,8 @@ class TaskSpec:
     def __post_init__(self):
         if self.kind not in kinds:
             raise ValueError(f"kind={self.kind!r} is not one of {', '.join(kinds)}")
-        for name, used in (
-            ("cpa", self.kind in ("cpa", "both")),
-            ("roi", self.kind in ("roi", "both")),
-        ):
+        for name in ("cpa", "roi"):
+            used = self.kind in (name, "both")
             v = getattr(self, name)
             if used and not (v is not None and math.isfinite(v) and v > 0):
                 raise ValueError(f"{name}={v} must be positive for kind {self.kind!r}")
@@ -80,11 +78,8 @@ class MarketConfig:
     worths: tuple = (40.0, 15.0, 4.0)  # Mean worth of an order of each conversion type
     swing: tuple = (0.5, 0.3, 0.4)  # Strength of the daily rhythm of each type's values, below 1
     phase: tuple = (38.0, 22.0, 30.0)  # Step at which each type's values peak
-    quality: tuple = (
-        0.6,
-        0.5,
-        0.3,
-    )  # Correlation of each type's values with the quality of the impression
+    # Correlation of each type's values with the quality of the impression
+    quality: tuple = (0.6, 0.5, 0.3)
     rhythm: float = 1.0  # Strength of the daily rhythm of traffic; 0 is flat
     pulse: float = 0.0  # Strength of a planted rhythm of prices inside the day
     pulse_period: float = 6.0  # Its period in steps
@@ -144,21 +139,18 @@ class Market:
         config: MarketConfig = MarketConfig(),  # Sizes, rhythm and shift
         seed: int = 0,  # Same seed, same market
     ):
-        self.config, self.seed, self.tasks, self.T = (
-            config.check(),
-            seed,
-            config.tasks,
-            config.steps,
-        )
+        self.config = config.check()
+        self.seed = seed
+        self.tasks = config.tasks
+        self.T = config.steps
         self.exposure = tuple(np.cumprod(config.exposure).tolist())
         self._days, self._curves = {}, {}
-        eps, level = torch.randn(config.days, generator=rng(seed, "level")), []
-        for e in eps.tolist():
-            level.append(
-                0.6 * level[-1] + config.volatility * e
-                if level
-                else config.volatility * e / math.sqrt(1 - 0.36)
-            )
+        level = []
+        for shock in torch.randn(config.days, generator=rng(seed, "level")).tolist():
+            if level:
+                level.append(0.6 * level[-1] + config.volatility * shock)
+            else:  # the first day has the spread of all
+                level.append(config.volatility * shock / math.sqrt(1 - 0.36))
         self.level = torch.tensor(level)
 
     def __repr__(self):
@@ -169,9 +161,9 @@ class Market:
 def profile(self: Market) -> Tensor:  # (T,) share of the day's traffic in each step
     "Daily profile of traffic: midday and evening peaks, a quiet night"
     t, r = torch.arange(self.T) / self.T, self.config.rhythm
-    rho = (
-        0.25 + torch.exp(-(((t - 0.52) / 0.11) ** 2)) + 1.2 * torch.exp(-(((t - 0.85) / 0.08) ** 2))
-    )
+    midday = torch.exp(-(((t - 0.52) / 0.11) ** 2))
+    evening = torch.exp(-(((t - 0.85) / 0.08) ** 2))
+    rho = 0.25 + midday + 1.2 * evening
     rho = (1 - r) + r * rho / rho.mean()
     return rho / rho.sum()
 
@@ -188,40 +180,28 @@ def day(
     if d in self._days:
         return self._days[d]
     g, T, new = rng(self.seed, "day", d), self.T, c.regime_day is not None and d >= c.regime_day
-    randn = lambda *size: torch.randn(*size, generator=g)
-    counts = (
-        torch.poisson(c.volume * self.profile() * torch.exp(self.level[d] / 2), generator=g)
-        .long()
-        .clamp(min=8)
-    )
+
+    def randn(*size):
+        return torch.randn(*size, generator=g)
+
+    traffic = c.volume * self.profile() * torch.exp(self.level[d] / 2)
+    counts = torch.poisson(traffic, generator=g).long().clamp(min=8)
     step = torch.repeat_interleave(torch.arange(T), counts)
     N, K = len(step), len(c.rates)
     z, q = randn(N, 1), torch.tensor(c.quality)
     late = torch.tensor(c.phase) + c.phase_drift * d + new * c.regime_phase
-    shape = 1 + torch.tensor(c.swing) * torch.cos(
-        2 * math.pi * (torch.arange(T)[:, None] - late) / T
-    )
-    values = (
-        torch.tensor(c.rates)
-        * shape[step]
-        * torch.exp(0.8 * (q.sqrt() * z + (1 - q).sqrt() * randn(N, K)) - 0.32)
-    ).clamp(max=1.0)
+    angle = 2 * math.pi * (torch.arange(T)[:, None] - late) / T
+    shape = 1 + torch.tensor(c.swing) * torch.cos(angle)
+    spread = torch.exp(0.8 * (q.sqrt() * z + (1 - q).sqrt() * randn(N, K)) - 0.32)
+    values = (torch.tensor(c.rates) * shape[step] * spread).clamp(max=1.0)
     worth = torch.tensor(c.worths) * torch.exp(0.5 * randn(N, K) - 0.125)
     wobble = c.wobble * randn(math.ceil(T / 4)).repeat_interleave(4)[:T]
-    price = (
-        self.level[d]
-        + c.price_drift * d
-        + new * c.regime_price
-        + wobble
-        + c.pulse * torch.cos(2 * math.pi * torch.arange(T) / c.pulse_period)
-    )
-    S, field = (
-        len(c.exposure),
-        torch.exp(price[step][:, None] + 0.3 * z + 0.5 * randn(N, c.rivals) - 0.17),
-    )
-    rivals = torch.nn.functional.pad(
-        field.topk(min(S, c.rivals), 1).values, (0, max(0, S - c.rivals))
-    )
+    pulse = c.pulse * torch.cos(2 * math.pi * torch.arange(T) / c.pulse_period)
+    price = self.level[d] + c.price_drift * d + new * c.regime_price + wobble + pulse
+    field = torch.exp(price[step][:, None] + 0.3 * z + 0.5 * randn(N, c.rivals) - 0.17)
+    S = len(c.exposure)
+    strongest = field.topk(min(S, c.rivals), 1).values
+    rivals = torch.nn.functional.pad(strongest, (0, max(0, S - c.rivals)))
     self._days[d] = Day(step, values, worth, rivals, counts)
     return self._days[d]
 
@@ -316,9 +296,7 @@ def hindsight(
     task: int,  # Index into the market's tasks
     budget: Tensor,  # (B,) budgets
     cpa: float | None = None,  # Another limit on the cost per conversion; None takes the task's
-) -> tuple[
-    Tensor, Tensor
-]:  # (B,) best constant multiplier, 0 where nothing is affordable; (B,) value it wins
+) -> tuple[Tensor, Tensor]:  # (B,) multiplier, 0 where nothing is affordable; (B,) value it wins
     "Best constant multiplier of a day that keeps budget and limits, and its value"
     budget = torch.as_tensor(budget, dtype=torch.double)
     if budget.ndim != 1 or not (budget >= 0).all():
@@ -332,7 +310,10 @@ def hindsight(
     best = torch.where(ok, torch.arange(len(theta)), -1).cummax(0).values
     at = torch.searchsorted(table[:, 0].cummax(0).values, budget * (1 + 1e-12), right=True) - 1
     at = torch.where(at >= 0, best[at.clamp(min=0)], -1)
-    pick = lambda x: torch.where(at >= 0, x[at.clamp(min=0)], 0.0)
+
+    def pick(x):
+        return torch.where(at >= 0, x[at.clamp(min=0)], 0.0)
+
     return pick(theta), pick(table[:, 1])
 
 # %% ../../nbs/vamo/04_auction.ipynb #9b0923bc
@@ -349,7 +330,7 @@ state_names = (
 
 
 def _slack(spec, spent, value, worth):
-    "How far the constraint is from its limit, in [-1, 1]; 0 without one or before anything was spent"
+    "Distance of the constraint from its limit in [-1, 1]; 0 without one or before any spend"
     x = torch.stack([spent, value, worth], -1)
     conv, worth = _split(spec, x)
     room = [torch.full_like(spent, torch.inf)]
@@ -416,11 +397,8 @@ def yesterday(
         )
     a = torch.where(a > 0, a, theta[0])
     row = table[torch.searchsorted(theta, a, right=True) - 1]
-    return Reference(
-        a,
-        row[:, 0] / row[:, 1].clamp(min=1e-300),
-        sum(c.n for c in market.curves(day - 1, task)) / market.T,
-    )
+    traffic = sum(c.n for c in market.curves(day - 1, task)) / market.T
+    return Reference(a, row[:, 0] / row[:, 1].clamp(min=1e-300), traffic)
 
 # %% ../../nbs/vamo/04_auction.ipynb #4da8f3fa
 def rollout(
@@ -428,40 +406,33 @@ def rollout(
     day: int,  # Day to play
     task: int,  # Index into the market's tasks
     budget: Tensor,  # (B,) budgets, positive
-    policy: Callable,  # Takes states (B,t+1,8) and past actions (B,t), returns (B,) log of multiplier over reference
+    # Takes states (B,t+1,8) and past actions (B,t), returns (B,) log of multiplier over reference
+    policy: Callable,
     ref: Reference | None = None,  # What is known of the day before; None computes it
 ) -> Trajectories:  # B independent days
     "Play a day for B independent bidders"
     budget = torch.as_tensor(budget, dtype=torch.double)
     if budget.ndim != 1 or not (budget > 0).all() or not torch.isfinite(budget).all():
         raise ValueError("budget must be a vector (B,) of positive numbers")
-    ref, spec, T, B = (
-        ref or yesterday(market, day, task, budget),
-        market.tasks[task],
-        market.T,
-        len(budget),
-    )
-    curves, left, won, worth = (
-        market.curves(day, task),
-        budget.clone(),
-        torch.zeros_like(budget),
-        torch.zeros_like(budget),
-    )
+    ref = ref or yesterday(market, day, task, budget)
+    spec = market.tasks[task]
+    T = market.T
+    B = len(budget)
+    curves = market.curves(day, task)
+    left = budget.clone()
+    won = torch.zeros_like(budget)
+    worth = torch.zeros_like(budget)
     states, actions, rows, last = torch.zeros(B, T, 8), torch.zeros(B, T), [], None
     for t, curve in enumerate(curves):
         s, spent = states[:, t], budget - left
-        s[:, 0], s[:, 1], s[:, 3] = (
-            t / T,
-            left / budget,
-            torch.where(won > 0, spent / won.clamp(min=1e-300) / ref.price, 0.0),
-        )
+        s[:, 0] = t / T
+        s[:, 1] = left / budget
+        s[:, 3] = torch.where(won > 0, spent / won.clamp(min=1e-300) / ref.price, 0.0)
         s[:, 5], s[:, 7] = curve.n / ref.traffic, _slack(spec, spent, won, worth)
         if t:
-            s[:, 2], s[:, 4], s[:, 6] = (
-                last.cost * T / budget,
-                last.slots.sum(1) / max(curves[t - 1].n, 1),
-                actions[:, t - 1],
-            )
+            s[:, 2] = last.cost * T / budget
+            s[:, 4] = last.slots.sum(1) / max(curves[t - 1].n, 1)
+            s[:, 6] = actions[:, t - 1]
         act = torch.as_tensor(policy(states[:, : t + 1], actions[:, :t]))
         if act.shape != (B,) or not (act.abs() <= 20).all():
             raise ValueError(
@@ -472,7 +443,10 @@ def rollout(
         left, won, worth = left - last.cost, won + last.value, worth + last.worth
         rows.append((last.value, last.cost, last.worth))
     rewards, cost, other = (torch.stack(x, 1) for x in zip(*rows))
-    full = lambda x: torch.full((B,), x)
+
+    def full(x):
+        return torch.full((B,), x)
+
     return Trajectories(states, actions, rewards, cost, other, budget, ref.a, full(day), full(task))
 
 # %% ../../nbs/vamo/04_auction.ipynb #3a09130b
@@ -491,9 +465,7 @@ def final_value(
     market,  # The market of the trajectories
     traj: Trajectories,  # Days of one task
     beta: float = 2.0,  # Exponent of the penalty
-) -> tuple[
-    Tensor, Tensor
-]:  # (B,) value, reduced where a limit was broken; (B,) bool, all limits kept
+) -> tuple[Tensor, Tensor]:  # (B,) value, reduced where a limit broke; (B,) bool, all limits kept
     "Value of each day after the penalty for broken limits"
     if len(traj.task.unique()) != 1:
         raise ValueError("traj mixes tasks; take those of one task")
@@ -507,20 +479,15 @@ def ratio_to_hindsight(
     traj: Trajectories,  # Days of one task and one day
     beta: float = 2.0,  # Exponent of the penalty, on both sides
 ) -> Tensor:  # (B,) R/R*; NaN where nothing could be won
-    "Value of each day over that of the best constant multiplier in hindsight, both after the penalty"
+    "Value of each day over that of the best constant multiplier, both after the penalty"
     if len(traj.day.unique()) != 1:
         raise ValueError("traj mixes days; take those of one day")
     day, task = int(traj.day[0]), int(traj.task[0])
     theta, table = _whole_day(market, day, task)
-    best = torch.cat(
-        [
-            torch.zeros(1, dtype=torch.double),
-            _penalised(market.tasks[task], table, beta).cummax(0).values,
-        ]
-    )
-    best = best[
-        torch.searchsorted(table[:, 0].cummax(0).values, traj.budget * (1 + 1e-12), right=True)
-    ]
+    value = _penalised(market.tasks[task], table, beta).cummax(0).values
+    cost = table[:, 0].cummax(0).values
+    affordable = torch.searchsorted(cost, traj.budget * (1 + 1e-12), right=True)
+    best = torch.cat([torch.zeros(1, dtype=torch.double), value])[affordable]
     return torch.where(best > 0, final_value(market, traj, beta)[0] / best, torch.nan)
 
 
@@ -537,10 +504,8 @@ def draw_budgets(
     if not 0 < low <= high:
         raise ValueError(f"low={low} and high={high} must satisfy 0 < low <= high")
     total = sum(c.table[-1, 0] for c in market.curves(max(day - 1, 0), task))
-    return total * torch.exp(
-        math.log(low)
-        + (math.log(high) - math.log(low)) * torch.rand(n, generator=generator).double()
-    )
+    u = torch.rand(n, generator=generator).double()
+    return total * torch.exp(math.log(low) + (math.log(high) - math.log(low)) * u)
 
 # %% ../../nbs/vamo/04_auction.ipynb #1b316eb8
 behaviours = ("pid", "constant", "burst", "cautious")
@@ -556,14 +521,10 @@ def behaviour(
     "A controller for logging, with parameters drawn for each of `n` episodes"
     if kind not in behaviours:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(behaviours)}")
-    start, gain = (
-        0.3 * torch.randn(n, generator=generator),
-        0.05 + 0.45 * torch.rand(n, generator=generator),
-    )
-    jitter, boost = (
-        noise * torch.randn(n, steps, generator=generator),
-        0.8 + 0.8 * torch.rand(n, generator=generator),
-    )
+    start = 0.3 * torch.randn(n, generator=generator)
+    gain = 0.05 + 0.45 * torch.rand(n, generator=generator)
+    jitter = noise * torch.randn(n, steps, generator=generator)
+    boost = 0.8 + 0.8 * torch.rand(n, generator=generator)
 
     def act(states, actions):
         s, t = states[:, -1], actions.shape[1]
@@ -579,9 +540,8 @@ def behaviour(
         elif kind == "pid":
             base = before + gain * (s[:, 1] / (1 - s[:, 0]) - s[:, 2]).clamp(-1, 1)
         else:
-            base = before + 0.5 * gain * torch.where(
-                s[:, 7] != 0, s[:, 7] - 0.15, 0.85 - s[:, 3]
-            ).clamp(-1, 1)
+            room = torch.where(s[:, 7] != 0, s[:, 7] - 0.15, 0.85 - s[:, 3])
+            base = before + 0.5 * gain * room.clamp(-1, 1)
         return (base + (jitter[:, t] if kind != "constant" else 0.0)).clamp(-3, 3)
 
     return act
@@ -594,29 +554,21 @@ def replay(
     multipliers: Tensor,  # (T,) multiplier of each step
     budget: float,  # Budget of the day
     generator: torch.Generator,  # Source of chance
-) -> Tensor:  # (T,3) money spent, expected value, drawn conversions of seen impressions by step
+) -> Tensor:  # (T,3) money spent, expected value and drawn conversions of seen impressions
     "Play a given day through the exact path"
-    x, spec, left, rows, c = market.day(day), market.tasks[task], float(budget), [], market.config
+    x, spec, config = market.day(day), market.tasks[task], market.config
     if len(multipliers) != market.T:
         raise ValueError(f"multipliers has {len(multipliers)} values; the day has {market.T} steps")
     p = x.values[:, spec.conversion].double()
     v = p * x.worth[:, spec.conversion].double() if spec.counts_worth else p
-    for a, vt, pt, rivals in zip(
-        multipliers.tolist(),
-        *(torch.split(t, x.counts.tolist()) for t in (v, p, x.rivals.double())),
-    ):
-        bids, money = (
-            torch.cat([(a * vt)[:, None], rivals], 1),
-            torch.tensor([left] + [torch.inf] * rivals.shape[1], dtype=torch.double),
-        )
-        o = run_auctions(
-            bids,
-            pt[:, None].expand_as(bids),
-            money,
-            generator,
-            reserve=c.reserve,
-            exposure=c.exposure,
-        )
+    steps = zip(*(torch.split(t, x.counts.tolist()) for t in (v, p, x.rivals.double())))
+    rules = dict(reserve=config.reserve, exposure=config.exposure)
+    left = float(budget)
+    rows = []
+    for a, (vt, pt, rivals) in zip(multipliers.tolist(), steps):
+        bids = torch.cat([(a * vt)[:, None], rivals], 1)
+        money = torch.tensor([left] + [torch.inf] * rivals.shape[1], dtype=torch.double)
+        o = run_auctions(bids, pt[:, None].expand_as(bids), money, generator, **rules)
         mine = (o.winner == 0) & o.shown
         rows.append(torch.stack([o.cost[0], (vt[:, None] * mine).sum(), o.conversions[0]]))
         left -= float(o.cost[0])
@@ -643,11 +595,8 @@ auctionnet_columns = dict(
     leastWinningCost="float32",
     isEnd="int16",
 )
-_kept = [
-    c
-    for c in auctionnet_columns
-    if c not in ("remainingBudget", "pvIndex", "pValueSigma", "bid", "xi", "adSlot", "isEnd")
-]
+_unread = ("remainingBudget", "pvIndex", "pValueSigma", "bid", "xi", "adSlot", "isEnd")
+_kept = [c for c in auctionnet_columns if c not in _unread]
 
 
 def _pieces(file, chunk):
@@ -678,29 +627,31 @@ class AuctionLogs:
     budget: Tensor  # (days,A) budget of each advertiser and period; 0 where it is absent
     periods: list  # Period number of each day
     T: int  # Steps of a day
-    summary: object  # Data frame: one row per period, advertiser and step with impressions, cost, exposures and conversions
+    # Data frame, a row per period, advertiser and step: impressions, cost, exposures, conversions
+    summary: object
     values: np.ndarray  # (rows,) float32 predicted values, sorted by period, advertiser, step
     prices: np.ndarray  # (rows,) float32 least winning costs, in the same order
     starts: np.ndarray  # (days*A*T+1,) where each step begins
 
+    def curves(
+        self,
+        d: int,  # Day, index into `periods`
+        task: int,  # Advertiser, index into `tasks`
+    ) -> list:  # T response curves with one slot that is always seen
+        "Response curves of an advertiser in a period"
+        if not (0 <= d < len(self.periods) and 0 <= task < len(self.tasks)):
+            raise ValueError(f"day={d}, task={task}: there are {tuple(self.budget.shape)}")
+        first = (d * len(self.tasks) + task) * self.T
+
+        def part(x, i):
+            return torch.from_numpy(x[self.starts[i] : self.starts[i + 1]])
+
+        return [
+            ResponseCurve(part(self.values, i), part(self.prices, i)[:, None], (1.0,))
+            for i in range(first, first + self.T)
+        ]
+
 # %% ../../nbs/vamo/04_auction.ipynb #b96e628d
-@patch
-def curves(
-    self: AuctionLogs,
-    d: int,  # Day, index into `periods`
-    task: int,  # Advertiser, index into `tasks`
-) -> list:  # T response curves with one slot that is always seen
-    "Response curves of an advertiser in a period"
-    if not (0 <= d < len(self.periods) and 0 <= task < len(self.tasks)):
-        raise ValueError(f"day={d}, task={task}: there are {tuple(self.budget.shape)}")
-    first = (d * len(self.tasks) + task) * self.T
-    part = lambda x, i: torch.from_numpy(x[self.starts[i] : self.starts[i + 1]])
-    return [
-        ResponseCurve(part(self.values, i), part(self.prices, i)[:, None], (1.0,))
-        for i in range(first, first + self.T)
-    ]
-
-
 @patch
 def splits(
     self: AuctionLogs,
@@ -714,9 +665,13 @@ def splits(
         raise ValueError(
             f"train={train}, val={val}, test={test} need {w} periods of {len(self.periods)}"
         )
-    cut = lambda i: tuple(
-        list(range(i + a, i + b)) for a, b in ((0, train), (train, train + val), (train + val, w))
-    )
+
+    def cut(i):
+        return tuple(
+            list(range(i + a, i + b))
+            for a, b in ((0, train), (train, train + val), (train + val, w))
+        )
+
     return [cut(i) for i in range(len(self.periods) - w + 1)]
 
 # %% ../../nbs/vamo/04_auction.ipynb #461e724d
@@ -736,7 +691,8 @@ def load_auctionnet(
     )
     if not files or not all(f.is_file() for f in files):
         raise ValueError(
-            f"path={path.name!r} has no logs; get the public data set of alimama-tech/AuctionNet (period-7.csv and on) and name its folder"
+            f"path={path.name!r} has no logs; get the public data set of alimama-tech/AuctionNet "
+            "(period-7.csv and on) and name its folder"
         )
     parts = [
         p[p.deliveryPeriodIndex.isin(periods)] if periods is not None else p
@@ -755,11 +711,10 @@ def load_auctionnet(
 def _assemble(pd, df):
     "Sort, group once, and index"
     keys = ["deliveryPeriodIndex", "advertiserNumber", "timeStepIndex"]
-    days, ads, T = np.unique(df[keys[0]]), np.unique(df[keys[1]]), int(df[keys[2]].max()) + 1
-    cell = (
-        np.searchsorted(days, df[keys[0]]).astype(np.int64) * len(ads)
-        + np.searchsorted(ads, df[keys[1]])
-    ) * T + df[keys[2]].to_numpy()
+    period, advertiser, step = (df[k].to_numpy() for k in keys)
+    days, ads, T = np.unique(period), np.unique(advertiser), int(step.max()) + 1
+    row = np.searchsorted(days, period).astype(np.int64) * len(ads)
+    cell = (row + np.searchsorted(ads, advertiser)) * T + step
     order = np.argsort(cell, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=len(days) * len(ads) * T))])
     firsts = dict(category="advertiserCategoryIndex", budget="budget", cpa="CPAConstraint")
@@ -774,18 +729,15 @@ def _assemble(pd, df):
         .agg(impressions=("pValue", "size"), **{k: (v, "sum") for k, v in sums.items()})
         .reset_index()
     )
-    budget = torch.tensor(
-        who.budget.unstack().reindex(index=days, columns=ads).fillna(0.0).to_numpy(),
-        dtype=torch.double,
-    )
+    budget = who.budget.unstack().reindex(index=days, columns=ads).fillna(0.0)
     return AuctionLogs(
-        tasks,
-        torch.tensor(one.category.loc[ads].to_numpy()),
-        budget,
-        days.tolist(),
-        T,
-        summary,
-        df.pValue.to_numpy()[order],
-        df.leastWinningCost.to_numpy()[order],
-        starts,
+        tasks=tasks,
+        category=torch.tensor(one.category.loc[ads].to_numpy()),
+        budget=torch.tensor(budget.to_numpy(), dtype=torch.double),
+        periods=days.tolist(),
+        T=T,
+        summary=summary,
+        values=df.pValue.to_numpy()[order],
+        prices=df.leastWinningCost.to_numpy()[order],
+        starts=starts,
     )

@@ -40,11 +40,8 @@ class _Attention(nn.Module):
         B, t, d = x.shape
         q, k, v = self.qkv(self.one(x)).view(B, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         later = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
-        w = (
-            (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5)
-            .masked_fill(later, -torch.inf)
-            .softmax(-1)
-        )
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        w = scores.masked_fill(later, -torch.inf).softmax(-1)
         x = x + self.out((w @ v).transpose(1, 2).reshape(B, t, d))
         return x + self.mlp(self.two(x))
 
@@ -73,23 +70,21 @@ class CausalPlanner(_Normed):
         self.config, self.parts, self.Y, self.drop = config, _parts(temporal), cond_dim, drop
         if "times" in self.parts:
             raise ValueError(
-                f"temporal={temporal!r}: a TimesBlock on the steps of a causal model shows it the future; use 'context'"
+                f"temporal={temporal!r}: a TimesBlock on the steps of a causal "
+                "model shows it the future; use 'context'"
             )
         if d % heads or state_dim < 4 or not 0 <= drop < 1:
             raise ValueError(
-                f"d={d} must be a multiple of heads={heads}, state_dim={state_dim} at least 4, drop={drop} in [0, 1)"
+                f"d={d} must be a multiple of heads={heads}, "
+                f"state_dim={state_dim} at least 4, drop={drop} in [0, 1)"
             )
-        self.embed, self.cond, self.null = (
-            nn.Linear(state_dim, d),
-            TaskLinear(K, cond_dim, d),
-            nn.Parameter(torch.zeros(K, d)),
-        )
+        self.embed = nn.Linear(state_dim, d)
+        self.cond = TaskLinear(K, cond_dim, d)
+        self.null = nn.Parameter(torch.zeros(K, d))
         self.clock = TimeOfDay(d, T) if "sincos" in self.parts else None
         self.past = ContextEncoder(context_dim, d, T, days) if "context" in self.parts else None
-        self.layers, self.norm = (
-            nn.ModuleList(_Attention(d, heads) for _ in range(layers)),
-            nn.LayerNorm(d),
-        )
+        self.layers = nn.ModuleList(_Attention(d, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(d)
         self.head, self.act_head = TaskLinear(K, d, state_dim), TaskLinear(K, d, 1)
 
 # %% ../../nbs/vamo/07_causal.ipynb #35965162
@@ -105,15 +100,15 @@ def forward(
     "Predict the next state and the action at every step"
     if (context is None) != (self.past is None):
         raise ValueError(
-            f"context is {'missing' if context is None else 'given'}, temporal is {'+'.join(sorted(self.parts))!r}"
+            f"context is {'missing' if context is None else 'given'}, "
+            f"temporal is {'+'.join(sorted(self.parts))!r}"
         )
     B, t, _ = states.shape
     x = self.normalise(states)
     won = value_so_far(states) / (self.r_high - self.r_low)[task][:, None]
     y = torch.cat([(cond[:, :1] - won)[..., None], cond[:, None, 1:].expand(B, t, -1)], -1)
-    h = self.embed(x) + torch.where(
-        drop[:, None, None], self.null[task][:, None], self.cond(y, task)
-    )
+    told = torch.where(drop[:, None, None], self.null[task][:, None], self.cond(y, task))
+    h = self.embed(x) + told
     if self.clock is not None:
         h = h + self.clock(torch.arange(t, device=x.device))
     if self.past is not None:
@@ -153,10 +148,8 @@ def loss(
     states = torch.where(mask[..., None], batch["states"], self.mean)
     nxt, act = self(states, batch["cond"], noise.drop, k, batch.get("context"))
     following = mask[:, :-1] & mask[:, 1:]
-    return 0.5 * (
-        _mean((nxt[:, :-1] - x[:, 1:]).square().mean(-1), following)
-        + _mean((act - a).square(), mask)
-    )
+    state_error = _mean((nxt[:, :-1] - x[:, 1:]).square().mean(-1), following)
+    return 0.5 * (state_error + _mean((act - a).square(), mask))
 
 # %% ../../nbs/vamo/07_causal.ipynb #ecc71077
 @patch
@@ -167,16 +160,13 @@ def guided(
     task: Tensor,  # (B,) long
     guidance: float = 1.0,  # 0 ignores the condition, 1 uses it
     context: Tensor | None = None,  # (B, days*T, context_dim)
-) -> tuple[
-    Tensor, Tensor
-]:  # Next state (B,S) and action (B,) after the last executed step, normalised
+) -> tuple[Tensor, Tensor]:  # Next state (B,S) and action (B,) after the last step, normalised
     "Prediction with guidance"
-    ask = lambda hide: [
-        v[:, -1]
-        for v in self(
-            history, cond, torch.full((len(history),), hide, device=history.device), task, context
-        )
-    ]
+
+    def ask(hide):
+        drop = torch.full((len(history),), hide, device=history.device)
+        return [v[:, -1] for v in self(history, cond, drop, task, context)]
+
     if guidance in (0, 1):
         return tuple(ask(not guidance))
     return tuple(f + guidance * (g - f) for f, g in zip(ask(True), ask(False)))
@@ -198,10 +188,9 @@ def plan(
     "Predict the rest of the day, one state after the other"
     k, x = self._history(history, cond, task), history
     while x.shape[1] < self.T:
-        nxt = self.guided(x, cond, k, guidance, context)[0]
-        x = torch.cat(
-            [x, self.restore(torch.minimum(torch.maximum(nxt, self.low), self.high))[:, None]], 1
-        )
+        nxt, _ = self.guided(x, cond, k, guidance, context)
+        nxt = torch.minimum(torch.maximum(nxt, self.low), self.high)
+        x = torch.cat([x, self.restore(nxt)[:, None]], 1)
     return x.clone()
 
 # %% ../../nbs/vamo/07_causal.ipynb #1f4d1333
@@ -229,9 +218,8 @@ def save_planner(
     "Write a planner: kind, constructor's arguments, parameters and statistics"
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    torch.save(
-        dict(kind=type(planner).__name__, config=planner.config, state=planner.state_dict()), part
-    )
+    kind = type(planner).__name__
+    torch.save(dict(kind=kind, config=planner.config, state=planner.state_dict()), part)
     os.replace(part, path)
     return path
 

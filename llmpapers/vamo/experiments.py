@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['conflict', 'harmless', 'StudyConfig', 'Logs', 'collect', 'arms', 'mix', 'Trained', 'train_policies', 'play',
-           'run_study', 'paired_ci', 'compare', 'make_planner', 'planner_loss', 'train_planner']
+           'run_study', 'paired_ci', 'compare', 'make_planner', 'planner_loss', 'TrainedPlanner',
+           'train_market_planner']
 
 # %% ../../nbs/vamo/08_experiments.ipynb #ac230d14
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -28,15 +29,19 @@ from llmpapers.vamo.auction import (
     ratio_to_hindsight,
     rollout,
 )
+from .causal import CausalPlanner
 from .mtl import perceptron, perceptron_layers, perceptron_start
 from llmpapers.vamo.planner import (
-    CausalPlanner,
+    CondScale,
     MultiTaskPlanner,
     PlannerPolicy,
     conditions,
     day_return,
     fit_conditions,
 )
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # %% ../../nbs/vamo/08_experiments.ipynb #14184cea
 conflict = ((1, "pid"), (2, "pid"), (0, "burst"), (1, "burst"), (2, "burst"))
@@ -49,17 +54,15 @@ class StudyConfig:
 
     markets: int = 16  # Markets, the units of all statistics
     seed: int = 1000  # First seed; market i has seed + i
-    market: MarketConfig = MarketConfig(
-        days=13, phase_drift=1.0, price_drift=0.03, volatility=0.2
-    )  # Shift and rhythm
+    # Shift and rhythm
+    market: MarketConfig = MarketConfig(days=13, phase_drift=1.0, price_drift=0.03, volatility=0.2)
     target: tuple = (0, "pid")  # Task and logging behaviour of the target
     aux: tuple = conflict  # The same of each auxiliary log
     n_target: int = 1  # Target's logged bidders a day, on the last `target_days` training days
     target_days: int = 4  # Days on which the target exists
     n_aux: int = 12  # Logged bidders a day of each auxiliary log
-    n_val: int = (
-        4  # Bidders of the target on the validation day: for gradients, and as many to select
-    )
+    # Bidders of the target on the validation day: for gradients, and as many to select
+    n_val: int = 4
     train_days: tuple = tuple(range(1, 9))  # Days to train on
     val_day: int = 9  # Day to validate on
     test_days: tuple = (10, 11, 12)  # Days to test on, after it
@@ -71,17 +74,18 @@ class StudyConfig:
     lambdas: tuple = (0.03, 0.1, 0.3, 1.0, math.inf)  # Grid of the temperature; the last is uniform
     normalize: str = "cos"  # "cos", "rms" or "none": score of the agreement
     predict: str = "v"  # What a diffusion planner guesses: "v" or "noise"
-    scope: str = "all"  # "all", "shared" (without the last layer) or "last": parameters in the agreement of a policy
-    backbone: str = (
-        "policy"  # "policy" (perceptron, all runs at once), "causal" or "diffusion" (planner)
-    )
+    # "all", "shared" (without the last layer) or "last": parameters in the agreement of a policy
+    scope: str = "all"
+    # "policy" (perceptron, all runs at once), "causal" or "diffusion" (planner)
+    backbone: str = "policy"
 
 # %% ../../nbs/vamo/08_experiments.ipynb #9f7a6a53
 class Logs(NamedTuple):
     "What one market offers"
 
     market: Market  # The market
-    days: list  # Trajectories of each source: target, auxiliaries, validation day, random training days
+    # Trajectories of each source: target, auxiliaries, validation day, random training days
+    days: list
     select: Trajectories  # Other bidders of the validation day
     test: Trajectories  # Bidders of the test days
 
@@ -91,37 +95,28 @@ def collect(
     i: int,  # Market
 ) -> Logs:  # Its logs, in time order
     "Log one market"
-    s, m = config.seed + i, Market(config.market, config.seed + i)
+    s = config.seed + i
+    m = Market(config.market, s)
 
     def log(days, source, n, name):
         task, kind = source
-        play = lambda d: rollout(
-            m,
-            d,
-            task,
-            draw_budgets(m, d, task, n, rng(s, name, d, "budget")),
-            behaviour(kind, n, rng(s, name, d), m.T),
-        )
+
+        def play(d):
+            budget = draw_budgets(m, d, task, n, rng(s, name, d, "budget"))
+            return rollout(m, d, task, budget, behaviour(kind, n, rng(s, name, d), m.T))
+
         return Trajectories.cat([play(d) for d in days])
 
     late = config.train_days[-config.target_days :]
     aux = [log(config.train_days, a, config.n_aux, f"aux {k}") for k, a in enumerate(config.aux)]
     some = torch.randperm(len(config.train_days), generator=rng(s, "days"))[: config.n_val].tolist()
-    spread = log(
-        [config.train_days[j] for j in sorted(some)],
-        config.target,
-        max(1, config.n_val // len(some)),
-        "random",
-    )
-    val, sel = (
-        log((config.val_day,), config.target, config.n_val, name) for name in ("val", "select")
-    )
-    return Logs(
-        m,
-        [log(late, config.target, config.n_target, "target"), *aux, val, spread],
-        sel,
-        log(config.test_days, config.target, config.n_test, "test"),
-    )
+    days = [config.train_days[j] for j in sorted(some)]
+    spread = log(days, config.target, max(1, config.n_val // len(some)), "random")
+    val = log((config.val_day,), config.target, config.n_val, "val")
+    select = log((config.val_day,), config.target, config.n_val, "select")
+    target = log(late, config.target, config.n_target, "target")
+    test = log(config.test_days, config.target, config.n_test, "test")
+    return Logs(m, [target, *aux, val, spread], select, test)
 
 # %% ../../nbs/vamo/08_experiments.ipynb #b7c88ee0
 def arms(
@@ -136,11 +131,8 @@ def arms(
         "uniform, validation pooled",
         "cosine gate",
     ]
-    return (
-        [(n, None) for n in plain]
-        + [("aligned", l) for l in config.lambdas]
-        + [("aligned, random split", l) for l in config.lambdas]
-    )
+    grid = [(n, lam) for n in ("aligned", "aligned, random split") for lam in config.lambdas]
+    return [(n, None) for n in plain] + grid
 
 # %% ../../nbs/vamo/08_experiments.ipynb #bcfae9f9
 def mix(
@@ -167,15 +159,15 @@ def mix(
         g = G[:, K + (name == "aligned, random split")]
         m = torch.einsum("mkp,mp->mk", G[:, :K], g)
         cos = m / (G[:, :K].norm(dim=2) * g.norm(dim=1, keepdim=True)).clamp(min=1e-12)
-        score = dict(
-            cos=cos, rms=m / m.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30), none=m
-        )[normalize]
+        rms = m / m.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
+        score = dict(cos=cos, rms=rms, none=m)[normalize]
         if name == "cosine gate":
-            w[:, :K] = cos.clamp(min=0) / cos.clamp(min=0).sum(1, keepdim=True).clamp(min=1e-12)
+            gate = cos.clamp(min=0)
+            w[:, :K] = gate / gate.sum(1, keepdim=True).clamp(min=1e-12)
+        elif math.isfinite(lam):
+            w[:, :K] = entropy_weights(score, lam)
         else:
-            w[:, :K] = entropy_weights(
-                score if math.isfinite(lam) else 0 * score, lam if math.isfinite(lam) else 1.0
-            )
+            w[:, :K] = entropy_weights(0 * score, 1.0)
     return w
 
 # %% ../../nbs/vamo/08_experiments.ipynb #591961ff
@@ -197,6 +189,17 @@ def _start(width, seed):
     return perceptron_start(_sizes(width), seed, "normal")
 
 # %% ../../nbs/vamo/08_experiments.ipynb #d8e661b6
+def _draw(pairs, batch, generator):
+    "States (M,K+2,batch,8) and actions (M,K+2,batch) of one step, drawn with replacement"
+
+    def some(x, y):
+        at = torch.randint(len(y), (batch,), generator=generator)
+        return x[at], y[at]
+
+    drawn = [[some(*source) for source in market] for market in pairs]
+    return (torch.stack([torch.stack([s[j] for s in m]) for m in drawn]) for j in (0, 1))
+
+
 class Trained(NamedTuple):
     "All runs of a study"
 
@@ -215,35 +218,21 @@ def train_policies(
 ) -> Trained:  # Best parameters of every run in every market
     "Train every arm in every market at once, on the same batches"
     runs, M, K2 = runs or arms(config), len(logs), len(logs[0].days)
-    pairs = [[_pairs(t) for t in l.days] for l in logs]
+    pairs = [[_pairs(t) for t in log.days] for log in logs]
     seen = [torch.cat([x for x, _ in p[:-2]]) for p in pairs]
-    mean, std = (
-        torch.stack([x.mean(0) for x in seen]),
-        torch.stack([x.std(0) for x in seen]).clamp(min=1e-3),
-    )
+    mean = torch.stack([x.mean(0) for x in seen])
+    std = torch.stack([x.std(0) for x in seen]).clamp(min=1e-3)
     pairs = [[((x - mean[i]) / std[i], y) for x, y in p] for i, p in enumerate(pairs)]
-    sx, sy = (
-        torch.stack(v)
-        for v in zip(
-            *[
-                ((x - mean[i]) / std[i], y)
-                for i, l in enumerate(logs)
-                for x, y in [_pairs(l.select)]
-            ]
-        )
-    )
+    select = [_pairs(log.select) for log in logs]
+    sx = torch.stack([(x - mean[i]) / std[i] for i, (x, _) in enumerate(select)])
+    sy = torch.stack([y for _, y in select])
     n = torch.tensor([float(len(y)) for _, y in pairs[0]])
-    theta = (
-        torch.stack([_start(config.width, config.seed + i) for i in range(M)])
-        .repeat(len(runs), 1, 1)
-        .requires_grad_()
-    )
+    start = torch.stack([_start(config.width, config.seed + i) for i in range(M)])
+    theta = start.repeat(len(runs), 1, 1).requires_grad_()
     opt, g = torch.optim.Adam([theta], config.lr), rng(config.seed, "batches")
-    best, score, total = (
-        theta.detach().clone(),
-        torch.full((len(runs), M), torch.inf),
-        torch.zeros(len(runs), M, K2),
-    )
+    best = theta.detach().clone()
+    score = torch.full((len(runs), M), torch.inf)
+    total = torch.zeros(len(runs), M, K2)
     last = perceptron_layers(_sizes(config.width))[-1]
     part = dict(all=slice(None), shared=slice(last.start), last=last)[config.scope]
     for step in range(config.steps + 1):
@@ -251,25 +240,17 @@ def train_policies(
             with torch.no_grad():
                 now = (_act(theta, sx, config.width) - sy).square().mean(-1)
             better = now < score
-            best[better], score[better] = theta.detach()[better], now[better]
+            best[better] = theta.detach()[better]
+            score[better] = now[better]
         if step == config.steps:
             break
-        at = [[torch.randint(len(y), (config.batch,), generator=g) for _, y in p] for p in pairs]
-        x, y = (
-            torch.stack(
-                [torch.stack([p[k][j][at[i][k]] for k in range(K2)]) for i, p in enumerate(pairs)]
-            )
-            for j in (0, 1)
-        )
+        x, y = _draw(pairs, config.batch, g)
         copy = theta.detach()[:, :, None].expand(-1, -1, K2, -1).contiguous().requires_grad_()
         loss = (_act(copy, x, config.width) - y).square().mean(-1)
         (G,) = torch.autograd.grad(loss.sum(), copy)
-        W = torch.stack(
-            [
-                mix(name, lam, G[r][..., part], n, config.normalize)
-                for r, (name, lam) in enumerate(runs)
-            ]
-        )
+        G_part = G[..., part]
+        weights = [mix(*run, G_part[r], n, config.normalize) for r, run in enumerate(runs)]
+        W = torch.stack(weights)
         theta.grad = torch.einsum("rmk,rmkp->rmp", W, G)
         opt.step()
         total += W
@@ -301,56 +282,40 @@ def _chosen(runs, select):
 def _row(i, name, loss=math.nan, ratio=math.nan, kept=math.nan, lam=math.nan, fixed=False):
     return dict(market=i, method=name, lam=lam, loss=loss, ratio=ratio, kept=kept, fixed=fixed)
 
+
+def _constant(budget, day):
+    "Yesterday's best multiplier all day"
+    return lambda states, actions: torch.zeros(len(states))
+
 # %% ../../nbs/vamo/08_experiments.ipynb #30488b19
 def _study_policies(config, logs, runs=None):
     pd, runs = need("pandas"), runs or arms(config)
     t, rows = train_policies(config, logs, runs), []
     chosen = _chosen(runs, t.select)
-    for i, l in enumerate(logs):
-        x, y = _pairs(l.test)
+
+    def actions(r, i, states):
+        return _act(t.theta[r, i], (states - t.mean[i]) / t.std[i], config.width)
+
+    def learned(r, i):
+        return lambda budget, day: lambda states, a: actions(r, i, states[:, -1]).clamp(-3, 3)
+
+    def logging(budget, day):
+        return behaviour(config.target[1], len(budget), rng(config.seed, "habit", day))
+
+    for i, log in enumerate(logs):
+        x, y = _pairs(log.test)
         with torch.no_grad():
-            loss = 100 * (
-                _act(t.theta[:, i], ((x - t.mean[i]) / t.std[i])[None], config.width) - y
-            ).square().mean(-1)
-        rows += [
-            _row(i, n, loss=float(loss[r]), lam=lam, fixed=True)
-            for r, (n, lam) in enumerate(runs)
-            if lam is not None
-        ]
+            loss = 100 * (actions(slice(None), i, x[None]) - y).square().mean(-1)
+        for r, (name, lam) in enumerate(runs):
+            if lam is not None:
+                rows.append(_row(i, name, loss=float(loss[r]), lam=lam, fixed=True))
         for name, at in chosen.items():
             r = int(at[i])
-            act = lambda s, a, r=r: _act(
-                t.theta[r, i], (s[:, -1] - t.mean[i]) / t.std[i], config.width
-            ).clamp(-3, 3)
-            rows.append(
-                _row(
-                    i,
-                    name,
-                    float(loss[r]),
-                    *play(config, l, lambda B, d: act),
-                    lam=math.nan if runs[r][1] is None else runs[r][1],
-                )
-            )
-        rows.append(
-            _row(
-                i,
-                "constant a_ref",
-                math.nan,
-                *play(config, l, lambda B, d: lambda s, a: torch.zeros(len(s))),
-            )
-        )
-        rows.append(
-            _row(
-                i,
-                "logging behaviour",
-                math.nan,
-                *play(
-                    config,
-                    l,
-                    lambda B, d: behaviour(config.target[1], len(B), rng(config.seed, "habit", d)),
-                ),
-            )
-        )
+            lam = math.nan if runs[r][1] is None else runs[r][1]
+            played = play(config, log, learned(r, i))
+            rows.append(_row(i, name, float(loss[r]), *played, lam=lam))
+        rows.append(_row(i, "constant a_ref", math.nan, *play(config, log, _constant)))
+        rows.append(_row(i, "logging behaviour", math.nan, *play(config, log, logging)))
     table = pd.DataFrame(rows)
     table.attrs["weights"] = {
         n: torch.stack([t.weights[at[i], i] for i in range(len(logs))])
@@ -364,9 +329,10 @@ def run_study(
     config: StudyConfig,  # The study
     progress: bool = False,  # Print a line per market of a planner study
     runs: list = None,  # Arms of a policy study; None takes `arms(config)`
-    logs: list = None,  # One `Logs` a market, to be used again by several studies; None collects them
-) -> "DataFrame":  # A row per market and method: test loss x 100, R/R*, limits kept, temperature; `fixed` rows hold every temperature
-    "Log, train, select, test: one study over markets"
+    # One `Logs` a market, to be used again by several studies; None collects them
+    logs: list = None,
+) -> "DataFrame":  # A row per market and method; `fixed` rows hold every temperature
+    "Log, train, select, test: loss x 100, R/R*, limits kept and temperature over markets"
     if config.backbone not in ("policy", "causal", "diffusion"):
         raise ValueError(f"backbone={config.backbone!r} must be 'policy', 'causal' or 'diffusion'")
     if not max(config.train_days) < config.val_day < min(config.test_days):
@@ -387,11 +353,9 @@ def run_study(
         logs = [collect(config, i) for i in range(config.markets)]
     if len(logs) != config.markets:
         raise ValueError(f"logs are of {len(logs)} markets, config.markets is {config.markets}")
-    return (
-        _study_policies(config, logs, runs)
-        if config.backbone == "policy"
-        else _study_planners(config, logs, progress)
-    )
+    if config.backbone == "policy":
+        return _study_policies(config, logs, runs)
+    return _study_planners(config, logs, progress)
 
 # %% ../../nbs/vamo/08_experiments.ipynb #587f206b
 def paired_ci(
@@ -410,7 +374,7 @@ def compare(
     table,  # From `run_study`
     value: str = "loss",  # Column
     against: str = "uniform",  # Method to compare with
-) -> "DataFrame":  # By method: mean, paired difference with interval, p by sign flips and by Holm
+) -> "DataFrame":  # A row per method: mean, paired difference, its interval, p by sign flips, Holm
     "Paired comparison of all methods with one of them"
     pd = need("pandas")
     wide = table[~table.fixed].pivot(index="market", columns="method", values=value).dropna(axis=1)
@@ -434,18 +398,10 @@ def make_planner(
     "An untrained planner"
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
+        sizes = dict(d=config.width, temporal=temporal, T=config.market.steps)
         if config.backbone == "causal":
-            return CausalPlanner(8, 1, d=config.width, temporal=temporal, T=config.market.steps)
-        return MultiTaskPlanner(
-            8,
-            1,
-            d=config.width,
-            temporal=temporal,
-            T=config.market.steps,
-            blocks=4,
-            periods=periods,
-            predict=config.predict,
-        )
+            return CausalPlanner(8, 1, **sizes)
+        return MultiTaskPlanner(8, 1, blocks=4, periods=periods, predict=config.predict, **sizes)
 
 # %% ../../nbs/vamo/08_experiments.ipynb #dbe6aa35
 def _sets(logs, device):
@@ -455,16 +411,10 @@ def _sets(logs, device):
     scale = fit_conditions(R, every.budget, torch.zeros(len(every), dtype=torch.long), 1)
 
     def batch(t):
-        y = conditions(
-            scale,
-            day_return(t.states, t.rewards),
-            torch.ones(len(t), dtype=torch.bool),
-            t.budget,
-            0,
-        )
-        return {
-            k: v.to(device) for k, v in dict(states=t.states, actions=t.actions, cond=y).items()
-        }
+        kept = torch.ones(len(t), dtype=torch.bool)
+        cond = conditions(scale, day_return(t.states, t.rewards), kept, t.budget, 0)
+        days = dict(states=t.states, actions=t.actions, cond=cond)
+        return {k: v.to(device) for k, v in days.items()}
 
     return [batch(t) for t in logs.days], batch(logs.select), batch(logs.test), scale
 
@@ -483,17 +433,20 @@ def planner_loss(
     "Loss on held-out days, with the same noise for everybody"
     planner.eval()
     B, dev = len(batch["actions"]), batch["actions"].device
-    return float(
-        np.mean(
-            [
-                float(planner.loss(batch, 0, planner.draw(B, rng(seed, "eval", k, device=dev))))
-                for k in range(draws)
-            ]
-        )
-    )
+    noise = [planner.draw(B, rng(seed, "eval", k, device=dev)) for k in range(draws)]
+    return float(np.mean([float(planner.loss(batch, 0, n)) for n in noise]))
 
 # %% ../../nbs/vamo/08_experiments.ipynb #95718b97
-def train_planner(
+class TrainedPlanner(NamedTuple):
+    "A planner trained on the logs of one market"
+
+    planner: torch.nn.Module  # At its best look at the selection half
+    scale: CondScale  # Scale of its conditions
+    select: float  # Loss on the selection half
+    test: float  # Loss on the test days
+
+
+def train_market_planner(
     config: StudyConfig,  # The study
     logs: Logs,  # A market
     name: str,  # "uniform", "target only", "validation only", "pooled" or "aligned"
@@ -502,24 +455,19 @@ def train_planner(
     device=None,  # None takes a GPU if there is one
     periods: tuple = (12, 6),  # Periods of a TimesBlock
     every: int = 20,  # Steps between two looks at the selection half
-) -> tuple:  # Planner at its best look, scale of the conditions, selection loss, test loss
+) -> TrainedPlanner:  # The planner, its scale, and its losses
     "Train one planner on one market's logs; the loop of the method for real models"
     device = pick_device(device)
     sets, select, test, scale = _sets(logs, device)
     K = len(sets) - 2
     planner = make_planner(config, temporal, config.seed, periods).to(device)
-    planner.fit(
-        torch.cat([b["states"] for b in sets[:K]]),
-        torch.cat([b["actions"] for b in sets[:K]]),
-        scale=scale,
-    )
-    used = dict(uniform=range(K), aligned=range(K), pooled=(0, K)).get(
-        name, (0,) if name == "target only" else (K,)
-    )
-    opt, g = (
-        torch.optim.AdamW(planner.parameters(), config.lr),
-        rng(config.seed, "train", device=device),
-    )
+    states = torch.cat([b["states"] for b in sets[:K]])
+    actions = torch.cat([b["actions"] for b in sets[:K]])
+    planner.fit(states, actions, scale=scale)
+    sources = {"uniform": range(K), "aligned": range(K), "pooled": (0, K), "target only": (0,)}
+    used = sources.get(name, (K,))
+    opt = torch.optim.AdamW(planner.parameters(), config.lr)
+    g = rng(config.seed, "train", device=device)
     weighter = AlignedWeighter(lam, normalize="rms", ema=0.9) if name == "aligned" else None
     best, score = None, math.inf
     for step in range(config.steps + 1):
@@ -535,58 +483,58 @@ def train_planner(
             for b in sets
         ]
         noise = [planner.draw(config.batch, g) for _ in sets]  # drawn once: both passes see it
-        part = lambda model, k: _loss(model, sets[k], at[k], noise[k])
-        losses = lambda model: torch.stack([part(model, k) for k in used])
+
+        def part(model, k, at=at, noise=noise):
+            return _loss(model, sets[k], at[k], noise[k])
+
+        def losses(model, part=part):
+            return torch.stack([part(model, k) for k in used])
+
+        def validation(model, part=part):
+            return part(model, K)
+
         if name == "aligned":
-            vamo_step(planner, opt, losses, lambda model: part(model, K), weighter, clip=1.0)
+            vamo_step(planner, opt, losses, validation, weighter, clip=1.0)
         else:
             opt.zero_grad()
             losses(planner).mean().backward()
             torch.nn.utils.clip_grad_norm_(planner.parameters(), 1.0)
             opt.step()
     planner.load_state_dict(best)
-    return planner, scale, score, planner_loss(planner, test, config.seed)
+    return TrainedPlanner(planner, scale, score, planner_loss(planner, test, config.seed))
 
 # %% ../../nbs/vamo/08_experiments.ipynb #2c629a73
+def _policy_of(trained, config):
+    "(budgets, day) -> the planner's policy, with the highest logged return wanted"
+    device = next(trained.planner.parameters()).device
+    how = dict(replan=4, seed=config.seed)
+    if config.backbone == "causal":
+        how["guidance"] = 1.0
+
+    def make(budget, day):
+        best = float(trained.scale.high[0])
+        cond = conditions(trained.scale, best, True, budget, 0).to(device)
+        policy = PlannerPolicy(trained.planner, 0, cond, **how)
+        return lambda states, actions: policy(states.to(device), actions.to(device)).cpu()
+
+    return make
+
+
 def _study_planners(
     config, logs, progress=False, names=("uniform", "target only", "pooled", "aligned")
 ):
     pd, rows = need("pandas"), []
-    for i, l in enumerate(logs):
+    for i, log in enumerate(logs):
         for name in names:
-            runs = [
-                (lam, train_planner(config, l, name, lam))
-                for lam in (config.lambdas if name == "aligned" else (math.nan,))
-            ]
-            rows += [
-                _row(i, name, loss=100 * r[3], lam=lam, fixed=True)
-                for lam, r in runs
-                if name == "aligned"
-            ]
-            lam, (planner, scale, _, test) = min(runs, key=lambda x: x[1][2])
-            guidance = dict(guidance=1.0) if config.backbone == "causal" else {}
-            dev = next(planner.parameters()).device
-
-            def policy(B, d):
-                p = PlannerPolicy(
-                    planner,
-                    0,
-                    conditions(scale, float(scale.high[0]), True, B, 0).to(dev),
-                    replan=4,
-                    seed=config.seed,
-                    **guidance,
-                )
-                return lambda s, a: p(s.to(dev), a.to(dev)).cpu()
-
-            rows.append(_row(i, name, 100 * test, *play(config, l, policy), lam=lam))
+            grid = config.lambdas if name == "aligned" else (math.nan,)
+            runs = [(lam, train_market_planner(config, log, name, lam)) for lam in grid]
+            if name == "aligned":
+                for lam, r in runs:
+                    rows.append(_row(i, name, loss=100 * r.test, lam=lam, fixed=True))
+            lam, best = min(runs, key=lambda run: run[1].select)
+            loss = 100 * best.test
+            rows.append(_row(i, name, loss, *play(config, log, _policy_of(best, config)), lam=lam))
             if progress:
-                print(f"market {i}, {name}: loss {100 * test:.2f}, R/R* {rows[-1]['ratio']:.3f}")
-        rows.append(
-            _row(
-                i,
-                "constant a_ref",
-                math.nan,
-                *play(config, l, lambda B, d: lambda s, a: torch.zeros(len(s))),
-            )
-        )
+                print(f"market {i}, {name}: loss {loss:.2f}, R/R* {rows[-1]['ratio']:.3f}")
+        rows.append(_row(i, "constant a_ref", math.nan, *play(config, log, _constant)))
     return pd.DataFrame(rows)

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -24,7 +24,8 @@ from .alignment import AlignedWeighter, StepInfo, _check_losses, vamo_step
 
 # %% ../../nbs/vamo/02_mtl.ipynb #7d503c86
 def task_gradients(
-    losses_fn: Callable,  # Parameters -> losses [K]; with `batches`: (parameters, batch of one task) -> loss []
+    # Parameters -> losses [K]; with `batches`: (parameters, batch of one task) -> loss []
+    losses_fn: Callable,
     params: dict,  # Name -> tensor
     method: str = "stack",  # "stack" (K backwards) or "vmap" (one batched backward)
     batches=None,  # Tensor, or tree of tensors, with the tasks on the first axis
@@ -53,9 +54,8 @@ def task_gradients(
 
     if method == "vmap":
         return losses.detach(), torch.cat([g.flatten(1) for g in grad(eye, True)], 1)
-    return losses.detach(), torch.stack(
-        [torch.cat([g.flatten() for g in grad(v, False)]) for v in eye]
-    )
+    rows = [torch.cat([g.flatten() for g in grad(v, False)]) for v in eye]
+    return losses.detach(), torch.stack(rows)
 
 # %% ../../nbs/vamo/02_mtl.ipynb #33c6a8cd
 from_gram = dict(
@@ -78,6 +78,25 @@ from_losses = dict(
 )
 
 
+@dataclass
+class _Given:
+    "What a rule sees in one step, and the state that it leaves for the next"
+
+    name: str  # Of the method
+    K: int  # Tasks
+    like: Tensor  # Something of the dtype of the inputs, in double precision
+    G: Tensor | None  # [K,P] gradients
+    gram: Tensor | None  # [K,K] inner products of the gradients
+    losses: Tensor | None  # [K]
+    m: Tensor | None  # [K] agreements with the validation gradient
+    gval_sq: float | None  # Squared norm of the validation gradient
+    after: Tensor | None  # [K] losses after the step before
+    seed: int  # For methods that draw
+    kw: dict  # Options of the method
+    state: Any  # Of the step before; a rule replaces it
+    g: Tensor | None = None  # [P] direction, where it is not the weighted sum of the gradients
+
+
 @contextlib.contextmanager
 def _drawing(seed, n):
     "A stream of its own for library code that draws from the global generator"
@@ -86,147 +105,155 @@ def _drawing(seed, n):
         yield
 
 
-def _made(c, module, name, defaults, *args):
+def _tool(given: _Given, module, name, defaults, *args):
     "The library's object, made once and kept in the state"
-    if c.state is None:
-        c.state = dict(
-            n=0, tool=getattr(need(f"torchjd.{module}", "mtl"), name)(*args, **(defaults | c.kw))
-        )
-    c.state["n"] += 1
-    return c.state["tool"]
+    if given.state is None:
+        make = getattr(need(f"torchjd.{module}", "mtl"), name)
+        given.state = dict(n=0, tool=make(*args, **(defaults | given.kw)))
+    given.state["n"] += 1
+    return given.state["tool"]
 
 
-def _gram_weights(c):
-    name, defaults = from_gram[c.name]
-    with _drawing(c.seed, c.state["n"] if c.state else 0):
-        return _made(c, "aggregation", name, defaults)(c.gram)
+def _gram_weights(given: _Given):
+    name, defaults = from_gram[given.name]
+    with _drawing(given.seed, given.state["n"] if given.state else 0):
+        return _tool(given, "aggregation", name, defaults)(given.gram)
 
 # %% ../../nbs/vamo/02_mtl.ipynb #2577e30d
-def _loss_weights(c):
+def _loss_weights(given: _Given):
     "Weights of a scalarisation: its gradient with respect to the losses"
-    name, defaults = from_losses[c.name]
-    lr, every = c.kw.pop("lr", 0.025), c.kw.pop("every", 10)
-    with torch.enable_grad(), _drawing(c.seed, c.state["n"] if c.state else 0):
-        tool = _made(
-            c,
-            "scalarization",
-            name,
-            defaults | (dict(lr=lr) if c.name == "famo" else {}),
-            *([c.K] if c.name in ("uw", "famo") else []),
-        )
-        if c.name == "famo" and c.state["n"] > 1:
-            tool.update((c.losses if c.after is None else c.after).float())
-        if c.name == "dwa" and c.state["n"] % every == 1 and c.state["n"] > 1:
+    name, defaults = from_losses[given.name]
+    lr = given.kw.pop("lr", 0.025)  # of FAMO's weights and of the uncertainties
+    every = given.kw.pop("every", 10)  # steps between two updates of DWA
+    if given.name == "famo":
+        defaults = defaults | dict(lr=lr)
+    args = [given.K] if given.name in ("uw", "famo") else []
+    with torch.enable_grad(), _drawing(given.seed, given.state["n"] if given.state else 0):
+        tool = _tool(given, "scalarization", name, defaults, *args)
+        step = given.state["n"]
+        if given.name == "famo" and step > 1:
+            tool.update((given.losses if given.after is None else given.after).float())
+        if given.name == "dwa" and step % every == 1 and step > 1:
             tool.step()
-        losses = c.losses.detach().float().requires_grad_()
+        losses = given.losses.detach().float().requires_grad_()
         total = tool(losses)
-        (w,) = torch.autograd.grad(total, losses, retain_graph=True)
-        if c.name == "uw":
-            opt = c.state.setdefault("opt", torch.optim.Adam(tool.parameters(), lr))
+        (weights,) = torch.autograd.grad(total, losses, retain_graph=True)
+        if given.name == "uw":
+            opt = given.state.setdefault("opt", torch.optim.Adam(tool.parameters(), lr))
             opt.zero_grad()
             total.backward(inputs=list(tool.parameters()))
             opt.step()
-    return w
+    return weights
 
 # %% ../../nbs/vamo/02_mtl.ipynb #3573d883
-def _nash(c):
-    "Nash-MTL from the Gramian alone: any root of it has the same geometry; a small ridge, as a task without a gradient cannot bargain"
-    if not c.gram.any():
-        return torch.full_like(c.gram[0], 1 / c.K)
-    d, U = torch.linalg.eigh(c.gram + 1e-6 * c.gram.trace() / c.K * torch.eye(c.K))
-    root = U * d.clamp_min(0).sqrt()
+def _nash(given: _Given):
+    "Nash-MTL from the Gramian alone"
+    gram, K = given.gram, given.K
+    if not gram.any():
+        return torch.full_like(gram[0], 1 / K)
+    ridge = 1e-6 * gram.trace() / K * torch.eye(K)  # a task without a gradient cannot bargain
+    d, U = torch.linalg.eigh(gram + ridge)
+    root = U * d.clamp_min(0).sqrt()  # any root has the geometry of the gradients
+    defaults = dict(max_norm=0.0, update_weights_every=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*not DPP")
-        return _made(
-            c, "aggregation", "NashMTL", dict(max_norm=0.0, update_weights_every=1), c.K
-        ).weighting(root)
+        return _tool(given, "aggregation", "NashMTL", defaults, K).weighting(root)
 
 # %% ../../nbs/vamo/02_mtl.ipynb #4a63c427
-def _gradnorm(c):
+def _gradnorm(given: _Given):
     "Weights that even out the gradient norms, tasks that lag behind getting larger ones"
-    alpha, lr = c.kw.get("alpha", 1.5), c.kw.get("lr", 0.025)
-    st = c.state = c.state or dict(w=torch.ones_like(c.losses), first=c.losses.clone())
-    norms, r = c.gram.diagonal().clamp_min(0).sqrt(), c.losses / st["first"].clamp_min(1e-12)
-    scaled = st["w"] * norms
-    goal = scaled.mean() * (r / r.mean().clamp_min(1e-12)) ** alpha
-    w = (
-        st["w"] - lr * torch.sign(scaled - goal) * norms / norms.mean().clamp_min(1e-12)
-    ).clamp_min(1e-3)
-    used, st["w"] = st["w"], w * c.K / w.sum()
+    alpha, lr = given.kw.get("alpha", 1.5), given.kw.get("lr", 0.025)
+    losses = given.losses
+    if not given.state:
+        given.state = dict(w=torch.ones_like(losses), first=losses.clone())
+    used = given.state["w"]
+    norms = given.gram.diagonal().clamp_min(0).sqrt()
+    left = losses / given.state["first"].clamp_min(1e-12)  # share of the first loss that is left
+    scaled = used * norms
+    goal = scaled.mean() * (left / left.mean().clamp_min(1e-12)) ** alpha
+    step = lr * torch.sign(scaled - goal) * norms / norms.mean().clamp_min(1e-12)
+    w = (used - step).clamp_min(1e-3)
+    given.state["w"] = w * given.K / w.sum()
     return used
 
 
-def _db_mtl(c):
+def _db_mtl(given: _Given):
     "Gradients of log losses, averaged over steps, all scaled to the largest norm"
-    beta = c.kw.get("beta", 0.1)
-    st = c.state = c.state or dict(n=0, G=torch.zeros_like(c.G))
-    st["n"] += 1
-    rate = beta / st["n"] ** 0.5
-    now = c.G / (c.losses[:, None] + 1e-8)
-    st["G"] = now if st["n"] == 1 else rate * st["G"] + (1 - rate) * now
-    norms = st["G"].norm(dim=1)
+    beta = given.kw.get("beta", 0.1)
+    state = given.state = given.state or dict(n=0, G=torch.zeros_like(given.G))
+    state["n"] += 1
+    rate = beta / state["n"] ** 0.5
+    now = given.G / (given.losses[:, None] + 1e-8)
+    state["G"] = now if state["n"] == 1 else rate * state["G"] + (1 - rate) * now
+    norms = state["G"].norm(dim=1)
     scale = norms.max() / norms.clamp_min(1e-12)
-    c.g = scale @ st["G"]
-    return scale / (c.losses + 1e-8)
+    given.g = scale @ state["G"]
+    return scale / (given.losses + 1e-8)
 
 # %% ../../nbs/vamo/02_mtl.ipynb #a3048c22
-def _vamo(c):
-    if c.state is None:
-        c.state = AlignedWeighter(**(dict(lam=0.1, normalize="cos") | c.kw))
-    return c.state.update(
-        c.m, c.gval_sq, c.gram.diagonal().clamp_min(0).sqrt() if c.gram is not None else None
-    )
+def _vamo(given: _Given):
+    if given.state is None:
+        given.state = AlignedWeighter(**(dict(lam=0.1, normalize="cos") | given.kw))
+    norms = None if given.gram is None else given.gram.diagonal().clamp_min(0).sqrt()
+    return given.state.update(given.m, given.gval_sq, norms)
 
 
-def _cosine_gate(c):
-    size = (c.gram.diagonal() * c.gval_sq).clamp_min(0).sqrt()
-    return torch.where(size > 0, c.m / size.clamp_min(1e-30), 0.0).clamp_min(0)
+def _cosine_gate(given: _Given):
+    size = (given.gram.diagonal() * given.gval_sq).clamp_min(0).sqrt()
+    return torch.where(size > 0, given.m / size.clamp_min(1e-30), 0.0).clamp_min(0)
 
 
-def _l2rw(c):
-    w = c.m.clamp_min(0)
+def _l2rw(given: _Given):
+    w = given.m.clamp_min(0)
     return w / w.sum() if w.any() else w
 
 # %% ../../nbs/vamo/02_mtl.ipynb #5b960374
-def _doge(c):
+def _doge(given: _Given):
     "Multiplicative update by the agreements, scaled to unit mean square"
-    c.state = torch.zeros_like(c.m) if c.state is None else c.state
-    c.state = (
-        c.state + c.kw.get("eta", 0.1) * c.m / c.m.square().mean().sqrt().clamp_min(1e-30)
-    ).log_softmax(-1)
-    return c.state.exp()
+    m, eta = given.m, given.kw.get("eta", 0.1)
+    log_w = torch.zeros_like(m) if given.state is None else given.state
+    size = m.square().mean().sqrt().clamp_min(1e-30)
+    given.state = (log_w + eta * m / size).log_softmax(-1)
+    return given.state.exp()
 
 
-def _auto_lambda(c):
+def _auto_lambda(given: _Given):
     "Weights follow the exact one-step gradient: agreements at the look-ahead point"
-    c.state = torch.full_like(c.m, c.kw.get("init", 1 / c.K)) if c.state is None else c.state
-    used = c.state
-    c.state = (
-        used + c.kw.get("lr", 0.1) * c.m / c.m.square().mean().sqrt().clamp_min(1e-30) / c.K
-    ).clamp_min(0)
+    m, lr, K = given.m, given.kw.get("lr", 0.1), given.K
+    used = given.state
+    if used is None:
+        used = torch.full_like(m, given.kw.get("init", 1 / K))
+    size = m.square().mean().sqrt().clamp_min(1e-30)
+    given.state = (used + lr * m / size / K).clamp_min(0)
     return used
 
 # %% ../../nbs/vamo/02_mtl.ipynb #15c80883
-_methods = (
-    {k: (_gram_weights, "gram") for k in from_gram}
-    | {k: (_loss_weights, "losses") for k in from_losses}
-    | dict(
-        uniform=(lambda c: c.like.new_full((c.K,), 1 / c.K), ""),
-        single=(lambda c: torch.eye(c.K, dtype=c.like.dtype)[c.kw.get("task", 0)], ""),
-        nash_mtl=(_nash, "gram"),
-        gradnorm=(_gradnorm, "gram losses"),
-        db_mtl=(_db_mtl, "G losses"),
-        vamo=(_vamo, "m"),
-        cosine_gate=(_cosine_gate, "gram m gval_sq"),
-        l2rw=(_l2rw, "m"),
-        doge=(_doge, "m"),
-        auto_lambda=(_auto_lambda, "m"),
-    )
+def _uniform(given: _Given):
+    return given.like.new_full((given.K,), 1 / given.K)
+
+
+def _single(given: _Given):
+    return torch.eye(given.K, dtype=given.like.dtype)[given.kw.get("task", 0)]
+
+
+_methods = {k: (_gram_weights, "gram") for k in from_gram}
+_methods |= {k: (_loss_weights, "losses") for k in from_losses}
+_methods |= dict(
+    uniform=(_uniform, ""),
+    single=(_single, ""),
+    nash_mtl=(_nash, "gram"),
+    gradnorm=(_gradnorm, "gram losses"),
+    db_mtl=(_db_mtl, "G losses"),
+    vamo=(_vamo, "m"),
+    cosine_gate=(_cosine_gate, "gram m gval_sq"),
+    l2rw=(_l2rw, "m"),
+    doge=(_doge, "m"),
+    auto_lambda=(_auto_lambda, "m"),
 )
 
 
-def available() -> dict:  # Name -> what it needs: "G", "gram", "losses", "m" or "gval_sq"
-    "All weightings by name"
+def available() -> dict:  # Name -> what it needs, of "G", "gram", "losses", "m" and "gval_sq"
+    "All weightings by name: gradients, their Gramian, losses, agreements, squared norm"
     return {k: need_ for k, (_, need_) in sorted(_methods.items())}
 
 
@@ -242,9 +269,11 @@ def aggregate(
     gram: Tensor = None,  # [K,K] inner products of the gradients
     losses: Tensor = None,  # [K] losses
     state=None,  # What the last call returned; None at the start
-    m: Tensor = None,  # [K] agreements with the validation gradient (at the look-ahead point for "auto_lambda")
+    # [K] agreements with the validation gradient (at the look-ahead point for "auto_lambda")
+    m: Tensor = None,
     gval_sq: float = None,  # Squared norm of the validation gradient
-    after: Tensor = None,  # [K] losses of the last batch after the step, for "famo"; None takes `losses`
+    # [K] losses of the last batch after the step, for "famo"; None takes `losses`
+    after: Tensor = None,
     seed: int = 0,  # Seed of the methods that draw: pcgrad, gradvac, rlw
     **kw,  # Options of the method
 ) -> tuple:  # Direction [P] (None without `G`), weights [K], state for the next call
@@ -254,31 +283,31 @@ def aggregate(
     rule, needs = _methods[name]
     given = dict(G=G, gram=gram if gram is not None or G is None else G @ G.T, losses=losses, m=m)
     for what in needs.split():
-        if what == "gval_sq" and gval_sq is None or what != "gval_sq" and given[what] is None:
+        if (gval_sq if what == "gval_sq" else given[what]) is None:
             raise ValueError(f"{name} needs {what}")
     like = next((v for v in (G, gram, losses, m) if v is not None), None)
     if like is None:
         raise ValueError(f"{name} needs one of G, gram, losses, m to know the number of tasks")
-    given = {k: None if v is None else _finite(k, v) for k, v in given.items()}
-    c = SimpleNamespace(
+    given = _Given(
         name=name,
         K=len(like),
         like=like.detach().double(),
-        state=state,
         gval_sq=gval_sq,
         after=after,
         seed=seed,
         kw=dict(kw),
-        g=None,
-        **given,
+        state=state,
+        **{k: None if v is None else _finite(k, v) for k, v in given.items()},
     )
-    w = torch.as_tensor(rule(c)).double()
-    g = None if G is None else (w.to(G) @ G.detach() if c.g is None else c.g.to(G))
-    return g, w.to(like.dtype), c.state
+    w = torch.as_tensor(rule(given)).double()
+    g = None
+    if G is not None:
+        g = w.to(G) @ G.detach() if given.g is None else given.g.to(G)
+    return g, w.to(like.dtype), given.state
 
 # %% ../../nbs/vamo/02_mtl.ipynb #e0b9ee83
 class MTLTrainer:
-    "Trains any module on several losses with any weighting, and keeps the best parameters by validation"
+    "Trains any module on several losses with any weighting, and keeps the best parameters"
 
     def __init__(
         self,
@@ -291,14 +320,12 @@ class MTLTrainer:
     ):
         if method not in _methods:
             raise ValueError(f"method={method!r} is not known; available: {', '.join(available())}")
-        self.model, self.method, self.lr, self.seed, self.kw, self.state = (
-            model,
-            method,
-            lr,
-            seed,
-            kw,
-            None,
-        )
+        self.model = model
+        self.method = method
+        self.lr = lr
+        self.seed = seed
+        self.kw = kw
+        self.state = None
         self.optimizer = (
             torch.optim.Adam(model.parameters(), lr) if optimizer is None else optimizer
         )
@@ -309,10 +336,8 @@ class MTLTrainer:
 # %% ../../nbs/vamo/02_mtl.ipynb #ee4bed00
 def _flat(losses, params, keep=True):
     "Gradients [K,P] of losses [K], or of one loss [P]"
-    rows = [
-        torch.autograd.grad(l, params, retain_graph=keep, materialize_grads=True, allow_unused=True)
-        for l in losses.reshape(-1)
-    ]
+    how = dict(retain_graph=keep, materialize_grads=True, allow_unused=True)
+    rows = [torch.autograd.grad(loss, params, **how) for loss in losses.reshape(-1)]
     G = torch.stack([torch.cat([g.flatten() for g in r]) for r in rows])
     return G if losses.ndim else G[0]
 
@@ -372,7 +397,8 @@ def fit(
     self: MTLTrainer,
     batches: Callable,  # Step -> (closure of the training losses, closure of the validation loss)
     steps: int,  # Steps to train
-    valid: Callable = None,  # Model -> loss [] that picks the checkpoint; None keeps the last parameters
+    # Model -> loss [] that picks the checkpoint; None keeps the last parameters
+    valid: Callable = None,
     every: int = 10,  # Steps between two looks at `valid`
 ) -> list[StepInfo]:  # One entry a step; the model ends with the best parameters
     "Train, and end at the best checkpoint"
@@ -382,10 +408,8 @@ def fit(
             with torch.no_grad():
                 v = float(valid(self.model))
             if v < self.best_val:
-                self.best_val, self.best = (
-                    v,
-                    {k: x.detach().clone() for k, x in self.model.state_dict().items()},
-                )
+                self.best_val = v
+                self.best = {k: x.detach().clone() for k, x in self.model.state_dict().items()}
         if i < steps:
             infos.append(mtl_step(self, *batches(i)))
     if self.best is not None:
@@ -408,14 +432,8 @@ class RelatedTasks:
 # %% ../../nbs/vamo/02_mtl.ipynb #c6286656
 def make_related_tasks(
     seed: int,  # Of this problem
-    c: tuple = (
-        0.0,
-        0.2,
-        0.4,
-        1.0,
-        1.5,
-        2.0,
-    ),  # Distance of each task from the target, itself first
+    # Distance of each task from the target, itself first
+    c: tuple = (0.0, 0.2, 0.4, 1.0, 1.5, 2.0),
     n_target: int = 12,  # Training samples of the target
     n_val: int = 12,  # Validation samples
     n_aux: int = 400,  # Training samples of each auxiliary task
@@ -428,22 +446,28 @@ def make_related_tasks(
     if c[0] != 0:
         raise ValueError(f"c[0]={c[0]} must be 0: the first task is the target")
     g = rng(seed, "related")
-    r = lambda *n: torch.randn(*n, generator=g)
-    W, h0 = r(d, width) / d**0.5, 2 * r(width) / width**0.5
-    heads = [
-        h0 + k * (h - h0) if k <= 1 else h - (k - 1) * h0
-        for k, h in ((k, 2 * r(width) / width**0.5) for k in c)
-    ]
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    W = normal(d, width) / d**0.5
+    target = 2 * normal(width) / width**0.5
+
+    def head(k):
+        other = 2 * normal(width) / width**0.5
+        return target + k * (other - target) if k <= 1 else other - (k - 1) * target
+
+    heads = [head(k) for k in c]
 
     def draw(n, h):
-        x = r(n, d)
-        return x, (x @ W).relu() @ h + noise * r(n)
+        x = normal(n, d)
+        return x, (x @ W).relu() @ h + noise * normal(n)
 
-    data = [draw(n_aux if k else n_target, h) for k, h in enumerate(heads)]
-    val, x = draw(n_val, h0), r(n_test, d)
-    return RelatedTasks(
-        [x for x, _ in data], [y for _, y in data], *val, x, (x @ W).relu() @ h0, tuple(c)
-    )
+    xs, ys = zip(*[draw(n_aux if k else n_target, h) for k, h in enumerate(heads)])
+    x_val, y_val = draw(n_val, target)
+    x_test = normal(n_test, d)
+    y_test = (x_test @ W).relu() @ target
+    return RelatedTasks(list(xs), list(ys), x_val, y_val, x_test, y_test, tuple(c))
 
 # %% ../../nbs/vamo/02_mtl.ipynb #fa69d953
 def perceptron_layers(
@@ -479,13 +503,18 @@ def perceptron(
 def perceptron_start(
     sizes: tuple,  # As in `perceptron_layers`
     seed: int,  # Of the draw
-    init: str = "uniform",  # "uniform" within 1/sqrt(inputs of the layer), biases too; or "normal" with that deviation, biases zero
+    # "uniform" within 1/sqrt(inputs of the layer), biases too; or "normal" with that deviation,
+    # biases zero
+    init: str = "uniform",
 ) -> Tensor:  # [P] parameters
     "Initial parameters of a perceptron, drawn from a stream of their own"
     if init not in ("uniform", "normal"):
         raise ValueError(f"init={init!r} must be 'uniform' or 'normal'")
     g = rng(seed, "init")
-    u = lambda a, n: (2 * torch.rand(n, generator=g) - 1) / a**0.5
+
+    def u(a, n):
+        return (2 * torch.rand(n, generator=g) - 1) / a**0.5
+
     if init == "uniform":
         parts = [(u(a, a * b), u(a, b)) for a, b in zip(sizes, sizes[1:])]
     else:
@@ -499,32 +528,63 @@ def perceptron_start(
 def _padded(v, n):
     return torch.cat([v, v.new_zeros(n - len(v), *v.shape[1:])])
 
+
+class _LaneLosses:
+    "Losses and gradients of the perceptrons of all lanes at once"
+
+    def __init__(self, sizes, K):
+        # the output that a task reads: its own, or the only one
+        pick = torch.eye(K) if sizes[-1] > 1 else torch.ones(K, 1)
+
+        def task_loss(theta, x, y, output):
+            return (perceptron(theta, x, sizes) @ output - y).square().mean()
+
+        def all_loss(theta, x, y):
+            return (perceptron(theta, x, sizes) - y).square().mean()
+
+        def by_task(f):
+            over = vmap(vmap(f, (None, 0, 0, 0)), (0, 0, 0, None))
+            return lambda theta, x, y: over(theta, x, y, pick)
+
+        self.tasks = by_task(task_loss)  # [S,P], samples of each task -> losses [S,K]
+        self.task_grads = by_task(grad_and_value(task_loss))  # gradients [S,K,P] and losses
+        self.held_out = vmap(all_loss)  # [S,P], samples -> losses [S]
+        self.held_out_grad = vmap(grad_and_value(all_loss))  # gradients [S,P] and losses
+
 # %% ../../nbs/vamo/02_mtl.ipynb #c4586658
 class _Lanes:
     "Data of many problems as one tensor each, and the draws of all their batches"
 
     def __init__(self, tasks, seeds, steps, batch):
-        n = [max(len(x) for t in tasks for x in t.x)] * len(tasks[0].x)
-        self.K = len(n)
-        self.X = torch.stack([torch.stack([_padded(x, n[0]) for x in t.x]) for t in tasks])
-        self.Y = torch.stack([torch.stack([_padded(y, n[0]) for y in t.y]) for t in tasks])
+        self.K = len(tasks[0].x)
+        longest = max(len(x) for t in tasks for x in t.x)
+        self.X = torch.stack([torch.stack([_padded(x, longest) for x in t.x]) for t in tasks])
+        self.Y = torch.stack([torch.stack([_padded(y, longest) for y in t.y]) for t in tasks])
         sizes = torch.tensor([[len(x) for x in t.x] for t in tasks])[:, None, :, None]
-        self.idx = (
-            torch.stack(
-                [torch.rand(steps, self.K, batch, generator=rng(i, "batches")) for i in seeds]
-            )
-            * sizes
-        ).long()
-        two = lambda y: y if y.ndim == 3 else y.unsqueeze(-1)
-        self.val = torch.stack([t.x_val for t in tasks]), two(torch.stack([t.y_val for t in tasks]))
-        self.test = (
-            torch.stack([t.x_test for t in tasks]),
-            two(torch.stack([t.y_test for t in tasks])),
-        )
+        draws = [torch.rand(steps, self.K, batch, generator=rng(i, "batches")) for i in seeds]
+        self.idx = (torch.stack(draws) * sizes).long()
+
+        def targets(many):
+            y = torch.stack(many)
+            return y if y.ndim == 3 else y.unsqueeze(-1)
+
+        self.val = torch.stack([t.x_val for t in tasks]), targets([t.y_val for t in tasks])
+        self.test = torch.stack([t.x_test for t in tasks]), targets([t.y_test for t in tasks])
 
     def batch(self, i):
-        s, k = torch.arange(len(self.X))[:, None, None], torch.arange(self.K)[None, :, None]
-        return self.X[s, k, self.idx[:, i]], self.Y[s, k, self.idx[:, i]]
+        lane = torch.arange(len(self.X))[:, None, None]
+        task = torch.arange(self.K)[None, :, None]
+        return self.X[lane, task, self.idx[:, i]], self.Y[lane, task, self.idx[:, i]]
+
+
+def _lane_agreements(method, lanes, losses, theta, G, states, lr):
+    "Agreements [S,K] with the validation gradient, and its squared norm [S]"
+    if method == "auto_lambda":  # the gradient one plain step ahead
+        uniform = torch.full((lanes.K,), 1 / lanes.K)
+        w = torch.stack([uniform if x is None else x.float() for x in states])
+        theta = theta - lr * (w[:, None] @ G)[:, 0]
+    gv, _ = losses.held_out_grad(theta, *lanes.val)
+    return (G @ gv.unsqueeze(-1)).squeeze(-1), gv.square().sum(-1)
 
 # %% ../../nbs/vamo/02_mtl.ipynb #100f4f97
 def run_lanes(
@@ -537,83 +597,52 @@ def run_lanes(
     hidden: int = 64,  # Width of both hidden layers
     every: int = 10,  # Steps between two looks at the validation loss
     **kw,  # Options of the method
-) -> dict:  # `test` [S] at the best validation, `last` [S] at the end, `w` [S,K] mean weights, `val` [S,T], `theta` [S,P]
+) -> dict:  # `test` [S], `last` [S], `w` [S,K], `val` [S,T], `theta` [S,P]
     "Train many independent problems at once, each with its own weighting"
     seeds = list(range(len(tasks))) if seeds is None else seeds
-    D, S = _Lanes(tasks, seeds, steps, batch), len(tasks)
-    sizes = (D.X.shape[-1], hidden, hidden, D.val[1].shape[-1])
-    many = sizes[-1] > 1
-    pick = torch.eye(D.K) if many else torch.ones(D.K, 1)
-    task_loss = lambda th, x, y, p: (perceptron(th, x, sizes) @ p - y).square().mean()
-    all_loss = lambda th, x, y: (perceptron(th, x, sizes) - y).square().mean()
-    grads, grad_val = (
-        vmap(vmap(grad_and_value(task_loss), (None, 0, 0, 0)), (0, 0, 0, None)),
-        vmap(grad_and_value(all_loss)),
-    )
-    losses_of = vmap(vmap(task_loss, (None, 0, 0, 0)), (0, 0, 0, None))
+    lanes = _Lanes(tasks, seeds, steps, batch)
+    sizes = (lanes.X.shape[-1], hidden, hidden, lanes.val[1].shape[-1])
+    losses = _LaneLosses(sizes, lanes.K)
     theta = torch.stack([perceptron_start(sizes, i) for i in seeds]).requires_grad_()
     opt = torch.optim.Adam([theta], lr)
-    needs, states = _methods[method][1], [None] * S
-    best, best_val, ws, vals, last = (
-        theta.detach().clone(),
-        torch.full((S,), float("inf")),
-        [],
-        [],
-        None,
-    )
+    needs = _methods[method][1].split()
+    nothing = [None] * len(tasks)
+    states = nothing
+    best = theta.detach().clone()
+    best_val = torch.full((len(tasks),), float("inf"))
+    weights = []
+    looks = []  # validation losses
+    last = None  # batch of the step before
     for i in range(steps + 1):
-        th = theta.detach()
-        gv, val = grad_val(th, *D.val) if "m" in needs.split() else (None, None)
+        now = theta.detach()
         if i % every == 0 or i == steps:
-            if val is None:
-                val = vmap(all_loss)(th, *D.val)
+            val = losses.held_out(now, *lanes.val)
             better = val < best_val
-            best[better], best_val[better] = th[better], val[better]
-            vals.append(val)
+            best[better] = now[better]
+            best_val[better] = val[better]
+            looks.append(val)
         if i == steps:
             break
-        b = D.batch(i)
-        G, L = grads(th, *b, pick)
-        gram = G @ G.transpose(1, 2) if "gram" in needs or method == "vamo" else [None] * S
-        if method == "auto_lambda":
-            w0 = torch.stack(
-                [torch.full((D.K,), 1 / D.K) if x is None else x.float() for x in states]
-            )
-            gv = grad_val(th - lr * (w0[:, None] @ G)[:, 0], *D.val)[0]
-        m, sq = (
-            ((G @ gv.unsqueeze(-1)).squeeze(-1), gv.square().sum(-1))
-            if gv is not None
-            else ([None] * S, [None] * S)
-        )
-        after = losses_of(th, *last, pick) if method == "famo" and last is not None else [None] * S
-        last = b
-        out = [
-            aggregate(
-                method,
-                G[j] if method == "db_mtl" else None,
-                gram[j],
-                L[j],
-                states[j],
-                m[j],
-                sq[j],
-                after[j],
-                seeds[j],
-                **kw,
-            )
-            for j in range(S)
-        ]
-        states = [o[2] for o in out]
-        w = torch.stack([o[1].float() for o in out])
-        ws.append(w)
-        theta.grad = (
-            torch.stack([o[0] for o in out]) if method == "db_mtl" else (w[:, None] @ G)[:, 0]
-        )
+        at = lanes.batch(i)
+        G, L = losses.task_grads(now, *at)
+        gram = G @ G.transpose(1, 2) if "gram" in needs or method == "vamo" else nothing
+        m = gval_sq = after = nothing
+        if "m" in needs:
+            m, gval_sq = _lane_agreements(method, lanes, losses, now, G, states, lr)
+        if method == "famo" and last is not None:
+            after = losses.tasks(now, *last)
+        last = at
+        own = G if method == "db_mtl" else nothing
+        each = zip(own, gram, L, states, m, gval_sq, after, seeds)
+        g, w, states = zip(*[aggregate(method, *given, **kw) for given in each])
+        w = torch.stack(w).float()
+        weights.append(w)
+        theta.grad = torch.stack(g) if method == "db_mtl" else (w[:, None] @ G)[:, 0]
         opt.step()
-    test = lambda th: vmap(all_loss)(th, *D.test)
     return dict(
-        test=test(best),
-        last=test(theta.detach()),
-        w=torch.stack(ws).mean(0),
-        val=torch.stack(vals, 1),
+        test=losses.held_out(best, *lanes.test),  # at the best look
+        last=losses.held_out(theta.detach(), *lanes.test),  # after all steps
+        w=torch.stack(weights).mean(0),  # mean over the steps
+        val=torch.stack(looks, 1),  # at every look
         theta=best,
     )

@@ -39,15 +39,12 @@ class DiffusionSchedule(nn.Module):
         super().__init__()
         if isinstance(N, bool) or not isinstance(N, int) or N < 1:
             raise ValueError(f"N={N} must be a whole number, at least 1")
-        f = (
-            torch.cos((torch.arange(N + 1, dtype=torch.float64) / N + 0.008) / 1.008 * torch.pi / 2)
-            ** 2
-        )
+        share = torch.arange(N + 1, dtype=torch.float64) / N
+        f = torch.cos((share + 0.008) / 1.008 * torch.pi / 2) ** 2
         beta = F.pad((1 - f[1:] / f[:-1]).clamp(max=0.999), (1, 0))
         self.N = N
-        self.register_buffer(
-            "beta", beta, persistent=False
-        )  # double: 1 - alpha_bar of the first steps is small
+        # double precision: 1 - alpha_bar of the first steps is small
+        self.register_buffer("beta", beta, persistent=False)
         self.register_buffer("alpha_bar", (1 - beta).cumprod(0), persistent=False)
 
     def add_noise(
@@ -99,7 +96,8 @@ def back(
 
 # %% ../../nbs/vamo/06_planner.ipynb #ceadc586
 def value_so_far(
-    states: Tensor,  # (...,8) states: entry 1 is the share of the budget left, entry 3 the price over yesterday's
+    # (...,8) states: entry 1 is the share of the budget left, entry 3 the price over yesterday's
+    states: Tensor,
 ) -> Tensor:  # (...) value won, in units of what the budget buys at yesterday's price
     "Value won before each state, read from the state"
     price = states[..., 3]
@@ -113,13 +111,12 @@ def day_return(
     "Return of whole days"
     if states.ndim != 3 or rewards.shape != states.shape[:2]:
         raise ValueError(
-            f"states {tuple(states.shape)} and rewards {tuple(rewards.shape)} need (B,T,8) and (B,T)"
+            f"states {tuple(states.shape)} and rewards {tuple(rewards.shape)} "
+            "need (B,T,8) and (B,T)"
         )
     before = rewards[:, :-1].sum(1)
-    return (
-        value_so_far(states[:, -1])
-        * torch.where(before > 0, rewards.sum(1) / before.clamp(min=1e-300), 1.0)
-    ).to(states.dtype)
+    last_step = torch.where(before > 0, rewards.sum(1) / before.clamp(min=1e-300), 1.0)
+    return (value_so_far(states[:, -1]) * last_step).to(states.dtype)
 
 # %% ../../nbs/vamo/06_planner.ipynb #2fcebc20
 class CondScale(NamedTuple):
@@ -159,11 +156,11 @@ def conditions(
 ) -> Tensor:  # (B,3)
     "Condition vectors"
     k = torch.as_tensor(task).expand(len(budget))
-    r = (torch.as_tensor(returns).expand(len(budget)) - scale.low[k]) / (scale.high - scale.low)[k]
-    e = torch.as_tensor(kept).expand(len(budget))
-    return torch.stack(
-        [r.float(), e.float(), ((budget.log() - scale.mean[k]) / scale.std[k]).float()], 1
-    )
+    wanted = torch.as_tensor(returns).expand(len(budget))
+    wanted = (wanted - scale.low[k]) / (scale.high - scale.low)[k]
+    limits = torch.as_tensor(kept).expand(len(budget))
+    money = (budget.log() - scale.mean[k]) / scale.std[k]
+    return torch.stack([wanted.float(), limits.float(), money.float()], 1)
 
 # %% ../../nbs/vamo/06_planner.ipynb #99473011
 def _taps(x, step):
@@ -177,11 +174,9 @@ class _Block(nn.Module):
 
     def __init__(self, d, step):
         super().__init__()
-        self.step, self.norm, self.film = (
-            step,
-            nn.LayerNorm(d, elementwise_affine=False),
-            nn.Linear(d, 2 * d),
-        )
+        self.step = step
+        self.norm = nn.LayerNorm(d, elementwise_affine=False)
+        self.film = nn.Linear(d, 2 * d)
         self.mix, self.out = nn.Linear(3 * d, d), nn.Linear(d, d)
 
     def forward(self, x, e):
@@ -210,10 +205,8 @@ class TaskLinear(nn.Module):
         d_out: int,  # Channels out
     ):
         super().__init__()
-        self.weight, self.bias = (
-            nn.Parameter(torch.randn(K, d_in, d_out) / d_in**0.5),
-            nn.Parameter(torch.zeros(K, d_out)),
-        )
+        self.weight = nn.Parameter(torch.randn(K, d_in, d_out) / d_in**0.5)
+        self.bias = nn.Parameter(torch.zeros(K, d_out))
 
     def forward(
         self,
@@ -242,9 +235,8 @@ class InverseDynamics(nn.Module):
                 f"hide={hide}: there is no state entry {bad[0]}, the state has {S}; () hides none"
             )
         self.S = S
-        self.register_buffer(
-            "shown", torch.tensor([i not in hide for i in range(S)]).float(), persistent=False
-        )
+        shown = torch.tensor([i not in hide for i in range(S)]).float()
+        self.register_buffer("shown", shown, persistent=False)
         self.net = nn.Sequential(
             nn.Linear(4 * S, width),
             nn.GELU(),
@@ -266,9 +258,8 @@ class InverseDynamics(nn.Module):
             raise ValueError(f"states {tuple(states.shape)} and nxt {tuple(nxt.shape)} differ")
         one = torch.cat([states[:, :1], states[:, :-1]], 1)
         two = torch.cat([states[:, :1], one[:, :-1]], 1)
-        return self.head(self.net(torch.cat([two, one, states, nxt * self.shown], -1)), task)[
-            ..., 0
-        ]
+        seen = torch.cat([two, one, states, nxt * self.shown], -1)
+        return self.head(self.net(seen), task)[..., 0]
 
 # %% ../../nbs/vamo/06_planner.ipynb #f3dfddf0
 temporal_parts = ("none", "sincos", "times", "context")
@@ -278,7 +269,8 @@ def _parts(temporal):
     parts = set(temporal.split("+")) if isinstance(temporal, str) else set()
     if not parts or not parts <= set(temporal_parts) or ("none" in parts and len(parts) > 1):
         raise ValueError(
-            f"temporal={temporal!r} must be 'none' or parts of {', '.join(temporal_parts[1:])} joined by '+'"
+            f"temporal={temporal!r} must be 'none' or parts of "
+            f"{', '.join(temporal_parts[1:])} joined by '+'"
         )
     return parts
 
@@ -342,20 +334,17 @@ def fit(
     states: Tensor,  # (B,T,S) states of training days
     actions: Tensor,  # (B,T) their actions
     mask: Tensor | None = None,  # (B,T) bool, True on real steps; None means all
-    scale: CondScale
-    | None = None,  # Scale of the conditions, kept for the returns-to-go of the causal planner
+    # Scale of the conditions, kept for the returns-to-go of the causal planner
+    scale: CondScale | None = None,
 ) -> None:
     "Take normalisation and ranges from training days"
     if states.ndim != 3 or states.shape[1:] != (self.T, self.S):
         raise ValueError(
             f"states has shape {tuple(states.shape)}; it needs (B, T={self.T}, S={self.S})"
         )
-    real = (
-        torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        if mask is None
-        else mask
-    )
-    s, a = states[real], actions[real]
+    if mask is None:
+        mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    s, a = states[mask], actions[mask]
     if len(s) < 2 or not s.isfinite().all() or not a.isfinite().all():
         raise ValueError("states and actions need at least two real steps, all finite")
     self.mean.copy_(s.mean(0))
@@ -393,32 +382,28 @@ class MultiTaskPlanner(_Normed):
         context_dim: int = 3,  # Channels of the context
         days: int = 3,  # Days of the context
         inv_width: int = 128,  # Width of the inverse dynamics
-        hide: tuple = (
-            6,
-        ),  # Entries of the next state hidden from it; 6 is the last action, () shows all
+        # Entries of the next state hidden from it; 6 is the last action, () shows all
+        hide: tuple = (6,),
         predict: str = "v",  # What the heads give: "v" or "noise"
     ):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__(state_dim, K, T)
         if K < 1 or state_dim < 1 or blocks < 1 or d < 2 or not 0 <= drop < 1:
             raise ValueError(
-                f"K={K}, state_dim={state_dim}, blocks={blocks} must be at least 1, d={d} at least 2, drop={drop} in [0, 1)"
+                f"K={K}, state_dim={state_dim}, blocks={blocks} must be at least 1, "
+                f"d={d} at least 2, drop={drop} in [0, 1)"
             )
         if predict not in ("noise", "v"):
             raise ValueError(f"predict={predict!r} must be 'noise' or 'v'")
-        self.config, self.parts, self.Y, self.drop, self.predict = (
-            config,
-            _parts(temporal),
-            cond_dim,
-            drop,
-            predict,
-        )
+        self.config = config
+        self.parts = _parts(temporal)
+        self.Y = cond_dim
+        self.drop = drop
+        self.predict = predict
         self.schedule, self.level = DiffusionSchedule(N), nn.Embedding(N + 1, d)
-        self.embed, self.cond, self.null = (
-            nn.Linear(state_dim + 1, d),
-            TaskLinear(K, cond_dim, d),
-            nn.Parameter(torch.zeros(K, d)),
-        )
+        self.embed = nn.Linear(state_dim + 1, d)
+        self.cond = TaskLinear(K, cond_dim, d)
+        self.null = nn.Parameter(torch.zeros(K, d))
         self.join = nn.Sequential(nn.GELU(), nn.Linear(d, d), nn.GELU())
         self.trunk = nn.ModuleList(_Block(d, 2 ** (i % 5)) for i in range(blocks))
         self.clock = TimeOfDay(d, T) if "sincos" in self.parts else None
@@ -436,7 +421,8 @@ class MultiTaskPlanner(_Normed):
 def _embedding(self: MultiTaskPlanner, n, cond, drop, task, context):
     if (context is None) != (self.past is None):
         raise ValueError(
-            f"context is {'missing' if context is None else 'given'}, temporal is {'+'.join(sorted(self.parts))!r}"
+            f"context is {'missing' if context is None else 'given'}, "
+            f"temporal is {'+'.join(sorted(self.parts))!r}"
         )
     e = torch.where(drop[:, None], self.null[task], self.cond(cond, task)) + self.level(n)
     return self.join(e if self.past is None else e + self.past(context))
@@ -491,7 +477,8 @@ def _batch(self, batch, task):
     x, a = batch["states"], batch["actions"]
     if x.ndim != 3 or x.shape[1:] != (self.T, self.S) or a.shape != x.shape[:2]:
         raise ValueError(
-            f"states {tuple(x.shape)} and actions {tuple(a.shape)} need (B,{self.T},{self.S}) and (B,{self.T})"
+            f"states {tuple(x.shape)} and actions {tuple(a.shape)} need "
+            f"(B,{self.T},{self.S}) and (B,{self.T})"
         )
     if batch["cond"].shape != (len(x), self.Y):
         raise ValueError(
@@ -500,18 +487,16 @@ def _batch(self, batch, task):
     mask = batch.get("mask")
     mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
     clean = torch.where(mask[..., None], self.normalise(x), 0.0)
-    return (
-        clean,
-        torch.where(mask, (a - self.a_mean) / self.a_std, 0.0),
-        mask,
-        _tasks(task, len(x), self.K, x.device),
-    )
+    actions = torch.where(mask, (a - self.a_mean) / self.a_std, 0.0)
+    return clean, actions, mask, _tasks(task, len(x), self.K, x.device)
 
 # %% ../../nbs/vamo/06_planner.ipynb #4b149cf8
 @patch
 def loss(
     self: MultiTaskPlanner,
-    batch: dict,  # states (B,T,S), actions (B,T), cond (B,Y), optional mask (B,T) True on real steps, context (B,days*T,c)
+    # states (B,T,S), actions (B,T), cond (B,Y), optional mask (B,T) True on real steps, context
+    # (B,days*T,c)
+    batch: dict,
     task,  # Task of the batch, or (B,)
     noise: Noise,  # From `draw`
 ) -> Tensor:  # Scalar
@@ -522,9 +507,8 @@ def loss(
     guess = self.guess(x, known, noise.n, batch["cond"], noise.drop, k, batch.get("context"))
     aim = noise.eps if self.predict == "noise" else self.schedule.velocity(x0, noise.n, noise.eps)
     denoise = _mean((guess - aim).square().mean(-1), mask & ~known)
-    inverse = _mean(
-        (self.inverse(x0[:, :-1], x0[:, 1:], k) - a[:, :-1]).square(), mask[:, :-1] & mask[:, 1:]
-    )
+    off = self.inverse(x0[:, :-1], x0[:, 1:], k) - a[:, :-1]
+    inverse = _mean(off.square(), mask[:, :-1] & mask[:, 1:])
     return 0.5 * (denoise + inverse)
 
 # %% ../../nbs/vamo/06_planner.ipynb #ae67dd94
@@ -540,22 +524,16 @@ def guided(
     context: Tensor | None = None,  # (B, days*T, context_dim)
 ) -> Tensor:  # (B,T,S)
     "The guess of the network with guidance"
-    level, no = (
-        torch.full((len(x),), n, device=x.device),
-        torch.zeros(len(x), dtype=torch.bool, device=x.device),
-    )
+    level = torch.full((len(x),), n, device=x.device)
+    no = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     if guidance in (0, 1):
         return self.guess(x, known, level, cond, no if guidance else ~no, task, context)
-    twice = lambda v: None if v is None else torch.cat([v, v])
-    both = self.guess(
-        twice(x),
-        twice(known),
-        twice(level),
-        twice(cond),
-        torch.cat([~no, no]),
-        twice(task),
-        twice(context),
-    )
+
+    def twice(v):
+        return None if v is None else torch.cat([v, v])
+
+    x, known, level, cond, task, context = map(twice, (x, known, level, cond, task, context))
+    both = self.guess(x, known, level, cond, torch.cat([~no, no]), task, context)
     free, given = both.chunk(2)
     return free + guidance * (given - free)
 
@@ -569,8 +547,8 @@ def plan(
     task,  # Task, or (B,)
     guidance: float = 1.2,  # 0 ignores the condition, 1 uses it
     temperature: float = 0.5,  # Factor on all noise
-    generator: torch.Generator
-    | None = None,  # Source of noise; None starts a new stream of seed 0 in every call
+    # Source of noise; None starts a new stream of seed 0 in every call
+    generator: torch.Generator | None = None,
     noise: Tensor | None = None,  # (B,N,T,S) instead of a generator
     context: Tensor | None = None,  # (B, days*T, context_dim)
 ) -> Tensor:  # (B,T,S): the history as it is, then the plan
@@ -589,11 +567,12 @@ def plan(
     known = (torch.arange(self.T, device=history.device) < t).expand(B, self.T)
     x = torch.cat([past, noise[:, 0, t:]], 1)
     for n in range(N, 0, -1):
-        x0 = self.schedule.clean(
-            x, n, self.guided(x, known, n, cond, k, guidance, context), self.predict
-        )
-        mean, sd = self.schedule.back(x, n, torch.minimum(torch.maximum(x0, self.low), self.high))
-        x = torch.cat([past, (mean + sd * noise[:, N + 1 - n] if n > 1 else mean)[:, t:]], 1)
+        guess = self.guided(x, known, n, cond, k, guidance, context)
+        x0 = self.schedule.clean(x, n, guess, self.predict)
+        x, sd = self.schedule.back(x, n, torch.minimum(torch.maximum(x0, self.low), self.high))
+        if n > 1:
+            x = x + sd * noise[:, N + 1 - n]
+        x = torch.cat([past, x[:, t:]], 1)
     return torch.cat([history, self.restore(x[:, t:])], 1)
 
 # %% ../../nbs/vamo/06_planner.ipynb #ab2ade04
@@ -611,13 +590,10 @@ def decide(
         raise ValueError(
             f"history has {t} steps; an action needs a next state, so 1 to {self.T - 1}"
         )
-    now, nxt = (
-        self.normalise(v[:, max(t - 3, 0) : t])
-        for v in (history, torch.cat([history[:, 1:], planned[:, t : t + 1]], 1))
-    )
-    return self.action(
-        self.inverse(now, nxt, _tasks(task, len(history), self.K, history.device))[:, -1]
-    )
+    after = torch.cat([history[:, 1:], planned[:, t : t + 1]], 1)
+    now, nxt = (self.normalise(v[:, max(t - 3, 0) : t]) for v in (history, after))
+    k = _tasks(task, len(history), self.K, history.device)
+    return self.action(self.inverse(now, nxt, k)[:, -1])
 
 # %% ../../nbs/vamo/06_planner.ipynb #d12f7c1f
 @patch
@@ -633,11 +609,9 @@ def act(
 ) -> Tensor:  # (B,) log of the multiplier over its reference
     "The action at the last executed state"
     if history.shape[1] == self.T:
-        return (
-            actions[:, -1].clone()
-            if actions.shape[1]
-            else torch.zeros(len(history), device=history.device)
-        )
+        if actions.shape[1]:
+            return actions[:, -1].clone()
+        return torch.zeros(len(history), device=history.device)
     if planned is None:
         planned = self.plan(history, cond, task, guidance, context=context)
     return self.decide(history, planned, task)
@@ -669,28 +643,12 @@ class PlannerPolicy:
         actions: Tensor,  # (B,t-1) actions so far
     ) -> Tensor:  # (B,) log of the multiplier over its reference
         "The next action"
-        step, p = states.shape[1] - 1, self.planner
-        if p.needs_plan and step % self.replan == 0 and step + 1 < p.T:
-            self.planned = p.plan(
-                states,
-                self.cond,
-                self.task,
-                self.guidance,
-                self.temperature,
-                self.generator,
-                context=self.context,
-            )
-        return p.act(
-            states, self.cond, self.task, actions, self.planned, self.guidance, self.context
-        )
-
-# %% ../../nbs/vamo/06_planner.ipynb #3dc6c152
-def __getattr__(name):
-    if name == "CausalPlanner":
-        from llmpapers.vamo.causal import CausalPlanner
-
-        return CausalPlanner
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        step, planner = states.shape[1] - 1, self.planner
+        if planner.needs_plan and step % self.replan == 0 and step + 1 < planner.T:
+            how = (self.guidance, self.temperature, self.generator)
+            self.planned = planner.plan(states, self.cond, self.task, *how, context=self.context)
+        how = (self.planned, self.guidance, self.context)
+        return planner.act(states, self.cond, self.task, actions, *how)
 
 # %% ../../nbs/vamo/06_planner.ipynb #dcd8cbb9
 tasks = ("store", "direct", "cart")
@@ -728,20 +686,18 @@ def training_set(
     habits: dict = habits,  # Kinds of bidders of each task, 0 to K-1
 ) -> LoggedDays:  # All of them
     "Logged days of all tasks"
-    parts = [
-        logged(market, d, k, kind, n, seed)
-        for d in days
-        for k, kinds in habits.items()
-        for kind in kinds
-    ]
-    t, kept = Trajectories.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])
-    R = day_return(t.states, t.rewards)
-    scale = fit_conditions(R, t.budget, t.task, len(habits))
+    who = [(k, kind) for k, kinds in habits.items() for kind in kinds]
+    parts = [logged(market, d, k, kind, n, seed) for d in days for k, kind in who]
+    t = Trajectories.cat([days for days, _ in parts])
+    kept = torch.cat([limits for _, limits in parts])
+    returns = day_return(t.states, t.rewards)
+    scale = fit_conditions(returns, t.budget, t.task, len(habits))
+    cond = conditions(scale, returns, kept, t.budget, t.task)
     return LoggedDays(
-        dict(states=t.states, actions=t.actions, cond=conditions(scale, R, kept, t.budget, t.task)),
-        t.task,
-        scale,
-        R,
+        batch=dict(states=t.states, actions=t.actions, cond=cond),
+        task=t.task,
+        scale=scale,
+        returns=returns,
     )
 
 # %% ../../nbs/vamo/06_planner.ipynb #52e7a42a
@@ -756,18 +712,20 @@ def train_planner(
     "Train a planner on logged days, uniform over tasks"
     if steps < 1 or batch < 1:
         raise ValueError(f"steps={steps} and batch={batch} must be at least 1")
-    data, task, g, losses = logs.batch, logs.task, rng(seed, "train", device=logs.task.device), []
+    data, task = logs.batch, logs.task
+    g = rng(seed, "train", device=task.device)
+    losses = []
     planner.fit(data["states"], data["actions"], scale=logs.scale)
     opt = torch.optim.AdamW(planner.train().parameters(), lr)
     cycle = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     while len(losses) < steps:
         i = torch.randint(len(task), (batch,), generator=g, device=g.device)
-        l = planner.loss({k: v[i] for k, v in data.items()}, task[i], planner.draw(batch, g))
+        loss = planner.loss({k: v[i] for k, v in data.items()}, task[i], planner.draw(batch, g))
         opt.zero_grad()
-        l.backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(planner.parameters(), 1.0)
         opt.step()
         cycle.step()
-        losses.append(l.item())
+        losses.append(loss.item())
     planner.eval()
     return losses

@@ -17,13 +17,11 @@ from torch import Tensor
 
 # %% ../../nbs/vamo/03_slots.ipynb #8ee8af80
 def _keys(bids, k, part=1024):
-    "Largest k of each row as integers, descending: the high bits of the bid, then the column, from the right; and the mask of the column"
+    "Largest k of each row as integers (high bits of the bid, then the column), and their mask"
     A = bids.shape[1]
     mask = (1 << max(1, (A - 1).bit_length())) - 1
-    x, column = (
-        (bids if bids.dtype in (torch.float, torch.double) else bids.double()).numpy(),
-        mask - np.arange(A),
-    )
+    x = (bids if bids.dtype in (torch.float, torch.double) else bids.double()).numpy()
+    column = mask - np.arange(A)
     out, room = np.empty((len(x), k), np.int64), np.empty((min(part, len(x)), A))
     for i in range(0, len(x), part):
         q = np.add(x[i : i + part], 0.0, out=room[: len(x) - i]).view(np.int64)
@@ -77,18 +75,15 @@ def _award(top, idx, reserve, slots):
             for x, v in ((top, 0.0), (idx, -1))
         )
     wins = (top[:, :slots] >= reserve) & (top[:, :slots] > 0)
-    return torch.where(wins, idx[:, :slots], -1), torch.where(
-        wins, top[:, 1 : slots + 1].clamp(min=reserve), 0.0
-    )
+    price = top[:, 1 : slots + 1].clamp(min=reserve)
+    return torch.where(wins, idx[:, :slots], -1), torch.where(wins, price, 0.0)
 
 
 def gsp_auction(
     bids: Tensor,  # (n,A) one row per auction, one column per bidder; 0 is no bid
     reserve: float = 0.0,  # Least bid that wins, and least price
     slots: int = 3,  # Slots per auction, S
-) -> tuple[
-    Tensor, Tensor
-]:  # (n,S) bidder of each slot or -1; (n,S) its price if seen, 0 where unsold
+) -> tuple[Tensor, Tensor]:  # (n,S) bidder of each slot or -1; (n,S) price if seen, 0 if unsold
     "Generalised second-price auctions, ties to the lower index"
     bids = _check_bids(bids, reserve, slots)
     return _award(*_top(bids, slots + 1), reserve, slots)
@@ -112,11 +107,8 @@ def run_auctions_loop(
     budget: Tensor,  # (A,) money left
     draws: Tensor,  # (n,2S) uniform numbers: S for being seen, S for converting
     reserve: float = 0.0,  # Least price
-    exposure: Sequence[float] = (
-        1.0,
-        0.8,
-        0.6,
-    ),  # Probability that a slot is seen if the one above was
+    # Probability that a slot is seen if the one above was
+    exposure: Sequence[float] = (1.0, 0.8, 0.6),
 ) -> Outcome:  # The same as `run_auctions`
     "The rules, one impression at a time"
     bids, left_money, S, n = bids.clone(), budget.double().clone(), len(exposure), len(bids)
@@ -152,21 +144,25 @@ _low = 0.022750131948179195  # normal distribution function at -2
 
 def _first_broke(winner, price, seen, budget):
     "(row, bidder) of the first slot in order of arrival that its winner cannot pay, or None"
-    S, flat, A = winner.shape[1], winner.flatten(), len(budget)
+    A = len(budget)
+    slot_of = winner.flatten() + 1  # 0 is unsold
+    asked = price.flatten()
     charge = torch.where(seen, price, 0.0).flatten().double()
-    total = torch.bincount(flat + 1, charge, minlength=A + 1)[1:]
-    dear = torch.zeros(A + 1, dtype=torch.double).scatter_reduce(
-        0, flat + 1, price.flatten().double(), "amax"
-    )[1:]
-    risky = (total + dear > budget).nonzero().squeeze(1)
+    total = torch.bincount(slot_of, charge, minlength=A + 1)
+    dearest = torch.zeros(A + 1, dtype=torch.double)
+    dearest = dearest.scatter_reduce(0, slot_of, asked.double(), "amax")
+    risky = ((total + dearest)[1:] > budget).nonzero().squeeze(1)
     found = []
-    for j in risky.tolist():
-        at = (flat == j).nonzero().squeeze(1)
-        before = charge[at].cumsum(0) - charge[at]
-        bad = (price.flatten()[at] > budget[j] - before).nonzero()
-        if len(bad):
-            found.append((int(at[bad[0, 0]]), j))
-    return (lambda f: (f[0] // S, f[1]))(min(found)) if found else None
+    for bidder in risky.tolist():
+        won = (slot_of == bidder + 1).nonzero().squeeze(1)
+        spent_before = charge[won].cumsum(0) - charge[won]
+        unpaid = (asked[won] > budget[bidder] - spent_before).nonzero()
+        if len(unpaid):
+            found.append((int(won[unpaid[0, 0]]), bidder))
+    if not found:
+        return None
+    slot, bidder = min(found)
+    return slot // winner.shape[1], bidder
 
 # %% ../../nbs/vamo/03_slots.ipynb #c0ffee12
 def _outcome(winner, price, seen, values, sigma, draws, A, left):
@@ -177,25 +173,18 @@ def _outcome(winner, price, seen, values, sigma, draws, A, left):
         converted = seen & (coin < p)
     else:
         s = sigma.gather(1, at)
-        converted = seen & (
-            coin < p + 2.001 * s
-        )  # the cut leaves the noise below two deviations: only these can convert
+        # the cut leaves the noise below two deviations: only these can convert
+        converted = seen & (coin < p + 2.001 * s)
         near = converted.nonzero(as_tuple=True)
         noise = torch.special.ndtri(_low + (1 - 2 * _low) * draws[:, 2 * S :][near]).to(p.dtype)
         converted[near] = coin[near] < p[near] + s[near] * noise
     who = (winner + 1).flatten()
-    cost = torch.bincount(who, torch.where(seen, price, 0.0).flatten().double(), minlength=A + 1)[
-        1:
-    ]
-    return Outcome(
-        winner,
-        price,
-        seen,
-        converted,
-        cost,
-        torch.bincount(who, converted.flatten().double(), minlength=A + 1)[1:],
-        left,
-    )
+
+    def per_bidder(amount):
+        return torch.bincount(who, amount.flatten().double(), minlength=A + 1)[1:]
+
+    cost = per_bidder(torch.where(seen, price, 0.0))
+    return Outcome(winner, price, seen, converted, cost, per_bidder(converted), left)
 
 # %% ../../nbs/vamo/03_slots.ipynb #77870fc7
 def run_auctions(
@@ -203,16 +192,13 @@ def run_auctions(
     values: Tensor,  # (n,A) conversion probabilities
     budget: Tensor,  # (A,) money left; inf for no limit
     generator: torch.Generator | None = None,  # Source of chance; or give `draws`
-    draws: Tensor
-    | None = None,  # (n,2S) uniform numbers: S for being seen, S for converting; (n,3S) with `sigma`
-    sigma: Tensor
-    | None = None,  # (n,A) uncertainty of `values`: normal, cut at two deviations; None is certain
+    # (n,2S) uniform numbers: S for being seen, S for converting; (n,3S) with `sigma`
+    draws: Tensor | None = None,
+    # (n,A) uncertainty of `values`: normal, cut at two deviations; None is certain
+    sigma: Tensor | None = None,
     reserve: float = 0.0,  # Least bid that wins, and least price
-    exposure: Sequence[float] = (
-        1.0,
-        0.8,
-        0.6,
-    ),  # Probability that a slot is seen if the one above was
+    # Probability that a slot is seen if the one above was
+    exposure: Sequence[float] = (1.0, 0.8, 0.6),
 ) -> Outcome:  # Winners, prices, exposure, conversions, and totals of each bidder
     "Auctions in order of arrival, exact in budgets"
     S = len(exposure)
@@ -250,21 +236,20 @@ class ResponseCurve:
         self,
         values: Tensor,  # (n,) value of each impression to the bidder; 0 is never won
         rivals: Tensor,  # (n,S) strongest rivals' bids, descending; 0 for none
-        exposure: Sequence[float] = (
-            1.0,
-            0.8,
-            0.48,
-        ),  # (S,) marginal probability that a slot is seen, descending
+        # (S,) marginal probability that a slot is seen, descending
+        exposure: Sequence[float] = (1.0, 0.8, 0.48),
         reserve: float = 0.0,  # Least bid that wins, and least price
-        worth: Tensor
-        | None = None,  # (n,) a second quantity to add up, e.g. conversions where `values` is revenue; None repeats `values`
+        # (n,) a second quantity to add up, e.g. conversions where `values` is revenue;
+        # None repeats `values`
+        worth: Tensor | None = None,
     ):
         v, c = torch.as_tensor(values).double(), torch.as_tensor(rivals).double()
         e = torch.as_tensor(exposure, dtype=torch.double)
         w = v if worth is None else torch.as_tensor(worth).double()
         if c.ndim != 2 or v.shape != c.shape[:1] or w.shape != v.shape or e.shape != c.shape[1:]:
             raise ValueError(
-                f"values, rivals, worth, exposure of shapes {[tuple(x.shape) for x in (v, c, w, e)]} must be (n,), (n,S), (n,), (S,)"
+                "values, rivals, worth, exposure of shapes "
+                f"{[tuple(x.shape) for x in (v, c, w, e)]} must be (n,), (n,S), (n,), (S,)"
             )
         if not all(torch.isfinite(x).all() and (x >= 0).all() for x in (v, c, w)):
             raise ValueError("values, rivals and worth must be finite and not negative")
@@ -275,10 +260,13 @@ class ResponseCurve:
         c = c.clamp(min=reserve)
         n, S = c.shape
         self.n, self.S = n, S
-        below = lambda x: torch.nn.functional.pad(x, (0, 1))[..., 1:]
-        de, slot = (
-            e - below(e),
-            torch.eye(S, dtype=torch.double) - torch.diag(torch.ones(S - 1, dtype=torch.double), 1),
+
+        def below(x):
+            return torch.nn.functional.pad(x, (0, 1))[..., 1:]
+
+        de = e - below(e)
+        slot = torch.eye(S, dtype=torch.double) - torch.diag(
+            torch.ones(S - 1, dtype=torch.double), 1
         )
         inc = torch.cat(
             [
@@ -312,9 +300,7 @@ def totals(
 def evaluate(
     self: ResponseCurve,
     a: Tensor,  # (B,) multipliers, at least 0
-) -> tuple[
-    Tensor, Tensor, Tensor
-]:  # (B,) expected cost; (B,) expected value; (B,S) impressions won at each slot
+) -> tuple[Tensor, Tensor, Tensor]:  # (B,) expected cost and value; (B,S) impressions won by slot
     "Cost, value and slots at any number of multipliers"
     x = self.totals(a)
     return x[..., 0], x[..., 1], x[..., 3:]

@@ -35,11 +35,8 @@ def amplitudes(
 ) -> Tensor:  # (B, T//2+1) amplitude at 0, 1, ... cycles per window, the first set to 0
     "Mean amplitude over the channels at each frequency"
     _series(x)
-    A = (
-        torch.fft.rfft((x - x[:, :1]).to(torch.promote_types(x.dtype, torch.float32)), dim=1)
-        .abs()
-        .mean(2)
-    )
+    rise = (x - x[:, :1]).to(torch.promote_types(x.dtype, torch.float32))
+    A = torch.fft.rfft(rise, dim=1).abs().mean(2)
     return F.pad(A[:, 1:], (1, 0))
 
 # %% ../../nbs/vamo/05_temporal.ipynb #ddecf6a6
@@ -52,7 +49,7 @@ def _top(A, k):
 
 
 def _comb(A, k):
-    "k fundamentals of a spectrum (F,): strongest comb of harmonics, taken out before the next is sought"
+    "k fundamentals of a spectrum (F,): strongest comb of harmonics, each taken out before the next"
     n, rest, found = len(A) - 1, (A - A[1:].median()).clone(), []
     for _ in range(k):
         score = torch.stack([rest[f::f].sum() / len(rest[f::f]) ** 0.5 for f in range(1, n + 1)])
@@ -69,7 +66,7 @@ def detect_periods(
     comb: bool = False,  # Look for fundamentals with their harmonics instead of single frequencies
 ) -> tuple[
     Tensor, Tensor
-]:  # Periods (k,) in steps, strongest first, and each sample's amplitude (B,k) at their frequencies
+]:  # Periods (k,) in steps, strongest first; amplitude (B,k) of each sample
     "The strongest periods of a batch, from its mean spectrum"
     A = amplitudes(x)
     f = _top(A.mean(0), k)
@@ -94,10 +91,8 @@ def planted_days(
     t, g = torch.arange(float(T))[:, None], generator
     x = noise * torch.randn(B, T, C, generator=g)
     for p in periods:
-        phase, height = (
-            2 * torch.pi * torch.rand(B, 1, C, generator=g),
-            0.8 + 0.4 * torch.rand(B, 1, C, generator=g),
-        )
+        phase = 2 * torch.pi * torch.rand(B, 1, C, generator=g)
+        height = 0.8 + 0.4 * torch.rand(B, 1, C, generator=g)
         x = x + height * torch.sin(2 * torch.pi * t / p + phase)
     return x
 
@@ -190,13 +185,9 @@ def mixing(
     freqs: Sequence,  # Frequencies in cycles per window
 ) -> Tensor:  # (B,k) weights, rows sum to one
     "Softmax over each sample's amplitudes at the given frequencies"
-    angle = (
-        2
-        * torch.pi
-        * torch.arange(self.T, dtype=x.dtype, device=x.device)[:, None]
-        * torch.tensor(freqs, dtype=x.dtype, device=x.device)
-        / self.T
-    )
+    t = torch.arange(self.T, dtype=x.dtype, device=x.device)[:, None]
+    f = torch.tensor(freqs, dtype=x.dtype, device=x.device)
+    angle = 2 * torch.pi * t * f / self.T
     c, s = (torch.einsum("btd,tk->bkd", x, w) for w in (angle.cos(), angle.sin()))
     A = (c**2 + s**2 + 1e-8).sqrt().mean(2)
     return (A if self.weights == "raw" else A / self.T).softmax(1)
@@ -267,13 +258,8 @@ class TimeOfDay(nn.Module):
     ) -> Tensor:  # (...,d)
         "Embedding of each step"
         w = self.map.weight
-        angle = (
-            2
-            * torch.pi
-            * steps.to(w.dtype)[..., None]
-            * torch.arange(1, self.harmonics + 1, dtype=w.dtype, device=w.device)
-            / self.T
-        )
+        harmonics = torch.arange(1, self.harmonics + 1, dtype=w.dtype, device=w.device)
+        angle = 2 * torch.pi * steps.to(w.dtype)[..., None] * harmonics / self.T
         return self.map(torch.cat([angle.cos(), angle.sin()], -1))
 
 # %% ../../nbs/vamo/05_temporal.ipynb #c8b7766b
@@ -288,20 +274,16 @@ class ContextEncoder(nn.Module):
         days: int = 3,  # Past days
         blocks: int = 1,  # TimesBlocks
         kernels: int = 2,  # Kernel sizes of each
-        periods: Sequence
-        | None = None,  # Fixed periods in steps; None takes the day and half a day
+        # Fixed periods in steps; None takes the day and half a day
+        periods: Sequence | None = None,
     ):
         super().__init__()
         if days < 1:
             raise ValueError(f"days={days} must be at least 1")
         self.T, self.days, self.c_in = T, days, c_in
         self.embed, self.clock = nn.Linear(c_in, d), TimeOfDay(d, T)
-        self.blocks = nn.ModuleList(
-            TimesBlock(
-                d, d, days * T, kernels=kernels, periods=periods or (T, T // 2), weights="mean"
-            )
-            for _ in range(blocks)
-        )
+        how = dict(kernels=kernels, periods=periods or (T, T // 2), weights="mean")
+        self.blocks = nn.ModuleList(TimesBlock(d, d, days * T, **how) for _ in range(blocks))
         self.norm, self.out = nn.LayerNorm(3 * d), nn.Linear(3 * d, d)
 
     def forward(
@@ -312,7 +294,8 @@ class ContextEncoder(nn.Module):
         want = (self.days * self.T, self.c_in)
         if x.ndim != 3 or x.shape[1:] != want:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; it needs (batch, days*T={want[0]}, channels={want[1]})"
+                f"x has shape {tuple(x.shape)}; it needs (batch, "
+                f"days*T={want[0]}, channels={want[1]})"
             )
         h = self.embed(x) + self.clock(torch.arange(want[0], device=x.device))
         for b in self.blocks:
