@@ -21,7 +21,6 @@ from llmpapers.attention_rhythm.train import (
     countdown_trace,
     load_policy,
     planted_rhythm,
-    rhythm_engine,
     rhythm_maps,
     rhythm_outcome,
     success_rate,
@@ -33,6 +32,7 @@ from llmpapers.core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm
 from llmpapers.core.scale import rng
 from llmpapers.core.tasks import ChainTask
 from llmpapers.core.train import TrainConfig
+from llmpapers.rl.decoder import Decoder
 from llmpapers.rl.engines import HFEngine
 from llmpapers.rl.rewards import Countdown
 
@@ -141,7 +141,7 @@ def test_checkpoint_goes_on(lm, problems, tmp_path):
 def test_vllm_path(lm, problems, monkeypatch, tmp_path):
     """engine='vllm' hands vLLM a folder with the policy, and the same loop trains; nothing of it is
     imported otherwise"""
-    from llmpapers.rl import vllm
+    from llmpapers.rl import run as arrangements
 
     made = []
 
@@ -150,9 +150,9 @@ def test_vllm_path(lm, problems, monkeypatch, tmp_path):
 
         def __init__(self, model, max_active, dtype, seed, **args):
             made.append((model, dtype, args))
-            super().__init__(load_lm(str(model)).model, max_active=max_active, use_cache=True)
+            super().__init__(load_lm(str(model)).model, max_active=max_active, decoder=Decoder)
 
-    monkeypatch.setattr(vllm, "VLLMEngine", Stand)
+    monkeypatch.setattr(arrangements, "VLLMEngine", Stand)
     hf = train_rhythm(lm, problems, few)
     assert not made
     run = train_rhythm(lm, problems, replace(few, engine="vllm"), kv_gib=2)
@@ -171,8 +171,6 @@ def test_what_is_missing_is_named(lm, problems, tmp_path):
         load_policy("no such model")
     with pytest.raises(RuntimeError, match="cannot load 'nobody/nothing'"):
         load_policy("nobody/nothing")
-    with pytest.raises(ValueError, match="no folder with a config.json"):
-        rhythm_engine(lm, replace(few, engine="vllm"), folder=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,9 @@ from ..core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm, word_tokenize
 from ..core.scale import need, rng
 from ..core.train import TrainConfig, train
 from ..rl.advantages import group_advantages
-from ..rl.buffer import SampleBuffer
-from ..rl.engines import HFEngine
-from ..rl.loop import AsyncController, train_sync
 from ..rl.losses import PolicyLossConfig, policy_loss
-from ..rl.pools import InProcessPool
 from ..rl.rollout import SingleTurn
+from ..rl.run import RunConfig, train_policy
 from ..rl.trainer import PolicyTrainer, cpu_copy
 from ..rl.types import Batch, SamplingConfig
 
@@ -188,7 +185,7 @@ class Critics:
             return
         self.ray = need("ray", "ray")
         if not self.ray.is_initialized():
-            raise RuntimeError("Critics: call llmpapers.rl.pool.start_ray() first")
+            raise RuntimeError("Critics: call llmpapers.rl.ray.start_ray() first")
         self.actors = [
             self.ray.remote(MiniCritic).options(**ray_options).remote(m, cfg.critic_lr)
             for m in models
@@ -477,20 +474,18 @@ def train_asyppo(
     # Resources of each critic's Ray actor; None keeps critics in this process
     ray_options: dict = None,
     folder: "str|Path|None" = None,  # Checkpoints; None keeps nothing
+    **arrangement,  # More of `RunConfig`: engine="vllm", actors=2, ...
 ) -> tuple[list, AsyPPOTrainer]:  # One row a batch, and the trainer
     "Train an actor with mini-critics"
     critics = [ValueModel(critic_model) for _ in range(cfg.n_critics)] if cfg.n_critics else None
-    t = AsyPPOTrainer(lm.model, critics, cfg, ray_options)
-    pad = lm.tokenizer.pad_token_id
+    trainer = AsyPPOTrainer(lm.model, critics, cfg, ray_options)
     stop = tuple(x for x in [lm.tokenizer.eos_token_id] if x is not None)
     sampling = SamplingConfig(cfg.max_new_tokens, cfg.temperature, stop, cfg.seed)
     rollout = SingleTurn(lm.tokenizer, reward, sampling)
-    slots = cfg.batch_size * cfg.group_size
-    keep = dict(checkpoint=folder, pad_id=pad)
-    if async_ratio is None:
-        engine = HFEngine(lm.model, pad, slots)
-        sizes = dict(batch_size=cfg.batch_size, group_size=cfg.group_size)
-        return train_sync(engine, source, rollout, t, n_steps, **sizes, **keep), t
-    pool = InProcessPool(HFEngine(lm.model, pad, slots, copy_model=True), slots)
-    buffer = SampleBuffer(cfg.batch_size, async_ratio, cfg.group_size)
-    return AsyncController(source, rollout, t, pool, buffer, **keep).run(n_steps), t
+    sizes = dict(batch_size=cfg.batch_size, group_size=cfg.group_size)
+    slots = dict(slots=cfg.batch_size * cfg.group_size, save_every=1)
+    loop = dict(loop="sync")
+    if async_ratio is not None:
+        loop = dict(loop="async", async_ratio=async_ratio)
+    how = RunConfig(**sizes | slots | loop | arrangement)
+    return train_policy(lm, trainer, rollout, source, n_steps, how, folder=folder).rows, trainer

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['countdown_alphabet', 'rhythm_scales', 'RhythmConfig', 'Problems', 'chain_problems', 'countdown_problems',
-           'countdown_trace', 'CountdownLMConfig', 'countdown_lm', 'RhythmCredit', 'rhythm_engine', 'load_policy',
+           'countdown_trace', 'CountdownLMConfig', 'countdown_lm', 'RhythmCredit', 'rhythm_arrangement', 'load_policy',
            'RhythmRun', 'train_rhythm', 'success_rate', 'RhythmScale', 'scale_policy', 'scale_problems',
            'rhythm_outcome', 'TabularConfig', 'planted_rhythm', 'rhythm_maps', 'TabularWorld', 'tabular_world',
            'TabularRun', 'tabular_grpo']
@@ -14,7 +14,6 @@ import ast
 import copy
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -58,13 +57,11 @@ from ..core.scale import rng
 from ..core.tasks import ChainTask, chain_lm, chain_scales
 from ..core.train import TrainConfig, train
 from ..rl.advantages import group_advantages
-from ..rl.buffer import SampleBuffer
 from ..rl.engines import HFEngine, generate
-from ..rl.loop import AsyncController, train_sync
 from ..rl.losses import PolicyLossConfig
-from ..rl.pools import InProcessPool
 from ..rl.rewards import ChainReward, Countdown, evaluate
 from ..rl.rollout import SingleTurn
+from ..rl.run import RunConfig, train_policy
 from ..rl.trainer import PolicyTrainer
 from ..rl.types import Request, SamplingConfig
 
@@ -99,6 +96,7 @@ class RhythmConfig:
     max_tokens_per_micro: int = 16384  # Rows times width of one forward pass in training
     bf16: bool = False  # Forward passes in bfloat16
     engine: str = "hf"  # "hf" or "vllm"
+    actors: int = 0  # Engines in Ray actors; 0 is one in this process
     loop: str = "sync"  # "sync" or "async"
     async_ratio: float = 1.0  # Batches that generation may run ahead (async)
     max_active: int = 128  # Requests sampled at once
@@ -293,32 +291,24 @@ def signals(
     return {k: torch.cat([getattr(x, k) for x in parts]) for k in ("waad", "fai", "support")}
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #7209602b
-def rhythm_engine(
-    lm: LM,  # The policy
-    cfg: RhythmConfig,  # engine, loop, max_active, max_new_tokens
-    folder=None,  # Where vLLM finds the model; None saves it to a temporary folder
-    **engine_args,  # More arguments of `VLLMEngine`
-) -> object:  # A `RolloutEngine`
-    "The rollout engine that a configuration asks for"
-    if cfg.engine == "hf":
-        return HFEngine(
-            lm.model,
-            lm.tokenizer.pad_token_id or 0,
-            cfg.max_active,
-            use_cache=True,
-            copy_model=cfg.loop == "async",
-            **engine_args,
-        )
-    from llmpapers.rl import vllm
-
-    if folder is None:
-        folder = save_lm(lm, Path(tempfile.mkdtemp()) / "policy")
-    return vllm.VLLMEngine(
-        folder,
-        max_active=cfg.max_active,
-        dtype="bfloat16" if cfg.bf16 else "float32",
-        seed=cfg.seed,
-        **engine_args,
+def rhythm_arrangement(
+    cfg: RhythmConfig,  # engine, actors, loop, max_active
+    **engine_args,  # More arguments of the engine
+) -> RunConfig:  # For `train_policy`
+    "Who writes, where, and in which order, as a configuration of credit says it"
+    if cfg.engine == "vllm":
+        engine_args = dict(seed=cfg.seed) | engine_args
+    return RunConfig(
+        batch_size=cfg.prompts,
+        group_size=cfg.group_size,
+        loop=cfg.loop,
+        async_ratio=cfg.async_ratio,
+        engine=cfg.engine,
+        actors=cfg.actors,
+        slots=cfg.max_active,
+        dtype="bfloat16" if cfg.bf16 and cfg.engine == "vllm" else "float32",
+        save_every=25,
+        engine_args=engine_args,
     )
 
 
@@ -343,19 +333,6 @@ class RhythmRun(NamedTuple):
     rows: list  # One dictionary a batch: reward, loss, times, `rhythm/...`
     lm: LM  # The trained policy
     trainer: PolicyTrainer  # With optimiser and counters
-
-
-def _loop(cfg, engine, problems, rollout, trainer, out, pad):
-    keep = dict(checkpoint=out, save_every=25, pad_id=pad)
-    if cfg.loop == "sync":
-        sizes = dict(batch_size=cfg.prompts, group_size=cfg.group_size)
-        return train_sync(engine, problems.prompt, rollout, trainer, cfg.steps, **sizes, **keep)
-    buffer = SampleBuffer(cfg.prompts, cfg.async_ratio, cfg.group_size)
-    pool = InProcessPool(engine, max_inflight=cfg.max_active)
-    # how far log-probabilities of engine and trainer may differ: bfloat16 keeps eight bits
-    keep["probe_tol"] = 0.1 if cfg.bf16 else 1e-3
-    controller = AsyncController(problems.prompt, rollout, trainer, pool, buffer, **keep)
-    return controller.run(cfg.steps)
 
 
 def train_rhythm(
@@ -392,14 +369,16 @@ def train_rhythm(
     sampling = SamplingConfig(cfg.max_new_tokens, cfg.temperature, stop, cfg.seed)
     rollout = SingleTurn(tok, problems.reward, sampling)
     saved = isinstance(policy, (str, Path)) and Path(policy).is_dir()
-    engine = rhythm_engine(lm, cfg, policy if saved else None, **engine_args)
-    rows = _loop(cfg, engine, problems, rollout, trainer, out, tok.pad_token_id or 0)
+    arrangement = rhythm_arrangement(cfg, **engine_args)
+    where = dict(folder=out, model_folder=policy if saved else None)
+    run = train_policy(lm, trainer, rollout, problems.prompt, cfg.steps, arrangement, **where)
 
     def step(r):
         return r.get("time/step") or r["time/wait_batch"] + r["time/train"]
 
     rows = [
-        r | c | {"rhythm/share": c["rhythm/seconds"] / step(r)} for r, c in zip(rows, credit.log)
+        r | c | {"rhythm/share": c["rhythm/seconds"] / step(r)}
+        for r, c in zip(run.rows, credit.log)
     ]
     return RhythmRun(rows, lm, trainer)
 

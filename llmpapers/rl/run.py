@@ -131,6 +131,7 @@ def train_policy(
     cfg: RunConfig = RunConfig(),  # Everything else
     *,
     folder: "str|Path|None" = None,  # Where model and checkpoints are kept; None keeps nothing
+    model_folder: "str|Path|None" = None,  # Where the model lies already; None saves it if needed
     group_filter: Callable | None = None,  # Keep a finished group?
     metrics: Callable | None = None,  # Called with one dictionary a batch
 ) -> Run:  # Rows, and the controller if there was one
@@ -138,7 +139,7 @@ def train_policy(
     apart = cfg.actors or cfg.engine == "vllm"
     checkpoint = None if folder is None else Path(folder) / "checkpoints"
     with tempfile.TemporaryDirectory() as scratch:
-        model = Path(scratch if folder is None else folder) / "model"
+        model = Path(model_folder or Path(folder or scratch) / "model")
         if (apart or folder is not None) and not (model / "config.json").exists():
             save_lm(lm, model)
         common = dict(
