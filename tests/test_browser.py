@@ -286,6 +286,47 @@ def test_nothing_raw_is_read_in_jupyterlab(browser, reading, room):
         page.close()
 
 
+@pytest.mark.xdist_group("lab")
+def test_what_is_raw_or_wrong_is_seen(browser, reading):
+    "A notebook with planted faults: each is in what the check above reads"
+    url, token = reading
+    shown = dict(output_type="display_data", metadata={}, data={"text/markdown": "**Figure 1.** a"})
+    cells = [
+        dict(cell_type="markdown", source="See @fig-line. $$ x $$ {#eq-sum}"),
+        dict(cell_type="markdown", source="$$ \\frac{a}{ $$"),  # stays text
+        dict(cell_type="markdown", source="$$ a^b^c $$"),
+        dict(cell_type="markdown", source="$$ \\undefinedmacro{x} $$"),
+        dict(cell_type="markdown", source="$$ y \\tag{7} $$ but $$ never closed \\tag{8}"),
+        dict(cell_type="code", source="", outputs=[shown], execution_count=None),
+    ]
+    cells = [dict(id=f"c{i}", metadata={}) | c for i, c in enumerate(cells)]
+    content = dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)
+    ask = urllib.request.Request(
+        f"{url}/api/contents/planted.ipynb?token={token}",
+        method="PUT",
+        headers={"Content-Type": "application/json"},
+        data=json.dumps(dict(type="notebook", content=content)).encode(),
+    )
+    urllib.request.urlopen(ask).close()
+    page = browser.new_page(viewport=dict(width=1400, height=1000))
+    page.set_default_timeout(60_000)
+    try:
+        page.goto(f"{url}/lab/tree/planted.ipynb?token={token}&reset")
+        page.wait_for_selector("mjx-labels", state="attached")
+        page.wait_for_timeout(1000)
+        seen = page.evaluate(SEEN)
+    finally:
+        page.screenshot(path=shots / "read_planted.png")
+        page.close()
+    text = "\n".join(seen["texts"])
+    assert all(
+        raw in text for raw in ("@fig-line", "{#eq-sum}", "\\frac", "$$ never", "\\tag{8}")
+    ), text
+    assert "\\undefinedmacro" in seen["wrong"] and len(seen["wrong"]) >= 2, seen["wrong"]
+    assert [e["text"] for e in seen["equations"]] == ["(7)"]
+    assert [(c["n"], c["images"]) for c in seen["captions"]] == [(1, [])]
+
+
 # ---- the site ------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, browser):

@@ -25,6 +25,7 @@ from llmpapers.vamo.experiments import (
     train_policies,
 )
 
+pytestmark = pytest.mark.xdist_group("vamo_experiments")  # they share logs that take seconds
 seeds = st.integers(0, 10**6)
 some = settings(max_examples=40, deadline=None)
 config = StudyConfig(
