@@ -146,7 +146,8 @@ def keep_minutes(
     from filelock import FileLock
 
     target = notebooks_dir() / "minutes.json"
-    with FileLock(target.with_name(".minutes.lock")):
+    name = hashlib.sha256(str(target).encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"llmpapers-minutes-{name}.lock"):
         known = _minutes_file()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         row = dict(minutes=round(minutes, 2), cores=cores)
