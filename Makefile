@@ -40,7 +40,7 @@ readme: env ## write README.md from nbs/index.ipynb
 	@$(BIN)/python tools/make_readme.py
 
 notebooks: env ## execute all notebooks at laptop scale and save their outputs
-	@$(BIN)/python tools/save_outputs.py
+	@$(BIN)/python tools/save_outputs.py --jobs $(JOBS)
 
 export: env ## write the modules from the notebooks
 	@$(BIN)/nbdev_export

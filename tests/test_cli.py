@@ -64,9 +64,9 @@ def test_help_of_a_command(command):
     assert r.returncode == 0 and not r.stderr, r
     assert f"llmpapers {command}" in r.stdout
     for option in dict(
-        run=["--nb", "--scale", "-p", "--out"],
+        run=["--nb", "--scale", "-p", "--out", "--every"],
         claims=["--json"],
-        bench=["--json"],
+        bench=["--json", "--every"],
         lab=["--port", "--no-browser"],
     ).get(command, []):
         assert option in r.stdout, f"{option} is not in the help of {command}"
@@ -91,6 +91,114 @@ def test_list():
     assert r.returncode == 0 and not r.stderr, r
     for room in ROOMS:
         assert room in r.stdout
+
+
+def test_list_has_titles_and_lines():
+    "Each paper with its number, its exact title and what it is about"
+    from llmpapers.core.cli import papers
+
+    out = cli("list").stdout
+    for slug, paper in papers.items():
+        assert slug in out and paper.arxiv in out and paper.title in out and paper.line in out
+
+
+@needs_paper
+def test_list_of_a_paper_shows_minutes():
+    r = cli("list", PAPER)
+    assert r.returncode == 0 and not r.stderr, r
+    kept = json.loads((root / "nbs" / "minutes.json").read_text(encoding="utf-8"))["laptop"]
+    for p in notebooks():
+        if p.parts[0] != PAPER:
+            continue
+        (line,) = [x for x in r.stdout.splitlines() if x.startswith(p.stem + " ")]
+        assert (line.split()[1] == "-") == (f"{PAPER}/{p.stem}" not in kept), line
+    refused(cli("list", "nopaper"), "nopaper")
+
+
+def slow_series(tmp_path, seconds):
+    "A paper of one notebook whose last cell sleeps"
+    room = tmp_path / "nbs" / "smec"
+    room.mkdir(parents=True)
+    cells = [
+        dict(source="scale = 'laptop'", metadata=dict(tags=["parameters"])),
+        dict(source=f"#| hide\nimport time\ntime.sleep({seconds})", metadata={}),
+    ]
+    common = dict(cell_type="code", outputs=[], execution_count=None)
+    nb = dict(
+        cells=[c | common | dict(id=str(i)) for i, c in enumerate(cells)],
+        metadata=dict(kernelspec=dict(name="python3", display_name="python3")),
+        nbformat=4,
+        nbformat_minor=5,
+    )
+    (room / "01_slow.ipynb").write_text(json.dumps(nb))
+    minutes = dict(smoke={"smec/01_slow": dict(minutes=2.5, cores=2)})
+    (tmp_path / "nbs" / "minutes.json").write_text(json.dumps(minutes))
+    return dict(LLMPAPERS_NBS=str(tmp_path / "nbs"))
+
+
+def test_a_log_hears_from_a_long_cell(tmp_path):
+    "Plain lines, at the interval asked for: notebook, cell, its first line, elapsed and expected time"
+    env = slow_series(tmp_path, 4)
+    args = ("run", "smec", "--scale", "smoke", "--out", tmp_path / "out", "--every", "0.5")
+    r = cli(*args, env=env)
+    assert r.returncode == 0, r.stderr
+    heard = [x for x in r.stderr.splitlines() if x.endswith(": import time")]
+    assert len(heard) >= 4 and "\r" not in r.stderr, r.stderr
+    for line in heard:
+        assert re.fullmatch(r"01_slow: cell 3 of 3, \d+:\d\d of about 2:30: import time", line), (
+            line
+        )
+    assert "about 2.5 minutes" in r.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_shows_one_line_that_changes(tmp_path):
+    import pty
+
+    env, (ours, theirs) = os.environ | slow_series(tmp_path, 4), pty.openpty()
+    args = ["run", "smec", "--scale", "smoke", "--out", str(tmp_path / "out")]
+    p = subprocess.Popen(
+        CMD + args, stdout=subprocess.DEVNULL, stderr=theirs, env=env, cwd=root.parent
+    )
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        seen += part
+    assert p.wait(60) == 0
+    text = seen.decode()
+    assert text.count("\r\x1b[K01_slow: cell 3 of 3") >= 2 and text.endswith("\r\x1b[K"), text
+
+
+@pytest.mark.parametrize("command", ["run", "bench"])
+def test_a_bad_interval_is_refused(command):
+    args = [PAPER] if command == "run" else []
+    refused(cli(command, *args, "--every", "0"), "--every")
+
+
+@pytest.mark.timeout(300)
+def test_a_benchmark_on_record_runs_from_any_folder(tmp_path):
+    "It shows what is on record though no checkout of the peer is given; progress goes to stderr"
+    env = dict(LLMPAPERS_AUCTIONNET="")
+    r = cli(
+        "bench",
+        "auctionnet",
+        "--scale",
+        "smoke",
+        "--json",
+        "--out",
+        tmp_path,
+        cwd=tmp_path,
+        env=env,
+    )
+    assert r.returncode == 0, r.stderr[-2000:]
+    (row,) = json.loads(r.stdout)["auctionnet"]
+    assert "on record" in row["peer"] and row["ours"] > 0 and row["theirs"] > 0
 
 
 def test_no_command_points_to_the_help():

@@ -73,9 +73,9 @@ def test_wheel_has_notebooks_and_data(built):
 def test_sdist_is_complete(built):
     "A wheel can be built from the archive alone (it was), and the archive has what that needs"
     names = {"/".join(n.split("/")[1:]) for n in tarfile.open(built[1]).getnames()}
-    need = {"settings.ini", "setup.py", "pyproject.toml", "LICENSE"} | {
-        f"nbs/{p.as_posix()}" for p in notebooks()
-    }
+    kept = {p.relative_to(root).as_posix() for p in (root / "nbs").glob("*/recorded/*.json")}
+    need = {"settings.ini", "setup.py", "pyproject.toml", "LICENSE", "nbs/minutes.json"} | kept
+    need |= {f"nbs/{p.as_posix()}" for p in notebooks()}
     assert need <= names, sorted(need - names)
 
 
@@ -146,6 +146,20 @@ def test_list_works_from_the_wheel(venv, tmp_path):
     out = run([venv / "bin" / "llmpapers", "list"], cwd=tmp_path)
     for r in rooms:
         assert r in out, f"{r} is not in the output of llmpapers list\n{out}"
+
+
+def test_records_and_minutes_are_in_the_wheel(venv, tmp_path):
+    "What was recorded is found inside the installed package, from any folder"
+    code = (
+        "from llmpapers.core.artifacts import load_record, recorded_names\n"
+        "from llmpapers.core.cli import minutes_of, series\n"
+        "print([load_record('benchmarks', n).name for n in recorded_names('benchmarks')])\n"
+        "print(any(minutes_of(p) for p in series('core')))"
+    )
+    env = clean_env()
+    names, measured = run([venv / "bin" / "python", "-c", code], cwd=tmp_path, env=env).splitlines()
+    expected = sorted(p.stem for p in (root / "nbs/benchmarks/recorded").glob("*.json"))
+    assert names == str(expected) and measured == "True"
 
 
 def test_lab_names_its_extra(venv, tmp_path):

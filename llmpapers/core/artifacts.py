@@ -39,7 +39,8 @@ def cache_dir() -> Path:  # The folder, which exists and can be written
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ValueError(
-            f"the cache folder {path} cannot be made ({e.strerror}); set LLMPAPERS_CACHE to one that can"
+            f"the cache folder {path} cannot be made ({e.strerror}); "
+            "set LLMPAPERS_CACHE to one that can"
         ) from e
     if not os.access(path, os.W_OK):
         raise ValueError(
@@ -63,14 +64,15 @@ def _plain(x, where="recipe"):
     if x is None or isinstance(x, (str, bool, int, float)):
         return x
     raise TypeError(
-        f"{where} is a {type(x).__name__}; a recipe holds only strings, numbers, None, lists, dictionaries and dataclasses"
+        f"{where} is a {type(x).__name__}; a recipe holds only strings, numbers, None, lists, "
+        "dictionaries and dataclasses"
     )
 
 # %% ../../nbs/core/07_artifacts.ipynb #d198e25a
 def recipe_hash(
     recipe,  # Dictionary or dataclass of plain values
     *,
-    code: Iterable = (),  # Functions, classes or modules whose source text also determines the result
+    code: Iterable = (),  # Functions, classes or modules whose source also determines it
 ) -> str:  # 16 hexadecimal digits
     "Hash of a recipe and of the code it depends on; the order of keys does not matter"
     text = json.dumps(
@@ -141,7 +143,8 @@ def _build(part, build, kind, recipe):
         if not leftover:
             raise
         warnings.warn(
-            f"the unfinished {kind} in the cache could not be continued ({type(e).__name__}: {e}); it is built anew",
+            f"the unfinished {kind} in the cache could not be continued "
+            f"({type(e).__name__}: {e}); it is built anew",
             stacklevel=3,
         )
         shutil.rmtree(part)
@@ -229,7 +232,7 @@ def clear_artifacts(
 
 # %% ../../nbs/core/07_artifacts.ipynb #c10d27ba
 def notebooks_dir() -> Path:  # Folder with one folder per paper
-    "The notebooks: `$LLMPAPERS_NBS`, else those of the checkout, else those in the installed package"
+    "The notebooks: `$LLMPAPERS_NBS`, else the checkout's, else those in the installed package"
     if env := os.environ.get("LLMPAPERS_NBS"):
         if not Path(env).is_dir():
             raise ValueError(f"LLMPAPERS_NBS={env!r} is not a folder")
@@ -269,7 +272,7 @@ class Record:
         values = self.results.get(of)
         if not isinstance(values, list) or len(values) < 3:
             raise ValueError(
-                f"results[{of!r}] of the record {self.name!r} needs three values or more for a spread"
+                f"results[{of!r}] of {self.name!r} needs three values or more for a spread"
             )
         low, high = min(values), max(values)
         margin = slack * (high - low)
@@ -322,7 +325,7 @@ def _finite(x):
 def record(
     paper: str,  # Slug of the paper, or "benchmarks"
     name: str,  # Name of the study, e.g. "countdown"
-    results: Mapping,  # What it found, as plain data; a list with a value per seed where a spread is wanted
+    results: Mapping,  # What it found, as plain data; a list per seed where a spread is wanted
     *,
     scale: str,  # Scale at which it was run
     command: str,  # What to type to make it again

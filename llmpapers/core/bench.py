@@ -45,7 +45,7 @@ def _status(key):
         text = Path("/proc/self/status").read_text()
     except OSError:
         return None
-    line = next((l for l in text.splitlines() if l.startswith(key)), None)
+    line = next((x for x in text.splitlines() if x.startswith(key)), None)
     return int(line.split()[1]) * 1024 if line else None
 
 
@@ -58,7 +58,7 @@ def _reset_peak():
 
 
 class _Sampler(threading.Thread):
-    "Largest resident size seen, sampled every millisecond, where the system keeps no high-water mark"
+    "Largest resident size seen each millisecond, where the system keeps no high-water mark"
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -95,7 +95,7 @@ def extra_peak(
 
 # %% ../../nbs/core/09_bench.ipynb #53d8e41c
 def _in_child(code, data, what, timeout):
-    "Standard output of a fresh interpreter that runs `code` on `data`; an error tells what it printed"
+    "Output of a fresh interpreter that runs `code` on `data`; an error tells what it printed"
     try:
         r = subprocess.run(
             [sys.executable, "-c", code], input=data, capture_output=True, timeout=timeout
@@ -106,7 +106,8 @@ def _in_child(code, data, what, timeout):
         ) from e
     if r.returncode < 0:
         raise RuntimeError(
-            f"{what} died of signal {-r.returncode}, most likely for lack of memory; it printed {_tail(r.stdout, r.stderr)}"
+            f"{what} died of signal {-r.returncode}, most likely for lack of memory; "
+            f"it printed {_tail(r.stdout, r.stderr)}"
         )
     if r.returncode:
         raise RuntimeError(
@@ -117,11 +118,8 @@ def _in_child(code, data, what, timeout):
 
 def _tail(*streams, lines=12):
     "Last lines of what a process printed, the error stream last"
-    said = [
-        l
-        for s in streams
-        for l in (s or b"").decode(errors="replace").strip().splitlines()[-lines:]
-    ]
+    texts = [(s or b"").decode(errors="replace").strip() for s in streams]
+    said = [line for text in texts for line in text.splitlines()[-lines:]]
     return "\n".join(["", *said]) if said else "nothing"
 
 
@@ -140,7 +138,7 @@ print("\\nextra_peak", extra_peak(f))"""
 
 
 def peak_memory(
-    make: str,  # "module:function": it prepares the work and returns a function without arguments to measure
+    make: str,  # "module:function" that prepares the work and returns the function to measure
     *args,  # Arguments of that function, which are pickled
     timeout: float = 600,  # Seconds before the measurement is given up
 ) -> int:  # Bytes
@@ -209,6 +207,10 @@ class Bench:
         return self.ours / self.theirs
 
 # %% ../../nbs/core/09_bench.ipynb #6f6c9524
+def _figures(b, between):
+    return f"{b.ours:.3g} {b.unit}{between}{b.theirs:.3g} {b.unit}"
+
+
 class BenchTable(list):
     "Measurements that display as a table and carry their data"
 
@@ -218,27 +220,25 @@ class BenchTable(list):
 
     def markdown(self) -> str:  # A pipe table
         "The table in Markdown"
-        rows = [
-            f"| {b.what} | {b.peer} | {b.ours:.3g} {b.unit} | {b.theirs:.3g} {b.unit} | **{b.ratio:.3g}** |"
-            for b in self
+        head = [
+            "| measured | peer | ours | peer's | ours / peer |",
+            "| --- | --- | --- | --- | --- |",
         ]
-        return "\n".join(
-            [
-                "| measured | peer | ours | peer's | ours / peer |",
-                "| --- | --- | --- | --- | --- |",
-                *rows,
-            ]
-        )
+        rows = [f"| {b.what} | {b.peer} | {_figures(b, ' | ')} | **{b.ratio:.3g}** |" for b in self]
+        return "\n".join([*head, *rows])
 
     def text(self) -> str:  # Lines for a terminal
         "The table for a terminal"
         return "\n".join(
-            f"{b.ratio:>8.3g} x  {b.what}: {b.ours:.3g} {b.unit} against {b.theirs:.3g} {b.unit} of {b.peer} ({b.runs} runs)"
+            f"{b.ratio:>8.3g} x  {b.what}: {_figures(b, ' against ')} of {b.peer} ({b.runs} runs)"
             for b in self
         )
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         return {"text/plain": self.text(), "text/markdown": self.markdown(), mime: self.json()}
+
+    def _repr_pretty_(self, p, cycle):
+        p.text(self.text())
 
 # %% ../../nbs/core/09_bench.ipynb #1a35f48b
 def bench_in(

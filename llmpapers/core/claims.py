@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
+from fastcore.basics import patch
+
 # %% ../../nbs/core/06_claims.ipynb #2237e4ae
 verdicts = ("reproduced", "larger", "direction", "not shown", "contradicted", "not tested")
 
@@ -159,20 +161,22 @@ class Claim:
         _check_numbers(self)
         _check_band(self)
 
-    @property
-    def limits(self) -> tuple[float, float] | None:  # The two ends of the band, in order
-        "Values that count as the published figure"
-        if self.band is None or isinstance(self.band, tuple):
-            return self.band and tuple(sorted(self.band))
-        effect = self.published - self.null
-        return tuple(sorted((self.null + effect / self.band, self.null + effect * self.band)))
+# %% ../../nbs/core/06_claims.ipynb #c218beda
+@patch(as_prop=True)
+def limits(self: Claim) -> tuple[float, float] | None:  # The two ends of the band, in order
+    "Values that count as the published figure"
+    if self.band is None or isinstance(self.band, tuple):
+        return self.band and tuple(sorted(self.band))
+    effect = self.published - self.null
+    return tuple(sorted((self.null + effect / self.band, self.null + effect * self.band)))
 
-    @property
-    def verdict(self) -> str:  # One of `verdicts`
-        "The verdict, computed from the fields"
-        if self.measured is None or (self.gate is not None and not self.gate.passed):
-            return "not tested"
-        return verdict(self.low, self.high, self.limits, self.null, self.better, self.simulated)
+
+@patch(as_prop=True)
+def verdict(self: Claim) -> str:  # One of `verdicts`
+    "The verdict, computed from the fields"
+    if self.measured is None or (self.gate is not None and not self.gate.passed):
+        return "not tested"
+    return verdict(self.low, self.high, self.limits, self.null, self.better, self.simulated)
 
 # %% ../../nbs/core/06_claims.ipynb #9ce3d156
 mime = "application/vnd.llmpapers.claims+json"
@@ -263,41 +267,54 @@ class ClaimTable(list):
         "The table as text"
         return [_row(c) for c in self]
 
-    def markdown(self) -> str:  # A pipe table of the paper's statements, and one of ours
-        "The tables in Markdown"
-        paper, ours = self.of_kind("paper"), self.of_kind("control", "identity")
-        parts = [_pipe_table(paper.rows())] if paper else []
-        for kind, text in (
-            ("control", "*Controls: ours, not counted*"),
-            ("identity", "*Identities: can hardly fail, not counted*"),
-        ):
-            if some := ours.of_kind(kind):
-                parts += [text, _pipe_table(some.rows())]
-        return "\n\n".join(parts)
-
-    def text(self) -> str:  # Lines for a terminal
-        "The table for a terminal: a line per claim and one for its figures"
-        lines = []
-        for c, r in zip(self, self.rows()):
-            n = f", n={r['n']}" if r["n"] else ""
-            band = f" in {r['band']}" if r["band"] else ""
-            kind = "" if c.kind == "paper" else f"{c.kind}: "
-            lines.append(f"{r['verdict']:>13}  {kind}{c.statement} ({c.source})")
-            figures = f"paper {r['paper'] or '-'}{band}, ours {r['ours'] or '-'} {c.unit}"
-            lines.append(f"{'':15}{figures}{n}, {r['scale']}")
-            if c.gate and not c.gate.passed:
-                lines.append(f"{'':15}{c.gate}")
-        return "\n".join(lines)
-
     def json(self) -> list[dict]:  # A dictionary a claim with its verdict; infinite ends are None
         "The claims as plain data"
         return json.loads(json.dumps([_to_json(c) for c in self], allow_nan=False))
 
-    def _repr_mimebundle_(self, include=None, exclude=None):
-        return {"text/plain": self.text(), "text/markdown": self.markdown(), mime: self.json()}
+# %% ../../nbs/core/06_claims.ipynb #76cb2bec
+@patch
+def markdown(self: ClaimTable) -> str:  # Pipe tables: the paper's statements, then ours
+    "The tables in Markdown"
+    parts = []
+    for kind, text in (
+        ("paper", ""),
+        ("control", "*Controls: ours, not counted*"),
+        ("identity", "*Identities: can hardly fail, not counted*"),
+    ):
+        if some := self.of_kind(kind):
+            parts += [*([text] if text else []), _pipe_table(some.rows())]
+    return "\n\n".join(parts)
 
-    def _repr_pretty_(self, p, cycle):
-        p.text(self.text())
+
+def _lines(c, r):
+    "A claim for a terminal"
+    n = f", n={r['n']}" if r["n"] else ""
+    band = f" in {r['band']}" if r["band"] else ""
+    yield f"paper {r['paper'] or '-'}{band}, ours {r['ours'] or '-'} {c.unit}{n}, {r['scale']}"
+    if c.gate and not c.gate.passed:
+        yield str(c.gate)
+
+
+@patch
+def text(self: ClaimTable, details: bool = True) -> str:  # Lines for a terminal
+    "The table for a terminal: a line per claim and, with details, one for its figures"
+    lines = []
+    for c, r in zip(self, self.rows()):
+        kind = "" if c.kind == "paper" else f"{c.kind}: "
+        lines.append(f"{r['verdict']:>13}  {kind}{c.statement} ({c.source})")
+        lines += [f"{'':15}{line}" for line in (_lines(c, r) if details else ())]
+    return "\n".join(lines)
+
+# %% ../../nbs/core/06_claims.ipynb #82dff879
+@patch
+def _repr_mimebundle_(self: ClaimTable, include=None, exclude=None):
+    plain = self.text(details=False)
+    return {"text/plain": plain, "text/markdown": self.markdown(), mime: self.json()}
+
+
+@patch
+def _repr_pretty_(self: ClaimTable, p, cycle):
+    p.text(self.text(details=False))
 
 # %% ../../nbs/core/06_claims.ipynb #0eb5cfe1
 def claims_table(

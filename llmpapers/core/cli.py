@@ -146,7 +146,8 @@ def keep_minutes(
     from filelock import FileLock
 
     target = notebooks_dir() / "minutes.json"
-    with FileLock(target.with_name(".minutes.lock")):
+    name = hashlib.sha256(str(target).encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"llmpapers-minutes-{name}.lock"):
         known = _minutes_file()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         row = dict(minutes=round(minutes, 2), cores=cores)
@@ -303,7 +304,11 @@ class Progress:
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._tell, daemon=True)
 
-    def cell(self, index: int, source: str):
+    def cell(
+        self,
+        index: int,  # Its place in the notebook, from 0
+        source: str,  # Its source
+    ):
         "A cell begins"
         self.index, self.source = index, source
 
@@ -458,12 +463,18 @@ def run_series(
             say(f"{p.stem}: done in {time.time() - t0:.0f} s")
 
 # %% ../../nbs/core/12_cli.ipynb #63311d17
-_page = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{title}</title><style>
-body{{font:17px/1.55 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}
-table{{border-collapse:collapse}}td,th{{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:left;vertical-align:top}}
-@media(prefers-color-scheme:dark){{body{{color:#ddd;background:#181818}}td,th{{border-color:#444}}a{{color:#8bf}}}}</style>
-<h1>{title}</h1><p>Run at <b>{scale}</b> scale.</p><h2>Claims</h2>{claims}<h2>Notebooks</h2><ul>{links}</ul></html>"""
+_style = """
+body{font:17px/1.55 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
+body{color:#222;background:#fff} table{border-collapse:collapse}
+td,th{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:left;vertical-align:top}
+@media(prefers-color-scheme:dark){
+body{color:#ddd;background:#181818} td,th{border-color:#444} a{color:#8bf}}"""
+
+_page = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{title}</title><style>{style}</style>
+<h1>{title}</h1><p>Run at <b>{scale}</b> scale.</p><h2>Claims</h2>{claims}
+<h2>Notebooks</h2><ul>{links}</ul></html>"""
 
 
 def _html_table(title, rows):
@@ -504,7 +515,9 @@ def write_report(
     claims = claims or "<p>No notebook of this run makes a claim.</p>"
     report = out / "report.html"
     report.write_text(
-        _page.format(title=escape(title), scale=scale, claims=claims, links="".join(links)),
+        _page.format(
+            title=escape(title), style=_style, scale=scale, claims=claims, links="".join(links)
+        ),
         encoding="utf-8",
     )
     return report

@@ -86,7 +86,7 @@ def _content_key(model):
 
 # %% ../../nbs/core/11_embed.ipynb #39409a9e
 def load_encoder(
-    name: str = "minilm",  # "minilm" from its package, a local folder, or the id of a model of the hub
+    name: str = "minilm",  # "minilm" from its package, a folder, or the id of a model of the hub
     *,
     device=None,  # None takes a GPU if there is one
     dtype=None,  # torch type of the weights; None keeps the file's
@@ -184,7 +184,7 @@ def _run(model, texts, batch_size, normalize, prompt):
     e = np.asarray(model.encode(texts), np.float32)
     if e.ndim != 2 or len(e) != len(texts) or not np.isfinite(e).all():
         raise ValueError(
-            f"model.encode gave shape {e.shape} for {len(texts)} texts, or values that are not finite"
+            f"model.encode gave shape {e.shape} for {len(texts)} texts, or infinite values"
         )
     return e / np.linalg.norm(e, axis=1, keepdims=True) if normalize else e
 

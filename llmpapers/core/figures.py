@@ -47,7 +47,7 @@ colors = SimpleNamespace(
 
 # %% ../../nbs/core/01_figures.ipynb #e5ff3688
 def use_style() -> None:
-    "Set the project's figure style: size 6.4 x 3.2 inches, no top and right spine, light grid, Okabe-Ito colours"
+    "Set the project's figure style: 6.4 x 3.2 inches, two spines, light grid, Okabe-Ito colours"
     cycle = [
         colors.method,
         colors.baseline,
@@ -110,25 +110,18 @@ def label_ends(
     gap: float = 0.075,  # Smallest vertical distance of two names, as a share of the axes' height
 ) -> plt.Axes:  # The axes
     "Write each labelled line's name at its right end instead of a legend"
-    lines = [l for l in ax.get_lines() if not l.get_label().startswith("_") and len(l.get_xdata())]
+    drawn = [line for line in ax.get_lines() if len(line.get_xdata())]
+    named = [line for line in drawn if not line.get_label().startswith("_")]
+    order = sorted(named, key=lambda line: line.get_ydata()[-1])
     lo, hi = ax.get_ylim()
-    share = lambda y: (y - lo) / (hi - lo)
-    order = sorted(lines, key=lambda l: l.get_ydata()[-1])
-    pos = [share(l.get_ydata()[-1]) for l in order]
+    pos = [(line.get_ydata()[-1] - lo) / (hi - lo) for line in order]
     for i in range(1, len(pos)):
         pos[i] = max(pos[i], pos[i - 1] + gap)
     if pos and (over := pos[-1] - 1) > 0:
         pos = [p - over for p in pos]
-    for l, p in zip(order, pos):
-        ax.text(
-            1.01,
-            p,
-            l.get_label(),
-            color=l.get_color(),
-            transform=ax.transAxes,
-            va="center",
-            fontsize=9,
-        )
+    for line, p in zip(order, pos):
+        style = dict(color=line.get_color(), va="center", fontsize=9)
+        ax.text(1.01, p, line.get_label(), transform=ax.transAxes, **style)
     return ax
 
 # %% ../../nbs/core/01_figures.ipynb #3d1f5135
@@ -180,8 +173,8 @@ def interval_plot(
         raise ValueError("low <= mid <= high must hold in every row")
     ax, y = ax or plt.gca(), np.arange(len(labels))[::-1]
     cs = [color or colors.method] * len(y) if color is None or isinstance(color, str) else color
-    for yi, m, l, h, c in zip(y, mid, low, high, cs):
-        ax.plot([l, h], [yi, yi], color=c, lw=2.2, solid_capstyle="round")
+    for yi, m, lo, hi, c in zip(y, mid, low, high, cs):
+        ax.plot([lo, hi], [yi, yi], color=c, lw=2.2, solid_capstyle="round")
         ax.plot(m, yi, "o", color=c, ms=6)
     ax.axvline(null, color=colors.theory, ls="--", lw=1)
     ax.set_yticks(y, labels)

@@ -11,10 +11,11 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -158,7 +159,7 @@ class TinyLMConfig:
 def hf_config(
     tokenizer,  # Gives the vocabulary size and the special ids
     cfg: TinyLMConfig,  # The sizes
-) -> "PretrainedConfig":  # A `Qwen3Config` or a `GPTNeoXConfig`
+) -> Qwen3Config | GPTNeoXConfig:  # The configuration
     "Translate `cfg` into the configuration class of its architecture"
     common = dict(
         vocab_size=len(tokenizer),
@@ -278,9 +279,10 @@ def _read_hub(name, *args):
         return _read(name, *args, False)
     except OSError as e:
         raise RuntimeError(
-            f"name: cannot load {name!r} from the Hugging Face hub ({type(e).__name__}). Without a network: run "
-            f"`hf download {name}` on a machine that has one and pass the folder, or use a tiny model such as "
-            "'tiny-qwen3'. With a network: check the id, unset HF_HUB_OFFLINE, and log in for a gated model."
+            f"name: cannot load {name!r} from the Hugging Face hub ({type(e).__name__}). "
+            f"Without a network: run `hf download {name}` on a machine that has one and pass the "
+            "folder, or use a tiny model such as 'tiny-qwen3'. With a network: check the id, unset "
+            "HF_HUB_OFFLINE, and log in for a gated model."
         ) from e
 
 # %% ../../nbs/core/04_lm.ipynb #76bb415c

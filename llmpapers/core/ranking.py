@@ -14,7 +14,7 @@ import numpy as np
 
 # %% ../../nbs/core/10_ranking.ipynb #c7a04b9b
 class Relevance(NamedTuple):
-    "Graded relevance as a sparse table: the entries of query q are `indptr[q]:indptr[q+1]`, documents ascending"
+    "Graded relevance as a sparse table: query q has entries `indptr[q]:indptr[q+1]`, in order"
 
     indptr: np.ndarray  # (Q+1,) where each query's entries begin
     docs: np.ndarray  # (n,) document numbers
@@ -40,7 +40,7 @@ def _table(q, d, g, n_queries, n_docs):
 
 # %% ../../nbs/core/10_ranking.ipynb #4545d440
 def as_relevance(
-    relevance,  # (Q,) document number of each query, a list of {document: grade}, a (Q,C) matrix (dense or sparse), or a Relevance
+    relevance,  # (Q,) document numbers, {document: grade} a query, a matrix (Q,C), or a Relevance
     n_docs: int,  # Documents in the corpus, C
 ) -> Relevance:  # The same as a sparse table
     "Relevance in any of its forms as one sparse table"
@@ -60,7 +60,8 @@ def as_relevance(
             return _table(np.arange(len(y)), y, np.ones(len(y)), len(y), n_docs)
         if y.ndim != 2:
             raise ValueError(
-                f"relevance has shape {y.shape} and type {y.dtype}; it needs integers (Q,), dictionaries, or a matrix (Q,C)"
+                f"relevance has shape {y.shape} and type {y.dtype}; it needs integers (Q,), "
+                "dictionaries, or a matrix (Q,C)"
             )
         if np.isnan(y.astype(float)).any():
             raise ValueError("relevance has NaN entries")
@@ -160,7 +161,7 @@ def ndcg_loop(
 
 # %% ../../nbs/core/10_ranking.ipynb #630366b5
 def _checked_ids(ids, n_docs):
-    "Document numbers of a Ranked: -1 stands for no document; others are numbers of the corpus, once"
+    "Document numbers of a Ranked: -1 is no document, others are those of the corpus, once"
     ids = np.asarray(ids)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"ids has shape {ids.shape} of {ids.dtype}; it needs integers (Q,k)")
@@ -231,7 +232,7 @@ def mrr_at_k(
     scores,  # (Q,C) scores or a Ranked
     relevance,  # As in `ndcg_at_k`
     k: int = 10,  # Depth
-) -> np.ndarray:  # (Q,) 1/rank of the first relevant document, 0 if none is in the first k, NaN if there is none at all
+) -> np.ndarray:  # (Q,) 1/rank of the first relevant one, 0 if not in the first k; NaN if none
     "Reciprocal rank of every query"
     found, rel = _ranked(scores, relevance, k)
     return _none(np.where(found.any(1), 1 / ((found > 0).argmax(1) + 1), 0.0), rel)

@@ -19,7 +19,7 @@ scale_names = ("smoke", "laptop", "desk", "gpu", "paper")
 
 # %% ../../nbs/core/02_scale.ipynb #578a1187
 def pick_device(
-    device: "str|torch.device|None" = None,  # Any torch device; None means the first GPU if there is one, else the CPU
+    device: "str|torch.device|None" = None,  # Any torch device; None: a GPU if there is one
 ) -> "torch.device":  # The device to put models and batches on
     "The device to run on: what was asked for, else a GPU, else the CPU"
     import torch

@@ -98,7 +98,7 @@ def _paired(a, b, least=2):
     a, b = _sample(a, "a", least), _sample(b, "b", least)
     if len(a) != len(b):
         raise ValueError(
-            f"a has {len(a)} values and b {len(b)}; a paired comparison needs the same seeds in both"
+            f"a has {len(a)} values, b {len(b)}; a paired comparison needs the same seeds in both"
         )
     return a - b
 

@@ -11,10 +11,11 @@ import hashlib
 import math
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
@@ -76,7 +77,7 @@ class ChainTask:
         return _vocabulary(self)
 
     @cached_property
-    def tokenizer(self) -> "PreTrainedTokenizerFast":  # One token per word
+    def tokenizer(self) -> object:  # PreTrainedTokenizerFast with one token per word
         "Word tokenizer of the task"
         return word_tokenizer(self.vocabulary)
 
@@ -94,7 +95,9 @@ def check(self: ChainTask):
         if not ok:
             raise ValueError(f"{k}: need {what}, got {getattr(self, k)!r}")
 
-    isint = lambda k: isinstance(getattr(self, k), int) and not isinstance(getattr(self, k), bool)
+    def isint(k):
+        return isinstance(getattr(self, k), int) and not isinstance(getattr(self, k), bool)
+
     need_(isint("n_start") and self.n_start >= 2, "n_start", "an int >= 2")
     need_(isint("min_steps") and self.min_steps >= 1, "min_steps", "an int >= 1")
     need_(
@@ -144,14 +147,15 @@ class _Meaning(NamedTuple):
 def _meaning(task, n, g):
     "Draw `n` problems"
     J, s, dev = task.n_steps, task.n_start, g.device
-    draw = lambda *shape: torch.rand(n, *shape, generator=g, device=dev)
+
+    def draw(*shape):
+        return torch.rand(n, *shape, generator=g, device=dev)
+
     k = task.min_steps + (draw() * (J - task.min_steps + 1)).long()
     names = draw(len(task.names)).argsort(1)[:, : s + J]
-    start, op, swap = (
-        (draw(s) * task.modulus).long(),
-        (draw(J) * len(task.ops)).long(),
-        draw(J) < 0.5,
-    )
+    start = (draw(s) * task.modulus).long()
+    op = (draw(J) * len(task.ops)).long()
+    swap = draw(J) < 0.5
     prev = torch.arange(s - 1, s + J - 1, device=dev).expand(n, J)
     other = (draw(J) * prev).long()
     left, right = torch.where(swap, other, prev), torch.where(swap, prev, other)
@@ -184,28 +188,39 @@ class _Grid:
         return tokens.gather(1, order) * used, roles.gather(1, order) * used, used
 
 # %% ../../nbs/core/08_tasks.ipynb #2eb961b9
+class _Words:
+    "Token ids of what problems say: digits and names of variables (n,v), operators (n,j)"
+
+    def __init__(self, task, m, grid):
+        self.ids, self.n, self.dev = task.ids, grid.n, grid.dev
+        self.digit = task.ids["0"] + m.values
+        self.name = task.ids[task.names[0]] + m.names
+        self.op = torch.tensor([task.ids[o] for o in task.ops], device=grid.dev)[m.op]
+
+    def const(self, word):
+        "The same word in every problem, (n,)"
+        return torch.full((self.n,), self.ids[word], device=self.dev)
+
+
+def _of_step(columns, side, j):
+    "(n,) entry of `columns` (n,v) for the variable on one side of step j"
+    return columns.gather(1, side[:, j : j + 1])[:, 0]
+
+
 def _prompt(task, m, grid):
     "Lay out the definitions and the question"
-    w, s, P = task.ids, task.n_start, ROLE["prompt"]
-    digit, name = w["0"] + m.values, w[task.names[0]] + m.names
-    op = torch.tensor([w[o] for o in task.ops], device=grid.dev)[m.op]
-    const = lambda word: torch.full((grid.n,), w[word], device=grid.dev)
+    w, s, P = _Words(task, m, grid), task.n_start, ROLE["prompt"]
     for i in range(s):
-        grid.add(torch.stack([digit[:, i], name[:, i], const(";")], 1), [P] * 3)
+        grid.add(torch.stack([w.digit[:, i], w.name[:, i], w.const(";")], 1), [P] * 3)
     for j in range(task.n_steps):
-        a, b = (name.gather(1, side[:, j : j + 1])[:, 0] for side in (m.left, m.right))
-        grid.add(
-            torch.stack([name[:, s + j], const("="), a, op[:, j], b, const(";")], 1),
-            [P] * 6,
-            (j < m.k)[:, None],
-        )
+        left, right = (_of_step(w.name, side, j) for side in (m.left, m.right))
+        definition = [w.name[:, s + j], w.const("="), left, w.op[:, j], right, w.const(";")]
+        grid.add(torch.stack(definition, 1), [P] * 6, (j < m.k)[:, None])
     last = (s + m.k - 1)[:, None]
-    grid.add(torch.cat([name.gather(1, last), const("?")[:, None]], 1), [P] * 2)
+    grid.add(torch.cat([w.name.gather(1, last), w.const("?")[:, None]], 1), [P] * 2)
 
 # %% ../../nbs/core/08_tasks.ipynb #b0319fd6
-_core = (
-    "name punct name operand operator name operand punct result name punct".split()
-)  # c = a 3 + b 5 : 8 c ;
+_core = "name punct name operand operator name operand punct result name punct".split()
 
 
 def _phrases(task):
@@ -217,45 +232,37 @@ def _phrases(task):
     return torch.tensor([[p + [0] * (longest - len(p)) for p in row] for row in rows])
 
 
+def _calculation(w, m, s, j):
+    "(n,11) step j in tokens, with the roles of `_core`: c = a 3 + b 5 : 8 c ;"
+    columns = [
+        *(w.name[:, s + j], w.const("=")),
+        *(_of_step(w.name, m.left, j), _of_step(w.digit, m.left, j), w.op[:, j]),
+        *(_of_step(w.name, m.right, j), _of_step(w.digit, m.right, j), w.const(":")),
+        *(w.digit[:, s + j], w.name[:, s + j], w.const(";")),
+    ]
+    return torch.stack(columns, 1)
+
+# %% ../../nbs/core/08_tasks.ipynb #0836f2fd
 def _response(task, m, grid, g):
     "Lay out the steps and the answer"
-    w, s, n, F, role = task.ids, task.n_start, grid.n, task.max_filler, ROLE
-    digit, name = w["0"] + m.values, w[task.names[0]] + m.names
-    op = torch.tensor([w[o] for o in task.ops], device=grid.dev)[m.op]
-    draw = lambda high, *shape: (torch.rand(n, *shape, generator=g, device=grid.dev) * high).long()
-    phrase = _phrases(task).to(grid.dev)[draw(len(OPENINGS), task.n_steps), m.op]  # (n,j,p)
-    n_filler, filler = (
-        draw(F + 1, task.n_steps),
-        w[FILLERS[0]] + draw(len(FILLERS), task.n_steps, F),
-    )
-    const = lambda word: torch.full((n,), w[word], device=grid.dev)
-    for j in range(task.n_steps):
-        on, at = (j < m.k)[:, None], lambda t, side: t.gather(1, side[:, j : j + 1])[:, 0]
-        grid.add(phrase[:, j], [role["habit"]] * phrase.shape[-1], on & (phrase[:, j] > 0))
-        grid.add(
-            filler[:, j],
-            [role["filler"]] * F,
-            on & (torch.arange(F, device=grid.dev) < n_filler[:, j : j + 1]),
-        )
-        core = [
-            name[:, s + j],
-            const("="),
-            at(name, m.left),
-            at(digit, m.left),
-            op[:, j],
-            at(name, m.right),
-            at(digit, m.right),
-            const(":"),
-            digit[:, s + j],
-            name[:, s + j],
-            const(";"),
-        ]
-        grid.add(torch.stack(core, 1), [role[r] for r in _core], on)
-    value = digit.gather(1, (s + m.k - 1)[:, None])
-    grid.add(
-        torch.cat([const("answer")[:, None], value, torch.full_like(value, 2)], 1),
-        [role[r] for r in ("habit", "answer", "eos")],
-    )
+    w, s, J, F = _Words(task, m, grid), task.n_start, task.n_steps, task.max_filler
+
+    def draw(high, *shape):
+        "Integers below `high`, (n, *shape)"
+        return (torch.rand(grid.n, *shape, generator=g, device=grid.dev) * high).long()
+
+    phrase = _phrases(task).to(grid.dev)[draw(len(OPENINGS), J), m.op]  # (n,j,p)
+    n_filler = draw(F + 1, J)
+    filler = w.ids[FILLERS[0]] + draw(len(FILLERS), J, F)
+    place = torch.arange(F, device=grid.dev)
+    for j in range(J):
+        on = (j < m.k)[:, None]
+        grid.add(phrase[:, j], [ROLE["habit"]] * phrase.shape[-1], on & (phrase[:, j] > 0))
+        grid.add(filler[:, j], [ROLE["filler"]] * F, on & (place < n_filler[:, j : j + 1]))
+        grid.add(_calculation(w, m, s, j), [ROLE[r] for r in _core], on)
+    value = w.digit.gather(1, (s + m.k - 1)[:, None])
+    answer = torch.cat([w.const("answer")[:, None], value, torch.full_like(value, 2)], 1)
+    grid.add(answer, [ROLE[r] for r in ("habit", "answer", "eos")])
 
 # %% ../../nbs/core/08_tasks.ipynb #77611c2e
 @dataclass(frozen=True)
@@ -341,7 +348,9 @@ def _grammar(task):
     "Patterns of a whole prompt and of one step of a response"
     name, num, op = f"([{task.names}])", r"(\d+)", f"([{re.escape(task.ops)}])"
     prompt = rf"((?:\d+ \w ; )+)((?:\w = \w \S \w ; )+){name} \?"
-    phrase = f"(?:{'|'.join(OPENINGS)}) ({'|'.join(VERBS[o] for o in task.ops)}) (?:(?:{'|'.join(FILLERS)}) ){{0,{task.max_filler}}}"
+    verbs = "|".join(VERBS[o] for o in task.ops)
+    fillers = f"(?:(?:{'|'.join(FILLERS)}) ){{0,{task.max_filler}}}"
+    phrase = f"(?:{'|'.join(OPENINGS)}) ({verbs}) {fillers}"
     step = f"{phrase}{name} = {name} {num} {op} {name} {num} : {num} {name} ;(?: |$)"
     return re.compile(prompt), re.compile(step)
 

@@ -17,10 +17,10 @@ import shutil
 import signal
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ def _labels(batch):
 
 def lm_loss(
     model,  # A causal language model of transformers
-    batch: dict,  # `input_ids` (b,t), optional `attention_mask` (b,t), `position_ids` (b,t), `labels` (b,t)
+    batch: dict,  # (b,t) `input_ids`; if given `attention_mask`, `position_ids`, `labels`
 ) -> Tensor:  # Scalar: mean cross-entropy in nats over the labels that are not -100
     "Next-token loss; zero when the batch has no target"
     labels = _labels(batch)[:, 1:]
@@ -205,7 +205,8 @@ def _source(data, cfg, collate, per_step):
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return _dataset_source(data, cfg, collate)
     raise TypeError(
-        f"data: need a callable (step, generator) -> dict or a map-style data set, got {type(data).__name__}"
+        "data: need a callable (step, generator) -> dict or a map-style data set, "
+        f"got {type(data).__name__}"
     )
 
 # %% ../../nbs/core/05_train.ipynb #8c16a52d
@@ -318,7 +319,7 @@ def newest_checkpoint(
         )
     if found:
         raise RuntimeError(
-            f"out: all {len(found)} checkpoints in {out} are damaged; pass resume=False to start again"
+            f"out: all {len(found)} checkpoints in {out} are damaged; resume=False starts again"
         )
     return None
 
@@ -431,8 +432,9 @@ def check_finite(self: _Run, what, value):
         return
     self.opt.zero_grad(set_to_none=True)
     raise FloatingPointError(
-        f"the {what} is {value} in step {self.step + 1} of {self.cfg.steps}; the weights are those after step "
-        f"{self.step}, the last good checkpoint is {self.last_good or 'none'}. Lower lr, raise warmup, or look at this step's batch"
+        f"the {what} is {value} in step {self.step + 1} of {self.cfg.steps}; the weights are those "
+        f"after step {self.step}, the last good checkpoint is {self.last_good or 'none'}. "
+        "Lower lr, raise warmup, or look at this step's batch"
     )
 
 # %% ../../nbs/core/05_train.ipynb #4d1aaa48
@@ -546,7 +548,7 @@ def start(self: _Run, resume):
 class History:
     "The logged rows of a run"
 
-    rows: list  # One dictionary per line: step, loss, lr, grad_norm, tokens and what `eval_fn` returned
+    rows: list  # A dictionary a line: step, loss, lr, grad_norm, tokens, and what `eval_fn` gave
 
     @property
     def steps(self) -> list:  # Finished steps at each row
@@ -661,7 +663,7 @@ def train(
     out=None,  # Folder for metrics and checkpoints; None keeps nothing
     loss_fn: Callable = lm_loss,  # (model, batch) -> scalar mean loss
     eval_fn: Callable = None,  # model -> dictionary of numbers, added to the metrics
-    resume: bool = True,  # Go on from the newest checkpoint in `out`; False deletes what is there and starts again
+    resume: bool = True,  # Go on from the newest checkpoint in `out`; False deletes them all
     progress: bool = True,  # Show a progress bar
     device=None,  # None: the GPU if there is one
     collate: Callable = None,  # List of items -> batch, for a data set
