@@ -144,7 +144,7 @@ def make_retrieval(
 # %% ../../nbs/smec/01_data.ipynb #c31960a4
 def docstring_pair(
     doc: str,  # A docstring
-) -> tuple | None:  # (first paragraph, rest without examples), or None if too short for a pair
+) -> tuple | None:  # (first paragraph, rest without examples), or None if it is too short
     "Query and document from one docstring"
     parts = re.split(r"\n\s*\n", doc.strip(), maxsplit=1)
     if len(parts) < 2:
@@ -160,22 +160,25 @@ def docstring_pair(
     return (query, body[:700]) if 20 <= len(query) <= 200 and len(body) >= 200 else None
 
 # %% ../../nbs/smec/01_data.ipynb #bab492c5
-def docstring_list() -> tuple:  # {package: its version and licence}, [(module, (name, hash) pairs)]
-    "The fixed list of docstrings"
-    text = (
-        importlib.resources.files("llmpapers")
-        .joinpath("data/smec/docstrings.txt")
-        .read_text(encoding="utf-8")
-    )
-    lines = [l.split() for l in text.splitlines() if l and not l.startswith("#")]
-    packages = {l[1]: tuple(l[2:5]) for l in lines if l[0] == "@"}
-    return packages, [(l[0], [tuple(e.split("=")) for e in l[1:]]) for l in lines if l[0] != "@"]
+def docstring_list() -> tuple:  # {package: (distribution, version, licence)}, [(module, entries)]
+    "The fixed list of docstrings; an entry is (name, hash)"
+    file = importlib.resources.files("llmpapers").joinpath("data/smec/docstrings.txt")
+    packages, modules = {}, []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        first, *rest = line.split()
+        if first == "@":
+            packages[rest[0]] = tuple(rest[1:4])
+        else:
+            modules.append((first, [tuple(entry.split("=")) for entry in rest]))
+    return packages, modules
 
 
 def docstrings_of(
     module: str,  # Dotted name of a module, which is found but not imported
-) -> list:  # (qualified name, docstring) of classes and functions in it, in order; empty if it is not installed
-    "Docstrings of a module, read from its source"
+) -> list:  # (qualified name, docstring) of classes and functions; empty if it is not installed
+    "Docstrings of a module in their order, read from its source"
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top)
     if spec is None or not spec.origin:
@@ -354,11 +357,8 @@ def load_beir(
 # %% ../../nbs/smec/01_data.ipynb #0998d5a3
 def _beir_files(folder, split):
     def rows(f):
-        return [
-            json.loads(l)
-            for l in (folder / f).read_text(encoding="utf-8").splitlines()
-            if l.strip()
-        ]
+        lines = (folder / f).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
 
     file = folder / "qrels" / f"{split}.tsv"
     for f in (folder / "queries.jsonl", file):
@@ -368,11 +368,8 @@ def _beir_files(folder, split):
         table = list(csv.reader(f, delimiter="\t"))
     if not table or any(len(r) != 3 for r in table):
         raise ValueError(f"qrels/{split}.tsv must have three columns: query, document, grade")
-    return (
-        rows("corpus.jsonl"),
-        rows("queries.jsonl"),
-        table[1:] if not table[0][2].lstrip("-").isdigit() else table,
-    )
+    has_header = not table[0][2].lstrip("-").isdigit()
+    return rows("corpus.jsonl"), rows("queries.jsonl"), table[1:] if has_header else table
 
 
 def _mteb(name, split):
@@ -381,9 +378,8 @@ def _mteb(name, split):
         corpus, queries, qrels = (load(name, c) for c in ("corpus", "queries", "default"))
     except (OSError, ValueError) as e:
         raise ValueError(
-            f"name={name!r} is neither a BEIR folder nor a data set with "
-            "the configurations corpus, queries and "
-            f"default ({type(e).__name__})"
+            f"name={name!r} is neither a BEIR folder nor a data set with the configurations "
+            f"corpus, queries and default ({type(e).__name__})"
         ) from e
 
     def only(d):
@@ -391,8 +387,5 @@ def _mteb(name, split):
 
     if split not in qrels:
         raise ValueError(f"split={split!r} has no judgements; there are {', '.join(qrels)}")
-    return (
-        list(only(corpus)),
-        list(only(queries)),
-        [(str(r["query-id"]), str(r["corpus-id"]), r["score"]) for r in qrels[split]],
-    )
+    judged = [(str(r["query-id"]), str(r["corpus-id"]), r["score"]) for r in qrels[split]]
+    return list(only(corpus)), list(only(queries)), judged

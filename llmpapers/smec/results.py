@@ -28,7 +28,7 @@ from .losses import ce_loss
 
 # %% ../../nbs/smec/07_results.ipynb #ab00fbc3
 class SentenceTransformersMRL(MRL):
-    "sentence-transformers' `MatryoshkaLoss` around `MultipleNegativesRankingLoss`, on cached vectors"
+    "`MatryoshkaLoss` of sentence-transformers around its softmax loss, on cached vectors"
 
     def _learn(self, data, W0, score):
         dense, loss_fn = st_matryoshka(W0[: self.dims[0]], self.dims, self.options["scale"])
@@ -38,10 +38,12 @@ class SentenceTransformersMRL(MRL):
             return loss_fn([dict(sentence_embedding=q), dict(sentence_embedding=d)], None)
 
         W = dense.linear.weight
-        ends = score and (
-            lambda: np.mean([score(W.detach()[:k]) for k in self.dims[1:] or self.dims])
-        )
-        best = self._run(0, [W], loss, self.options["steps"], ends, every=100)[0]
+
+        def mean_score():
+            return np.mean([score(W.detach()[:k]) for k in self.dims[1:] or self.dims])
+
+        steps = self.options["steps"]
+        best = self._run(0, [W], loss, steps, score and mean_score, every=100)[0]
         return {k: best[:k].numpy() for k in self.dims}
 
 
@@ -49,7 +51,7 @@ def st_matryoshka(
     W0,  # (d,D) first matrix, a tensor
     dims: Sequence,  # Widths
     scale: float = 20.0,  # Inverse temperature
-) -> tuple:  # The dense layer that is trained, and the loss: called with [query features, document features], None
+) -> tuple:  # The dense layer that is trained, and the loss: called with the two features and None
     "A dense layer in a sentence-transformers model under `MatryoshkaLoss`"
     st = need("sentence_transformers", "search")
     mods = need("sentence_transformers.sentence_transformer.modules", "search")
