@@ -427,7 +427,9 @@ class _Talk:
         marks = ["turn", "answer"]
         while any(m in str(self.first) for m in marks):
             marks = [m + "x" for m in marks]
-        turn, answer = (dict(role=r, content=m) for r, m in zip(("assistant", role), marks))
+        turn, answer = (
+            dict(role=r, content=m) for r, m in zip(("assistant", role), marks, strict=True)
+        )
         text = render_chat(self.tokenizer, [*self.first, turn, answer])
         if any(m not in text for m in marks):
             raise ValueError(f"chat_template: it does not show messages of the role {role!r}")
@@ -542,7 +544,7 @@ class EpisodeRollout:
             least = len(_encode(tokenizer, cut_mark.format(n=10**6)))
             if max_observation <= least:
                 raise ValueError(
-                    f"max_observation={max_observation} must be above the {least} tokens of cut_mark"
+                    f"max_observation={max_observation}: need more than the {least} of cut_mark"
                 )
         if chat_template:
             render_chat(tokenizer, _messages("?"))
@@ -654,6 +656,13 @@ class ToolBatcher:
         self.calls, self.items = 0, 0
         self.boxes, self.threads = weakref.WeakKeyDictionary(), Threads()
 
+    async def __call__(
+        self,
+        item: Any,  # A question
+    ) -> Any:  # Its answer
+        "Ask, together with whoever asks at about the same time"
+        return await _ask(self, item)
+
     def __getstate__(self):
         names = ("fn", "max_items", "max_wait_s", "timeout_s", "merge")
         return {k: getattr(self, k) for k in names}
@@ -662,27 +671,23 @@ class ToolBatcher:
         self.__dict__.update(state)
         self._begin()
 
-# %% ../../nbs/rl/10_rollout.ipynb #854fd2fa
-@patch
-async def __call__(
-    self: ToolBatcher,
-    item: Any,  # A question
-) -> Any:  # Its answer
-    "Ask, together with whoever asks at about the same time"
+# %% ../../nbs/rl/10_rollout.ipynb #d1a89836
+async def _ask(batcher, item):
+    "File a question and wait for its answer"
     loop = asyncio.get_running_loop()
-    box = self.boxes.setdefault(loop, _Box())
+    box = batcher.boxes.setdefault(loop, _Box())
     future = loop.create_future()
-    key = (type(item), item) if self.merge else object()
-    if self.merge:
+    key = (type(item), item) if batcher.merge else object()
+    if batcher.merge:
         try:
             hash(item)
         except TypeError:
             raise TypeError(f"item: merge=True needs hashable items, got {item!r:.80}") from None
     box.waiting.setdefault(key, (item, []))[1].append(future)
-    if len(box.waiting) >= self.max_items:
-        _send(self, box)
+    if len(box.waiting) >= batcher.max_items:
+        _send(batcher, box)
     elif box.timer is None:
-        box.timer = loop.call_later(self.max_wait_s, _send, self, box)
+        box.timer = loop.call_later(batcher.max_wait_s, _send, batcher, box)
     return await future
 
 
@@ -732,7 +737,7 @@ async def _tool_call(batcher, live):
                 error.__cause__ = e
                 _settle(f, None, error)
         return
-    for (_, futures), answer in zip(live, got):
+    for (_, futures), answer in zip(live, got, strict=True):
         failed = isinstance(answer, BaseException)
         for f in futures:
             _settle(f, None if failed else answer, ordinary(answer) if failed else None)
