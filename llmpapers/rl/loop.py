@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
+
 from .buffer import SampleBuffer
 from .checkpoint import latest, load, save
 from llmpapers.rl.pools import (

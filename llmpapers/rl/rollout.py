@@ -249,7 +249,7 @@ class SingleTurn:
         return self.last[1]
 
     async def _score(self, *args):
-        if self.in_thread and not inspect.iscoroutinefunction(self.reward):
+        if self.in_thread and not _is_async(self.reward):
             return await _value(await reward_threads.call(self.reward, *args))
         return await _value(self.reward(*args))
 
@@ -311,8 +311,8 @@ def _is_async(fn):
     "Is it, or what it makes, asynchronous?"
     while isinstance(fn, partial):
         fn = fn.func
-    step = getattr(fn, "step", None)
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(step)
+    ways = fn, getattr(fn, "step", None), getattr(type(fn), "__call__", None)
+    return any(inspect.iscoroutinefunction(f) for f in ways)
 
 
 class _Seat:
@@ -731,9 +731,12 @@ async def _tool_call(batcher, live):
         text = f"{type(e).__name__}: {e}"
         if isinstance(e, TimeoutError) and not str(e):
             text = f"no answer within timeout_s={batcher.timeout_s}"
+        kind, text = ToolError, f"the tool failed: {text}"
+        if isinstance(e, ToolError):
+            kind, text = type(e), str(e)
         for _, futures in live:
             for f in futures:
-                error = ToolError(f"the tool failed: {text}")
+                error = kind(text)
                 error.__cause__ = e
                 _settle(f, None, error)
         return
