@@ -186,7 +186,7 @@ async def play_rollout(
         if asyncio.current_task().cancelling():
             raise
         raise ordinary(e) from e
-    except (Exception, GeneratorExit):
+    except Exception:
         raise
     except BaseException as e:
         raise ordinary(e) from e
