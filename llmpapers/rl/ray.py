@@ -142,7 +142,7 @@ def start_ray(
     ray = need("ray", "ray")
     if ray.is_initialized():
         return False
-    for left in (2, 1, 0):
+    for left in (4, 3, 2, 1, 0):
         try:
             ray.init(
                 num_cpus=num_cpus or max(2, os.cpu_count() or 1),
