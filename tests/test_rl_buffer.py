@@ -21,8 +21,8 @@ def make(n=2, version=0):
 class Run:
     "A buffer, what is out, and where every admitted group has gone"
 
-    def __init__(self, alpha, batch=3, size=2, on_stale="wait"):
-        self.b = SampleBuffer(batch, alpha, size, on_stale)
+    def __init__(self, alpha, batch=3, size=2, on_stale="wait", whole=False):
+        self.b, self.whole = SampleBuffer(batch, alpha, size, on_stale), whole
         self.out, self.gone = [], {}
 
     def admit(self, _):
@@ -30,13 +30,18 @@ class Run:
             self.b.admit(dict(n=self.b.next_id))
 
     def dispatch(self, x):
-        if p := self.b.pending():
+        if p := self.b.pending(self.whole):
             g, k = p[x % len(p)]
             self.out.append((g.group_id, k, self.b.dispatch(g.group_id, k)))
 
     def commit(self, x):
         if self.out:
-            assert isinstance(self.b.commit(*self.out.pop(x % len(self.out)), make()), bool)
+            i, k, a = self.out.pop(x % len(self.out))
+            wanted = self.b.is_current(i, k, a)
+            samples = [make()] * self.b.group_size if k is None else make()
+            assert self.b.commit(i, k, a, samples) is wanted
+            if wanted and k is None:
+                assert self.b.groups[i].ready
 
     def fail(self, x):
         if self.out:
@@ -91,7 +96,7 @@ class Run:
         for _ in range(10_000):
             if not self.b.groups:
                 break
-            while self.b.pending():
+            while self.b.pending(self.whole):
                 self.dispatch(0)
             while self.out:
                 self.commit(0)
@@ -125,10 +130,10 @@ ops = st.lists(st.tuples(st.sampled_from(OPS), st.integers(0, 50)), max_size=250
 
 
 @settings(max_examples=120, deadline=None)
-@given(st.sampled_from(ALPHAS), st.integers(1, 4), st.integers(1, 3), ops)
-def test_bound_and_no_loss(alpha, batch, size, sequence):
+@given(st.sampled_from(ALPHAS), st.integers(1, 4), st.integers(1, 3), st.booleans(), ops)
+def test_bound_and_no_loss(alpha, batch, size, whole, sequence):
     "Staleness is at most ceil(alpha), and every admitted group is in exactly one place"
-    r = Run(alpha, batch, size)
+    r = Run(alpha, batch, size, whole=whole)
     for op, x in sequence:
         getattr(r, op)(x)
         r.check()
@@ -136,10 +141,10 @@ def test_bound_and_no_loss(alpha, batch, size, sequence):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.sampled_from(ALPHAS), ops)
-def test_no_dead_end(alpha, sequence):
+@given(st.sampled_from(ALPHAS), st.booleans(), ops)
+def test_no_dead_end(alpha, whole, sequence):
     "From any reachable state the buffer goes on"
-    r = Run(alpha)
+    r = Run(alpha, whole=whole)
     for op, x in sequence:
         getattr(r, op)(x)
     r.finish()
@@ -167,10 +172,10 @@ def test_round_trip_continues_identically(alpha, first, second):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from([1, 2, 3.25]), ops)
-def test_abort_bounds_too_and_keeps_every_prompt(alpha, sequence):
+@given(st.sampled_from([1, 2, 3.25]), st.booleans(), ops)
+def test_abort_bounds_too_and_keeps_every_prompt(alpha, whole, sequence):
     "The paper's policy keeps the bound by starting groups again; prompts stay"
-    r = Run(alpha, on_stale="abort")
+    r = Run(alpha, on_stale="abort", whole=whole)
     prompts = {}
     for op, x in sequence:
         getattr(r, op)(x)
@@ -229,3 +234,67 @@ def test_operations_out_of_order():
         b.take()
     with pytest.raises(ValueError, match="not outstanding"):
         b.drop(0, "x")
+
+
+def finish(b, n):
+    "Finish that many members, oldest first"
+    for g, k in b.pending()[:n]:
+        b.commit(g.group_id, k, b.dispatch(g.group_id, k), make())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(ALPHAS), st.integers(1, 5), st.data())
+def test_partial_batches_anywhere_leave_no_dead_end(alpha, batch, data):
+    "After batches of any size the next full batch can always be had, within the bound"
+    b = SampleBuffer(batch, alpha)
+    for _ in range(8):
+        for _ in range(b.capacity()):
+            b.admit(None)
+        finish(b, data.draw(st.integers(0, 6)))
+        if b.take(partial=data.draw(st.booleans())):
+            b.publish()
+    for _ in range(20):
+        for _ in range(b.capacity()):
+            b.admit(None)
+        finish(b, 10**6)
+        assert b.take() is not None, b.stats()
+        b.publish()
+    assert b.staleness[2] <= math.ceil(alpha)
+
+
+def test_everything_that_begins_again_is_returned():
+    "Under abort: three groups that were ready and one that was running, all too old"
+    b = SampleBuffer(2, 2, on_stale="abort")
+    for p in range(6):
+        b.admit(p)
+    old = []
+    for version in range(3):  # newer groups are taken out of the way, so that the old ones stay
+        finish(b, 5 if version == 0 else 0)
+        held = {i: b.groups.pop(i) for i in list(b.groups)}
+        for p in range(2):
+            g = b.admit("new")
+            b.commit(g.group_id, 0, b.dispatch(g.group_id, 0), make())
+        b.take()
+        b.groups |= held
+        assert old == []
+        old = b.publish()
+    assert sorted(old) == [0, 1, 2, 3, 4, 5]
+    assert sorted(g.group_id for g, _ in b.pending()) == old
+    assert all(e.version == 3 for e in b.groups.values())
+
+
+def test_half_a_group_begins_again_as_a_whole():
+    b = SampleBuffer(1, group_size=3)
+    b.admit("p")
+    b.commit(0, 1, b.dispatch(0, 1), make())
+    b.fail(0, 0, b.dispatch(0, 0))
+    ((g, index),) = b.pending(whole=True)
+    a = b.dispatch(0, None)
+    assert (index, a, b.groups[0].samples) == (None, 1, [None] * 3)
+    assert b.pending() == [] == b.pending(whole=True)
+    with pytest.raises(ValueError, match="not pending"):
+        b.dispatch(0, None)
+    with pytest.raises(ValueError, match="need 3"):
+        b.commit(0, None, a, [make()])
+    assert not b.commit(0, 1, 0, make()) and b.commit(0, None, a, [make()] * 3)
+    assert len(b.take()[0].samples) == 3

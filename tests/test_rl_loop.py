@@ -4,14 +4,15 @@ import asyncio
 import json
 import math
 import random
+import threading
 import time
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmpapers.rl.env import EnvPool
 
 from llmpapers.core.lm import TinyLMConfig, tiny_lm, word_tokenizer
 from llmpapers.rl.buffer import SampleBuffer
@@ -19,9 +20,9 @@ from llmpapers.rl.engines import HFEngine, ScriptedEngine
 from llmpapers.rl.loop import AsyncController, train_sync
 from llmpapers.rl.losses import PolicyLossConfig
 from llmpapers.rl.pools import EngineProxy, InProcessPool, RolloutPoolError
-from llmpapers.rl.rollout import SingleTurn, StepResult, rollout_episode
+from llmpapers.rl.rollout import EpisodeRollout, GroupRollout, SingleTurn, StepResult
 from llmpapers.rl.trainer import PolicyTrainer
-from llmpapers.rl.types import Completion, Sample, SamplingConfig
+from llmpapers.rl.types import Completion, Group, Request, Sample, SamplingConfig
 from llmpapers.rl.weights import WeightSyncError
 
 tok = word_tokenizer([*"abcdefgh"])
@@ -323,9 +324,9 @@ def test_weights_travel_while_training_goes_on_and_rollouts_wait():
             await InProcessPool.load_weights(self, weights, version, mode)
             events.append("arrived")
 
-        def submit(self, group, index):
+        def submit(self, group, index, *more):
             events.append("submit")
-            return InProcessPool.submit(self, group, index)
+            return InProcessPool.submit(self, group, index, *more)
 
     def act(n):
         events.append("train")
@@ -425,9 +426,9 @@ def test_controller_is_cheap_in_calls():
             calls["take"] = calls.get("take", 0) + 1
             return SampleBuffer.take(self, *a, **k)
 
-        def pending(self):
+        def pending(self, *a):
             calls["pending"] = calls.get("pending", 0) + 1
-            return SampleBuffer.pending(self)
+            return SampleBuffer.pending(self, *a)
 
     controller(speak(), Fake(), Counted(8, 1.0, 4), slots=128).run(20)
     assert calls["pending"] == 1 and calls["take"] <= 20 * 8 * 4 + 40
@@ -435,53 +436,6 @@ def test_controller_is_cheap_in_calls():
 
 def completion(ids):
     return Completion("x", ids, [-0.1] * len(ids), "stop", [(0, 0, len(ids))])
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 6), st.lists(st.integers(0, 4), min_size=6, max_size=6))
-def test_episode_masks_and_context(turns, done_at, sizes):
-    "Tokens of the policy and of the environment alternate, and each context is a prefix of the final sequence"
-    seen = []
-
-    class E:
-        def reset(self, prompt, seed):
-            self.k = 0
-            return "a b"
-
-        def step(self, action):
-            self.k += 1
-            return StepResult(" ".join("c" * sizes[self.k - 1]), 0.5, self.k == done_at)
-
-    class C:
-        async def generate(self, ids, sampling):
-            seen.append(list(ids))
-            return completion([9, 10])
-
-    s = asyncio.run(rollout_episode(C(), E(), None, SamplingConfig(2), tok, max_turns=turns))
-    n = min(turns, done_at)
-    assert (
-        sum(s.response_mask) == 2 * n
-        and s.reward == 0.5 * n
-        and s.info["turns"] == n
-        and s.response_mask[-1]
-    )
-    assert s.finish_reason == ("stop" if done_at <= turns else "length")
-    full = s.prompt_ids + s.response_ids
-    assert len(seen) == n and all(full[: len(c)] == c for c in seen)
-
-
-def test_redundancy_returns_what_was_not_finished():
-    async def episode(prompt, g, i):
-        if g == 1:
-            await asyncio.sleep(60)
-        return Sample([1], [2], [True], [0.0], [0], 0.0)
-
-    b = asyncio.run(EnvPool(2, 2, (1, 0)).run(["a", "b", "c"], episode))
-    assert [g.prompt for g in b.groups] == ["a", "c"] and b.requeue == ["b"] and b.cancelled == 2
-    with pytest.raises(ValueError, match="redundancy"):
-        EnvPool(1, 1, (-1, 0))
-    with pytest.raises(ValueError, match="prompts"):
-        asyncio.run(EnvPool(3, 1).run(["a"], episode))
 
 
 def test_environments_overlap():
@@ -509,7 +463,9 @@ def test_environments_overlap():
     async def free():
         return await asyncio.gather(
             *(
-                rollout_episode(C(), Slow(d, e), None, SamplingConfig(1), tok)
+                EpisodeRollout(partial(Slow, d, e), tok, SamplingConfig(1))(
+                    C(), Group(e, None, 0), 0
+                )
                 for e, d in enumerate(delay)
             )
         )
@@ -525,8 +481,6 @@ def test_environments_overlap():
 def test_proxy_survives_a_cancelled_request():
     async def main():
         p = EngineProxy(ScriptedEngine(lambda r: 50, step_time=0.001))
-        from llmpapers.rl.types import Request
-
         t = asyncio.ensure_future(p.generate(Request("a", [1], SamplingConfig(64))))
         await asyncio.sleep(0.01)
         t.cancel()
@@ -534,3 +488,273 @@ def test_proxy_survives_a_cancelled_request():
         return len(c.token_ids), p.engine.num_active
 
     assert asyncio.run(main()) == (50, 0)
+
+
+def test_a_wait_cancelled_while_the_engine_steps_does_not_kill_the_proxy():
+    "The response of the step is there, and nobody waits for it"
+
+    class Cancels(ScriptedEngine):
+        def step(self):
+            out = super().step()
+            if out and out[0].request_id == "a":
+                loop.call_soon_threadsafe(task.cancel)
+                cancelled.wait(10)
+            return out
+
+    async def main():
+        nonlocal loop, task
+        loop = asyncio.get_running_loop()
+        proxy = EngineProxy(Cancels(lambda r: 2))
+        task = asyncio.ensure_future(proxy.generate(Request("a", [1], SamplingConfig(2))))
+        task.add_done_callback(lambda _: cancelled.set())
+        await asyncio.wait([task])
+        c = await proxy.generate(Request("b", [1], SamplingConfig(2)))
+        return task.cancelled(), len(c.token_ids), proxy.dead
+
+    loop = task = None
+    cancelled = threading.Event()
+    assert asyncio.run(main()) == (True, 2, None)
+
+
+def test_a_deadline_of_every_length_leaves_the_engine_alive():
+    "Deadlines that coincide with the end of a response, in all orders"
+
+    async def main():
+        pool = InProcessPool(ScriptedEngine(lambda r: 4, step_time=0.001), 64)
+        pool.timeout_s = None
+        await pool.start(speak(), None, 0)
+        for k in range(60):
+            pool.timeout_s = 0.0002 * k
+            jobs = [pool.submit(Group(k, None, 0), i) for i in range(4)]
+            await asyncio.gather(*jobs, return_exceptions=True)
+        pool.timeout_s = 30
+        last = await pool.submit(Group(99, None, 0), 0)
+        free = pool.num_free()
+        await pool.close()
+        return len(last.response_ids), free, pool.proxy.dead
+
+    n, free, dead = asyncio.run(main())
+    assert n == 4 and free >= 63 and (dead is None or "closed" in str(dead))
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit, KeyboardInterrupt, asyncio.CancelledError, GeneratorExit]
+)
+@pytest.mark.parametrize("loop", ["sync", "async"])
+def test_whatever_a_rollout_raises_is_a_failure_of_its_member(error, loop):
+    def fail(g, k, a):
+        if (g == 1 and k == 0 and a == 0) or g == 6:
+            raise error("no more")
+
+    t = Recorder()
+    if loop == "async":
+        c = controller(speak(fail=fail), t, SampleBuffer(4, 1.0, 2), source=list(range(12)))
+        c.run(3)
+        assert [f["group_id"] for f in c.failed] == [6] and "no more" in c.failed[0]["error"]
+        assert c.buffer.stats()["failures"] >= 4
+    else:
+        engine = ScriptedEngine(lambda r: 2)
+        with pytest.warns(UserWarning, match="no more"):
+            train_sync(engine, list(range(12)), speak(fail=fail), t, 3, batch_size=4, group_size=2)
+    assert sorted(set(t.groups)) == [i for i in range(12) if i != 6]
+
+
+class Recorder(Fake):
+    def __init__(self, act=lambda n: {}):
+        super().__init__(act)
+        self.groups, self.sizes = [], []
+
+    def step(self, batch):
+        self.groups += batch.group_ids.tolist()
+        self.sizes.append(len(batch))
+        return super().step(batch)
+
+
+def test_rollouts_without_a_sample_and_too_many_failures_in_the_synchronous_loop():
+    async def nothing(client, group, index):
+        return None
+
+    with pytest.raises(RuntimeError, match="2 groups failed 3 times .* must return a Sample"):
+        train_sync(ScriptedEngine(lambda r: 2), list("abcd"), nothing, Fake(), 1, batch_size=2)
+    with pytest.raises(RuntimeError, match="rejected 100 batches"):
+        train_sync(
+            ScriptedEngine(lambda r: 2),
+            lambda i: i,
+            speak(),
+            Fake(),
+            1,
+            batch_size=2,
+            group_filter=lambda g: False,
+        )
+
+
+def test_a_start_that_fails_closes_what_was_started():
+    closed = []
+
+    class Fails(InProcessPool):
+        async def start(self, *args):
+            await super().start(*args)
+            raise OSError("no memory")
+
+        async def close(self):
+            closed.append(True)
+            await super().close()
+
+    pool = Fails(ScriptedEngine(lambda r: 2))
+    with pytest.raises(OSError, match="no memory"):
+        AsyncController(lambda i: i, speak(), Fake(), pool, SampleBuffer(2)).run(1)
+    assert closed == [True]
+
+
+def test_more_data_after_a_partial_batch(tmp_path):
+    "The end of the data leaves a batch of two; later there are more prompts"
+    seen = []
+    for n in (6, 18):
+        t = Recorder()
+        c = controller(speak(), t, SampleBuffer(4, 1.0), source=list(range(n)), checkpoint=tmp_path)
+        c.run(5)
+        seen += c.trained
+    assert sorted(seen) == list(range(18)) and c.buffer.version == 5 and t.sizes == [4, 4, 4]
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 999), st.sampled_from([1.0, 2.0]))
+def test_abort_trains_every_group_whatever_was_ready(seed, alpha):
+    "Groups that were ready and became too old begin again, and the run reaches its last step"
+    rnd, times = random.Random(seed), {}
+
+    def delay(g, k):
+        return times.setdefault((g, k), rnd.choice([0, 0.001, 0.002, 0.03]))
+
+    c = controller(
+        speak(delay), Fake(), SampleBuffer(3, alpha, 2, on_stale="abort"), list(range(30)), slots=5
+    )
+    c.run(10)
+    assert sorted(c.trained) == list(range(30)) and len(c.rows) == 10
+    assert c.buffer.staleness[2] <= alpha
+
+
+class Band(GroupRollout):
+    "Members of a group in one call, each from its own request; fails as planned"
+
+    def __init__(self, times=lambda g: 0.0, fail=lambda g, a: False, drawn=True):
+        self.times, self.fail, self.drawn, self.calls = times, fail, drawn, []
+
+    async def group(self, client, group, n):
+        self.calls.append((group.group_id, group.attempt))
+        asks = (client.member(k).generate([4], SamplingConfig(2)) for k in range(n))
+        found = await asyncio.gather(*asks)
+        await asyncio.sleep(self.times(group.group_id))
+        if self.fail(group.group_id, group.attempt):
+            raise ValueError(f"planned {group.group_id}")
+        return [
+            Sample(
+                [4],
+                c.token_ids,
+                [True] * 2,
+                c.logprobs,
+                c.token_versions(),
+                float(k),
+                drawn=self.drawn,
+            )
+            for k, c in enumerate(found)
+        ]
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.sampled_from([0, 0.5, 1, 2]), st.integers(0, 999), st.sampled_from(["wait", "abort"]))
+def test_groups_in_one_call_bound_no_loss_and_retries(alpha, seed, on_stale):
+    "Every admitted group is trained once, its members together; a failed one is made again"
+    if on_stale == "abort" and alpha < 1:
+        alpha = 1
+    rnd, planned = random.Random(seed), {}
+
+    def fail(g, a):
+        return a == 0 and planned.setdefault(g, rnd.random() < 0.3)
+
+    times = {g: rnd.choice([0, 0.001, 0.01]) for g in range(24)}
+    arrived = []
+
+    class Watch(SampleBuffer):
+        def commit(self, group_id, index, attempt, sample):
+            ok = SampleBuffer.commit(self, group_id, index, attempt, sample)
+            if ok:
+                arrived.append((group_id, index, len(sample)))
+            return ok
+
+    band, t = Band(times.get, fail), Recorder()
+    c = controller(band, t, Watch(3, alpha, 4, on_stale), list(range(24)), slots=4)
+    c.run(8)
+    assert sorted(c.trained) == list(range(24)) and t.sizes == [12] * 8
+    assert all(index is None and n == 4 for _, index, n in arrived)
+    assert c.buffer.staleness[2] <= math.ceil(alpha) and not c.failed
+    again = {g for g, a in band.calls if a > 0}
+    assert {g for g in planned if planned[g]} <= again
+    if on_stale == "wait":
+        assert len(arrived) == 24 and len(band.calls) == 24 + sum(planned.values())
+        assert c.buffer.stats()["failures"] == sum(planned.values())
+
+
+def test_a_group_that_always_fails_is_set_aside_and_undrawn_samples_pass():
+    drawn = []
+
+    class Look(Fake):
+        def step(self, batch):
+            drawn.append(None if batch.drawn is None else batch.drawn.tolist())
+            return super().step(batch)
+
+    c = controller(
+        Band(fail=lambda g, a: g == 2, drawn=False), Look(), SampleBuffer(4, 0.0, 2), list(range(9))
+    )
+    c.run(2)
+    assert [f["group_id"] for f in c.failed] == [2] and c.trained == [0, 1, 3, 4, 5, 6, 7, 8]
+    assert drawn == [[False] * 8] * 2
+
+    t = Recorder()
+    with pytest.warns(UserWarning, match="planned 2"):
+        train_sync(
+            ScriptedEngine(lambda r: 2),
+            list(range(9)),
+            Band(fail=lambda g, a: g == 2),
+            t,
+            2,
+            batch_size=4,
+            group_size=2,
+        )
+    assert sorted(set(t.groups)) == [0, 1, 3, 4, 5, 6, 7, 8]
+
+    class Short(Band):
+        async def group(self, client, group, n):
+            return (await super().group(client, group, n))[1:]
+
+    with pytest.raises(RuntimeError, match="must return 2 samples for a group, got 1"):
+        controller(Short(), Fake(), SampleBuffer(2, 0.0, 2)).run(1)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+def test_groups_in_one_call_stop_and_resume(tmp_path, alpha):
+    out = []
+    for stop_at in (2, None):
+        t = Fake()
+        c = controller(
+            Band(lambda g: 0.002 * (g % 5)),
+            t,
+            SampleBuffer(3, alpha, 2),
+            source=list(range(18)),
+            checkpoint=tmp_path,
+            slots=4,
+        )
+        if stop_at:
+
+            def power_cut(tr, at=stop_at):
+                if tr.n == at:
+                    raise OSError("power cut")
+                return {}
+
+            c.eval_fn, c.eval_every = power_cut, 1
+            with pytest.raises(OSError, match="power cut"):
+                c.run(6)
+        else:
+            c.run(6)
+        out += c.trained
+    assert sorted(out) == list(range(18)) and t.n == 6

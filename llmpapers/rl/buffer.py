@@ -72,13 +72,9 @@ class SampleBuffer:
 @patch
 def capacity(self: SampleBuffer) -> int:  # Number of prompts, at least 0
     "How many prompts may be admitted now"
-    free = (
-        (self.version + 1) * self.batch_size
-        + math.floor(self.async_ratio * self.batch_size)
-        - self.consumed
-        - len(self.groups)
-    )
-    return max(0, free)
+    ahead = math.floor(self.async_ratio * self.batch_size)
+    now = 0 if self.training else self.batch_size
+    return max(0, now + ahead - len(self.groups))
 
 
 @patch
@@ -99,11 +95,16 @@ def admit(
 @patch
 def pending(
     self: SampleBuffer,
-) -> list:  # (Group, index) pairs; the group carries the member's attempt
-    "Members to dispatch, oldest first"
+    whole: bool = False,  # Whole groups, with index None, instead of members
+) -> list:  # (Group, index) pairs; the group carries the attempt
+    "What to dispatch, oldest first"
+    todo = sorted(self.groups.items(), key=_key)
+    if whole:
+        idle = [(i, e) for i, e in todo if not e.ready and not any(e.out)]
+        return [(Group(i, e.prompt, e.version, max(e.attempt)), None) for i, e in idle]
     return [
         (Group(i, e.prompt, e.version, e.attempt[k]), k)
-        for i, e in sorted(self.groups.items(), key=_key)
+        for i, e in todo
         for k in range(self.group_size)
         if e.samples[k] is None and not e.out[k]
     ]
@@ -113,44 +114,64 @@ def pending(
 def dispatch(
     self: SampleBuffer,
     group_id: int,  # Group
-    index: int,  # Member
+    index: int | None,  # Member; None: all
 ) -> int:  # Attempt number to hand back with the result
-    "Mark a pending member as being worked on"
-    e = self.groups.get(group_id)
+    "Mark a pending member, or a whole group, as being worked on"
+    e, n = self.groups.get(group_id), self.group_size
+    if index is None:
+        if e is None or e.ready or any(e.out):
+            raise ValueError(f"group {group_id} is not pending")
+        e.samples, e.out, e.attempt = [None] * n, [True] * n, [max(e.attempt)] * n
+        return e.attempt[0]
     if e is None or e.samples[index] is not None or e.out[index]:
         raise ValueError(f"member {index} of group {group_id} is not pending")
     e.out[index] = True
     return e.attempt[index]
 
 # %% ../../nbs/rl/12_buffer.ipynb #e450ff4f
-def _current(self, group_id, index, attempt):
-    "The entry, if this attempt of this member is the current one and not finished"
+@patch
+def is_current(
+    self: SampleBuffer,
+    group_id: int,  # Group
+    index: int | None,  # Member; None: all
+    attempt: int,  # Attempt number from `dispatch`
+) -> bool:  # True if its result is still wanted
+    "Whether an attempt is the last one, and not finished"
     e = self.groups.get(group_id)
-    ok = (
-        e is not None
-        and 0 <= index < self.group_size
-        and e.samples[index] is None
-        and e.attempt[index] == attempt
+    members = range(self.group_size) if index is None else [index]
+    return e is not None and all(
+        0 <= k < self.group_size and e.samples[k] is None and e.attempt[k] == attempt
+        for k in members
     )
-    if not ok:
+
+
+def _current(self, group_id, index, attempt):
+    "The entry and the members that a result is about; None and a count if it came too late"
+    if not self.is_current(group_id, index, attempt):
         self.count["duplicates"] += 1
-    return e if ok else None
+        return None, ()
+    return self.groups[group_id], range(self.group_size) if index is None else [index]
 
 
 @patch
 def commit(
     self: SampleBuffer,
     group_id: int,  # Group
-    index: int,  # Member
+    index: int | None,  # Member; None: all
     attempt: int,  # Attempt number from `dispatch`
-    sample: Sample,  # The scored sample
+    sample: Sample | list[Sample],  # The scored sample, or those of all members
 ) -> bool:  # False if it came too late: duplicate, unknown group or old attempt
-    "Store a finished sample"
-    if (e := _current(self, group_id, index, attempt)) is None:
+    "Store a finished sample, or a finished group"
+    samples = sample if index is None else [sample]
+    if index is None and len(samples) != self.group_size:
+        raise ValueError(f"sample: need {self.group_size} of group {group_id}, got {len(samples)}")
+    e, members = _current(self, group_id, index, attempt)
+    if e is None:
         return False
-    e.samples[index], e.out[index] = sample, False
-    _add(self.lengths["finished"], len(sample.response_ids))
-    self.count["finished"] += 1
+    for k, x in zip(members, samples, strict=True):
+        e.samples[k], e.out[k] = x, False
+        _add(self.lengths["finished"], len(x.response_ids))
+        self.count["finished"] += 1
     return True
 
 
@@ -163,21 +184,23 @@ def _add(pair, x):
 def fail(
     self: SampleBuffer,
     group_id: int,  # Group
-    index: int,  # Member
+    index: int | None,  # Member; None: all
     attempt: int,  # Attempt number from `dispatch`
     error: str = "",  # What went wrong; counted by its first line
     blame: bool = True,  # Count it against the member; False if its worker died, which is nobody's fault
 ) -> bool:  # True: the member is pending again; False: its group is quarantined, or the failure came too late
     "Report that an attempt failed"
-    if (e := _current(self, group_id, index, attempt)) is None:
+    e, members = _current(self, group_id, index, attempt)
+    if e is None:
         return False
-    e.out[index] = False
-    e.attempt[index] += 1
-    e.failures[index] += blame
+    for k in members:
+        e.out[k] = False
+        e.attempt[k] += 1
+        e.failures[k] += blame
     self.count["failures"] += 1
     if error:
         self.count[f"error/{error.splitlines()[0][:80]}"] += 1
-    if e.failures[index] < self.max_attempts:
+    if max(e.failures[k] for k in members) < self.max_attempts:
         return True
     del self.groups[group_id]
     self.count["quarantined"] += 1
@@ -220,11 +243,8 @@ def take(
     if not ready or (len(ready) < self.batch_size and not partial):
         return None
     ids = {i for i, _ in ready}
-    if (
-        self.on_stale == "wait"
-        and not partial
-        and not self._in_time(e for i, e in self.groups.items() if i not in ids)
-    ):
+    left = [e for i, e in self.groups.items() if i not in ids]
+    if self.on_stale == "wait" and not self._in_time(left):
         return None
     for i, e in ready:
         late = self.version - e.version
@@ -247,7 +267,7 @@ def take(
 @patch
 def publish(
     self: SampleBuffer,
-) -> list[int]:  # Ids of groups whose running requests must be aborted; empty under "wait"
+) -> list[int]:  # Ids of groups that begin again, and are pending; empty under "wait"
     "The batch is trained: go to the next version"
     if not self.training:
         raise RuntimeError("publish: no batch was taken")
@@ -256,7 +276,6 @@ def publish(
     if self.on_stale == "wait":
         return []
     old = [i for i, e in self.groups.items() if e.version < self.version - self.bound]
-    running = [i for i in old if not self.groups[i].ready]
     for i in old:
         e = self.groups[i]
         n = self.group_size
@@ -264,7 +283,7 @@ def publish(
             e.prompt, self.version, [None] * n, [a + 1 for a in e.attempt], e.failures, [False] * n
         )
         self.count["aborted"] += 1
-    return running
+    return old
 
 # %% ../../nbs/rl/12_buffer.ipynb #327d9552
 @patch

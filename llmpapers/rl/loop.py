@@ -24,9 +24,15 @@ from fastcore.basics import patch
 
 from .buffer import SampleBuffer
 from .checkpoint import latest, load, save
-from .pools import EngineLost, EngineProxy, RolloutPoolError, sync_modes
-from .rollout import EngineClient
-from .types import Group, collate
+from llmpapers.rl.pools import (
+    EngineLost,
+    EngineProxy,
+    RolloutPoolError,
+    play_rollout,
+    sync_modes,
+    whole_group,
+)
+from .types import Group, Sample, collate
 from .weights import WeightSyncError, model_logprobs, probe_ids
 
 # %% ../../nbs/rl/14_loop.ipynb #d4a0285d
@@ -100,9 +106,37 @@ def _blocking(main, stop=None):
     return box["result"]
 
 # %% ../../nbs/rl/14_loop.ipynb #f2ab0ec7
+async def _tries(proxy, rollout, group, index, n, attempts=3):
+    "A member, or all members of a group; the last exception if every attempt failed"
+    for attempt in range(attempts):
+        try:
+            return await play_rollout(rollout, proxy, replace(group, attempt=attempt), index, n)
+        except EngineLost:
+            raise
+        except Exception as e:
+            error = e
+    return error
+
+
+async def _sync_groups(proxy, rollout, groups, n):
+    "The groups with their samples, and the errors of those that failed"
+    members = [None] if whole_group(rollout) else list(range(n))
+    got = await asyncio.gather(*(_tries(proxy, rollout, g, k, n) for g in groups for k in members))
+    full, errors = [], []
+    for j, g in enumerate(groups):
+        parts = got[j * len(members) : (j + 1) * len(members)]
+        failed = [x for x in parts if isinstance(x, Exception)]
+        samples = parts[0] if members == [None] else list(parts)
+        if failed:
+            errors.append(failed[0])
+        else:
+            full.append(replace(g, samples=samples))
+    return full, errors
+
+
 async def _sync_step(proxy, source, rollout, version, cursor, batch_size, group_size, keep):
     "Groups of one batch and the next cursor; fewer at the end of the source"
-    groups = []
+    groups, failed, rejected = [], 0, 0
     while len(groups) < batch_size:
         new = [
             Group(i, p, version)
@@ -112,25 +146,30 @@ async def _sync_step(proxy, source, rollout, version, cursor, batch_size, group_
         if not new:
             break
         cursor += len(new)
-        samples = await asyncio.gather(
-            *(
-                rollout(EngineClient(proxy.generate, g.group_id, k), g, k)
-                for g in new
-                for k in range(group_size)
+        full, errors = await _sync_groups(proxy, rollout, new, group_size)
+        failed += len(errors)
+        if errors:
+            e = errors[-1]
+            text = f"{failed} groups failed 3 times within one batch; the last: {type(e).__name__}: {e}"
+            if failed > max(1, 0.1 * batch_size):
+                raise RuntimeError(text) from e
+            warnings.warn(text, stacklevel=2)
+        kept = [g for g in full if keep is None or keep(g)]
+        groups += kept
+        rejected += len(full) - len(kept)
+        if rejected >= 100 * batch_size:
+            raise RuntimeError(
+                "group_filter: it rejected 100 batches of groups in a row; "
+                "the task is too easy or too hard for the policy"
             )
-        )
-        new = [
-            replace(g, samples=list(samples[j * group_size : (j + 1) * group_size]))
-            for j, g in enumerate(new)
-        ]
-        groups += [g for g in new if keep is None or keep(g)]
     return groups, cursor
 
 # %% ../../nbs/rl/14_loop.ipynb #d8d70201
 def train_sync(
     engine,  # A `RolloutEngine`; it may share the trainer's module
     source,  # Sequence of prompts, or function of the index
-    rollout: Callable,  # `(client, group, index) -> Sample`, e.g. a `SingleTurn`
+    # `SingleTurn`, `EpisodeRollout`, any `(client, group, index) -> Sample`, or a `GroupRollout`
+    rollout: Callable,
     trainer,  # A `PolicyTrainer`, or anything with `step`, `weights` and state
     n_steps: int,  # Batches in all, those before a resume included
     *,
@@ -182,7 +221,8 @@ class AsyncController:
     def __init__(
         self,
         source,  # Sequence of prompts, or function of the index; plain data if checkpoints are wanted
-        rollout: Callable,  # `(client, group, index) -> Sample`
+        # `SingleTurn`, `EpisodeRollout`, any `(client, group, index) -> Sample`, or `GroupRollout`
+        rollout: Callable,
         trainer,  # A `PolicyTrainer`, or anything with `step`, `weights` and state
         pool,  # `InProcessPool` or `RolloutPool`
         buffer: SampleBuffer,  # Decides batch size, group size and staleness
@@ -206,33 +246,15 @@ class AsyncController:
             raise ValueError(
                 "pool: the engine runs the trainer's own module while it trains; give it a copy, HFEngine(..., copy_model=True)"
             )
-        self.source, self.rollout, self.trainer, self.pool, self.buffer = (
-            source,
-            rollout,
-            trainer,
-            pool,
-            buffer,
-        )
-        self.sync_mode, self.group_filter, self.checkpoint, self.save_every = (
-            sync_mode,
-            group_filter,
-            checkpoint,
-            save_every,
-        )
-        self.metrics, self.eval_fn, self.eval_every, self.pad_id = (
-            metrics,
-            eval_fn,
-            eval_every,
-            pad_id,
-        )
-        self.probe_tol, self.probe_steps = probe_tol, probe_steps
-        self.cursor, self.rows, self.trained, self.failed, self.timeline = (
-            0,
-            [],
-            [],
-            [],
-            deque(maxlen=100_000),
-        )
+        self.source, self.rollout, self.trainer = source, rollout, trainer
+        self.pool, self.buffer, self.sync_mode = pool, buffer, sync_mode
+        self.group_filter, self.checkpoint, self.save_every = group_filter, checkpoint, save_every
+        self.metrics, self.eval_fn, self.eval_every = metrics, eval_fn, eval_every
+        self.pad_id, self.probe_tol, self.probe_steps = pad_id, probe_tol, probe_steps
+        self.cursor, self.rows, self.trained, self.failed = 0, [], [], []
+        self.timeline = deque(maxlen=100_000)
+        # what is dispatched of a group: all members in one call, or one by one
+        self.members = [None] if whole_group(rollout) else list(range(buffer.group_size))
 
 # %% ../../nbs/rl/14_loop.ipynb #6b7d4553
 @patch
@@ -259,20 +281,16 @@ async def arun(
     n_steps: int,  # Batches in all
 ) -> list[dict]:  # One row of metrics a batch
     "The event loop of `run`, to be awaited"
-    self.queue, self.running, self.train, self.sync, self.stopping, self.exhausted = (
-        asyncio.Queue(),
-        {},
-        None,
-        None,
-        False,
-        False,
-    )
+    self.queue, self.running, self.train, self.sync = asyncio.Queue(), {}, None, None
+    self.stopping, self.exhausted = False, False
     self.dropped, self.quarantined, self.warned, self.mark = 0, 0, 0, time.perf_counter()
-    await self._open()
-    if thaw := gc.get_freeze_count() == 0:
-        gc.collect()
-        gc.freeze()
+    thaw = False
     try:
+        await self._open()
+        thaw = gc.get_freeze_count() == 0
+        if thaw:
+            gc.collect()
+            gc.freeze()
         while self.buffer.version < n_steps and not self.stopping:
             self._admit(n_steps)
             self._dispatch()
@@ -293,6 +311,9 @@ async def arun(
             await self._finish_step()
         if self.checkpoint and self.buffer.version:
             self._save()
+        if self.buffer.groups and self.buffer.version < n_steps and not self.stopping:
+            left = sorted(self.buffer.groups)
+            raise RuntimeError(f"the loop has nothing to do, but groups {left} are not trained")
     finally:
         if thaw:
             gc.unfreeze()
@@ -307,7 +328,8 @@ async def _open(self: AsyncController):
     "Resume if there is something to resume from, start the pool, compare the policies"
     if self.checkpoint and latest(self.checkpoint):
         self.cursor = load(self.checkpoint, trainer=self.trainer, buffer=self.buffer)["cursor"]
-    self.todo = deque((g.group_id, k) for g, k in self.buffer.pending())
+    whole = self.members == [None]
+    self.todo = deque((g.group_id, k) for g, k in self.buffer.pending(whole))
     self.shared = self.pool.shares(getattr(self.trainer, "model", None))
     self.pool.on_change = lambda: self.queue.put_nowait(None)
     await self.pool.start(
@@ -346,7 +368,8 @@ async def _check(self: AsyncController):
 def _admit(self: AsyncController, n_steps):
     "Admit prompts while there is capacity and use for them"
     b = self.buffer
-    room = min(b.capacity(), n_steps * b.batch_size - b.consumed - len(b.groups))
+    batches = n_steps - b.version - b.training
+    room = min(b.capacity(), batches * b.batch_size - len(b.groups))
     while room > 0 and not self.exhausted:
         if (p := _prompt(self.source, self.cursor)) is None:
             self.exhausted = True
@@ -354,7 +377,7 @@ def _admit(self: AsyncController, n_steps):
         g = b.admit(p)
         self.cursor += 1
         room -= 1
-        self.todo += [(g.group_id, k) for k in range(b.group_size)]
+        self.todo += [(g.group_id, k) for k in self.members]
 
 
 @patch
@@ -363,10 +386,13 @@ def _dispatch(self: AsyncController):
     while self.todo and self.sync is None and self.pool.num_free() > 0:
         gid, k = self.todo.popleft()
         e = self.buffer.groups.get(gid)
-        if e is None or e.samples[k] is not None or e.out[k]:
+        out = e is None or (e.ready or any(e.out) if k is None else e.samples[k] or e.out[k])
+        if out:
             continue
         attempt = self.buffer.dispatch(gid, k)
-        f = self.pool.submit(Group(gid, e.prompt, e.version, attempt), k)
+        group = Group(gid, e.prompt, e.version, attempt)
+        more = (self.buffer.group_size,) if k is None else ()
+        f = self.pool.submit(group, k, *more)
         self.running[gid, k] = (attempt, f, time.perf_counter())
         f.add_done_callback(
             lambda f, key=(gid, k), attempt=attempt: self.queue.put_nowait((key, attempt, f))
@@ -383,8 +409,8 @@ def _handle(self: AsyncController, item):
     if now and now[0] == attempt:
         del self.running[gid, k]
     if f.cancelled():
-        return
-    if (e := f.exception()) is None:
+        e = RuntimeError("the rollout was cancelled")
+    elif (e := f.exception()) is None:
         return self._commit(gid, k, attempt, f.result(), now)
     if isinstance(e, RolloutPoolError):
         raise e
@@ -398,10 +424,14 @@ def _handle(self: AsyncController, item):
 @patch
 def _commit(self: AsyncController, gid, k, attempt, sample, now):
     b, g = self.buffer, self.buffer.groups.get(gid)
-    if g and (min(sample.versions) < g.version or max(sample.versions) > b.version):
-        raise RuntimeError(
-            f"group {gid} of version {g.version} has tokens of {set(sample.versions)} at version {b.version}: unknown weights are served"
-        )
+    if b.is_current(gid, k, attempt):
+        samples = [sample] if isinstance(sample, Sample) else sample
+        seen = {v for x in samples for v in x.versions}
+        if min(seen) < g.version or max(seen) > b.version:
+            raise RuntimeError(
+                f"group {gid} of version {g.version} has tokens of {seen} "
+                f"at version {b.version}: unknown weights are served"
+            )
     if not b.commit(gid, k, attempt, sample):
         return
     if now:
@@ -508,7 +538,7 @@ def _restart(self: AsyncController, gid):
     "Under on_stale='abort': stop what is too old; its members wait again"
     for key in [x for x in self.running if x[0] == gid]:
         self.running.pop(key)[1].cancel()
-    self.todo += [(gid, k) for k in range(self.buffer.group_size)]
+    self.todo += [(gid, k) for k in self.members]
 
 # %% ../../nbs/rl/14_loop.ipynb #b7a1e202
 @patch
