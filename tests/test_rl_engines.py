@@ -1,4 +1,5 @@
-"Rollout engines: schedules do not matter, versions cover every token, weights arrive whole or not at all"
+"""Rollout engines: schedules do not matter, versions cover every token, weights arrive whole or
+not at all"""
 
 import pytest
 import torch
@@ -46,14 +47,14 @@ def requests(lengths, seed=0, new=10, temperature=1.0):
     st.sampled_from([None, Decoder]),
 )
 def test_schedule_does_not_matter(lengths, max_active, cache, late, which, decoder):
-    "Batch size, cache, late requests and an abort with resume leave tokens as they are and log-probabilities within 1e-5"
+    """Batch size, cache, late requests and an abort with resume leave tokens as they are and
+    log-probabilities within 1e-5"""
     rs = requests(lengths)
-    want = {
-        c.request_id: c for r in rs for c in generate(HFEngine(models[which], use_cache=False), [r])
-    }
+    alone = HFEngine(models[which], use_cache=False)
+    want = {r.request_id: generate(alone, [r])[0] for r in rs}
     e = HFEngine(models[which], max_active=max_active, use_cache=cache, decoder=decoder)
     got = {}
-    for i, r in enumerate(rs):
+    for r in rs:
         e.add(r)
         for _ in range(late):
             got |= {c.request_id: c for c in e.step()}
@@ -270,7 +271,8 @@ def test_only_allowed_tokens_with_their_own_distribution(lengths, max_active, ho
 
 @pytest.mark.parametrize("told", [True, False])
 def test_decoder_sees_weights_that_change_in_place(told):
-    "A trainer changes the shared module: seen at once after `load_weights(None)`, otherwise from the next batch on"
+    """A trainer changes the shared module: seen at once after `load_weights(None)`, otherwise from
+    the next batch on"""
     m = tiny_lm(tok, TinyLMConfig(layers=2, width=32, head_dim=16, max_len=64), seed=0)
     rs, e = requests([2, 6, 1]), HFEngine(m, decoder=Decoder)
     generate(e, rs)

@@ -21,6 +21,7 @@ from common import root
 from llmpapers.core.lm import TinyLMConfig, char_tokenizer, tiny_lm
 from llmpapers.rl.buffer import SampleBuffer
 from llmpapers.rl.checkpoint import MetricsLog, checkpoint_fault, latest, load, read_metrics, save
+from llmpapers.rl.logprobs import token_logprobs
 from llmpapers.rl.losses import PolicyLossConfig, losses, modes
 from llmpapers.rl.trainer import PolicyTrainer, micro_batches, terminal_rewards
 from llmpapers.rl.types import Group, Sample, collate
@@ -32,24 +33,19 @@ base = tiny_lm(tok, cfg, seed=1)
 
 def make_batch(step=0, groups=3, size=4, gap=False):
     g = torch.Generator().manual_seed(step)
-    draw = lambda lo, hi, k: torch.randint(lo, hi, (k,), generator=g).tolist()
+
+    def draw(low, high, k):
+        return torch.randint(low, high, (k,), generator=g).tolist()
 
     def sample():
         k = draw(1, 8, 1)[0]
         mask = [not (gap and i == 1) for i in range(k)]
-        return Sample(
-            draw(3, 13, 3),
-            draw(3, 13, k),
-            mask,
-            (-2.5 + torch.rand(k, generator=g)).tolist(),
-            [step] * k,
-            float(draw(0, 2, 1)[0]),
-        )
+        prompt, response = draw(3, 13, 3), draw(3, 13, k)
+        logprobs = (-2.5 + torch.rand(k, generator=g)).tolist()
+        return Sample(prompt, response, mask, logprobs, [step] * k, float(draw(0, 2, 1)[0]))
 
-    return collate(
-        [Group(i, None, step, samples=[sample() for _ in range(size)]) for i in range(groups)],
-        tok.pad_token_id,
-    )
+    made = [Group(i, None, step, samples=[sample() for _ in range(size)]) for i in range(groups)]
+    return collate(made, tok.pad_token_id)
 
 
 def make(loss="ppo", model=base, lr=1e-2, **kw):
@@ -66,13 +62,12 @@ def same(a, b):
 
 def grad(t, batch):
     b, _ = t._credit(batch)
-    loss, metrics, _ = t._gradient(
-        b, list(range(len(b))), None, t.score(b, t.ref_model) if t.ref_model is not None else None
-    )
+    ref = None if t.ref_model is None else t.score(b, t.ref_model)
+    loss, metrics, _ = t._gradient(b, list(range(len(b))), None, ref)
     return torch.cat([p.grad.flatten() for p in t.model.parameters()]), loss, metrics
 
 
-# ---- micro-batches --------------------------------------------------------------------------------------------------
+# ---- micro-batches -------------------------------------------------------------------------------
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 120))
 @settings(deadline=None, max_examples=100)
 def test_micro_batches_cover_and_fit(lengths, budget):
@@ -89,24 +84,20 @@ def test_cut_does_not_change_the_gradient(name, mode):
     c = PolicyLossConfig(name, mode=mode, kl_coef=0.1, entropy_coef=0.01)
     ref = tiny_lm(tok, cfg, seed=2)
     b = make_batch(gap=True)
-    (g, l, m), (g2, l2, m2) = (
+    (g, loss, m), (g2, loss2, m2) = (
         grad(make(c, ref_model=ref, max_tokens_per_micro=k), b) for k in (10**6, 16)
     )
     assert (g - g2).abs().max() < 1e-6 + 1e-5 * g.abs().max()
-    assert l == pytest.approx(l2, abs=1e-6) and m["train/micro_batches"] < m2["train/micro_batches"]
-    assert {k: v for k, v in m.items() if "micro" not in k} == pytest.approx(
-        {k: v for k, v in m2.items() if "micro" not in k}, abs=1e-5
-    )
+    assert loss == pytest.approx(loss2, abs=1e-6)
+    assert m.pop("train/micro_batches") < m2.pop("train/micro_batches")
+    assert m == pytest.approx(m2, abs=1e-5)
 
 
 def test_padding_columns_do_not_matter():
     b = make_batch()
+    fill = dict(input_ids=tok.pad_token_id, token_versions=-1)
     wide = {
-        k: torch.nn.functional.pad(
-            v,
-            (0, 5),
-            value=(tok.pad_token_id if k == "input_ids" else -1 if k == "token_versions" else 0),
-        )
+        k: torch.nn.functional.pad(v, (0, 5), value=fill.get(k, 0))
         for k, v in vars(b).items()
         if v is not None and v.dim() == 2
     }
@@ -121,21 +112,17 @@ def test_rows_padded_on_the_right_go_without_a_mask_and_others_do_not():
     )
     lp = t.forward(b)[0]
     n = b.attention_mask.sum(-1)
-    left = replace(
-        b,
-        **{
-            k: torch.stack([x.roll(int(x.shape[0] - j)) for x, j in zip(v, n)])
-            for k, v in vars(b).items()
-            if v is not None and v.dim() == 2
-        },
-    )
+    shifted = {
+        k: torch.stack([x.roll(int(x.shape[0] - j)) for x, j in zip(v, n)])
+        for k, v in vars(b).items()
+        if v is not None and v.dim() == 2
+    }
+    left = replace(b, **shifted)
     t.forward(left)
     hook.remove()
     assert seen[0] is None and torch.equal(seen[1].bool(), left.attention_mask)
     with torch.no_grad():
         masked = t.model(input_ids=b.input_ids, attention_mask=b.attention_mask.long()).logits
-    from llmpapers.rl.logprobs import token_logprobs
-
     want = token_logprobs(masked, b.input_ids)
     assert (lp - want)[b.response_mask].abs().max() < 1e-5
 
@@ -156,17 +143,12 @@ def test_the_gradient_is_that_of_the_plain_formula():
     assert torch.allclose(got, want, atol=1e-6)
 
 
-# ---- steps ----------------------------------------------------------------------------------------------------------
+# ---- steps ---------------------------------------------------------------------------------------
 def test_metrics_are_floats_and_a_step_moves_the_weights():
     t = make(epochs=2, minibatches=2, scheduler=None)
     m = t.step(make_batch())
-    assert all(type(v) is float for v in m.values()) and {
-        "train/loss",
-        "train/grad_norm",
-        "ess",
-        "kl/behavior",
-        "entropy",
-    } <= set(m)
+    assert all(type(v) is float for v in m.values())
+    assert {"train/loss", "train/grad_norm", "ess", "kl/behavior", "entropy"} <= set(m)
     assert not same(t, make()) and (t.n_steps, t.n_updates) == (1, 4)
 
 
@@ -252,7 +234,7 @@ def test_weights_have_the_names_of_the_checkpoint_format(arch, tied, tmp_path):
     assert any(not torch.equal(w[k], v) for k, v in t.weights().items())  # a copy, not a view
 
 
-# ---- numbers that are not finite ------------------------------------------------------------------------------------
+# ---- numbers that are not finite -----------------------------------------------------------------
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_a_nan_is_skipped_and_three_in_a_row_raise(minibatches, tmp_path):
     good = make_batch()
@@ -266,10 +248,8 @@ def test_a_nan_is_skipped_and_three_in_a_row_raise(minibatches, tmp_path):
     t.step(bad)
     with pytest.raises(FloatingPointError, match="behavior_logprobs"):
         t.step(bad)
-    assert (
-        all(torch.equal(a, b) for a, b in zip(w["model"].values(), t.weights().values()))
-        and t.n_steps == 5
-    )
+    assert all(torch.equal(a, b) for a, b in zip(w["model"].values(), t.weights().values()))
+    assert t.n_steps == 5
     kept = torch.load(tmp_path / "nonfinite" / "step_000001.pt", weights_only=True)
     assert torch.equal(kept["input_ids"], bad.input_ids)
 
@@ -282,15 +262,14 @@ def test_a_nan_in_a_weight_names_the_log_probabilities():
         t.step(make_batch())
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 def filled_buffer():
     b = SampleBuffer(2, 1.0, group_size=2)
     for i in range(4):
         b.admit(dict(n=i))
     for g, k in b.pending()[:5]:
-        b.commit(
-            g.group_id, k, b.dispatch(g.group_id, k), Sample([1], [2], [True], [-0.5], [0], 1.0)
-        )
+        attempt, done = b.dispatch(g.group_id, k), Sample([1], [2], [True], [-0.5], [0], 1.0)
+        b.commit(g.group_id, k, attempt, done)
     return b
 
 
@@ -302,9 +281,8 @@ def test_checkpoint_keeps_buffer_cursor_and_number(tmp_path):
     new = SampleBuffer(2, 1.0, group_size=2)
     info = load(tmp_path, make(), new)
     assert info["cursor"] == [3] and info["extra"] == dict(a=1)
-    assert json.loads(json.dumps(new.state_dict()["groups"])) == json.loads(
-        json.dumps(b.state_dict()["groups"])
-    )
+    found, kept = (json.loads(json.dumps(x.state_dict()["groups"])) for x in (new, b))
+    assert found == kept
     assert load(tmp_path / "none") is None
     save(tmp_path, 3, trainer=t, cursor="again")
     assert load(tmp_path)["cursor"] == "again"
@@ -315,17 +293,10 @@ def test_checkpoint_keeps_buffer_cursor_and_number(tmp_path):
     assert latest(tmp_path).name == "step_000003"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.safetensors",
-        "optimizer.pt",
-        "trainer.json",
-        "rng.pt",
-        "buffer.jsonl",
-        "checksums.json",
-    ],
-)
+FILES = "model.safetensors optimizer.pt trainer.json rng.pt buffer.jsonl checksums.json".split()
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", ["flip", "cut", "remove"])
 def test_every_damage_is_seen_and_the_one_before_is_used(name, how, tmp_path):
     t, b = make(), filled_buffer()
@@ -345,8 +316,12 @@ SAVER = """
     import sys, torch
     from llmpapers.rl.checkpoint import save
     class Holder:
-        def state_dict(self): return dict(model=dict(w=torch.zeros(400, 1000)), optimizer={}, scheduler=None, critic=None, counters={})
-    for i in range(10**6): save(sys.argv[1], i, trainer=Holder()); print(i, flush=True)
+        def state_dict(self):
+            empty = dict(optimizer={}, scheduler=None, critic=None, counters={})
+            return dict(model=dict(w=torch.zeros(400, 1000)), **empty)
+    for i in range(10**6):
+        save(sys.argv[1], i, trainer=Holder())
+        print(i, flush=True)
 """
 
 
@@ -367,30 +342,29 @@ def test_sigkill_while_saving_leaves_a_good_checkpoint(delay, tmp_path):
     assert load(tmp_path)["step"] == 10**6
 
 
-# ---- the record -----------------------------------------------------------------------------------------------------
+# ---- the record ----------------------------------------------------------------------------------
 def test_torn_line_is_repaired_and_resume_truncates(tmp_path):
     p = tmp_path / "a" / "m.jsonl"
-    with MetricsLog(p) as l:
+    with MetricsLog(p) as log:
         for i in range(1, 6):
-            l.log(i, dict(x=torch.tensor(i / 2), bad=float("inf"), name="é"))
+            log.log(i, dict(x=torch.tensor(i / 2), bad=float("inf"), name="é"))
     whole = p.read_bytes()
     p.write_bytes(whole[:-4])
     assert [r["step"] for r in read_metrics(p)] == [1, 2, 3, 4]
-    with MetricsLog(p, resume_step=4) as l:
-        l(dict(step=5, x=9))
-    assert [r["x"] for r in read_metrics(p)] == [0.5, 1, 1.5, 2, 9] and read_metrics(p)[0][
-        "bad"
-    ] is None
-    with MetricsLog(p, resume_step=2) as l:
-        l.log(3, {})
+    with MetricsLog(p, resume_step=4) as log:
+        log(dict(step=5, x=9))
+    rows = read_metrics(p)
+    assert [r["x"] for r in rows] == [0.5, 1, 1.5, 2, 9] and rows[0]["bad"] is None
+    with MetricsLog(p, resume_step=2) as log:
+        log.log(3, {})
         with pytest.raises(ValueError, match="not above 3"):
-            l.log(3, {})
+            log.log(3, {})
     assert [r["step"] for r in read_metrics(p)] == [1, 2, 3]
     with pytest.raises(RuntimeError, match="closed"):
-        l.log(4, {})
+        log.log(4, {})
 
 
-# ---- ranks ----------------------------------------------------------------------------------------------------------
+# ---- ranks ---------------------------------------------------------------------------------------
 def one_rank(group, batches, bad):
     t = make(
         loss="tis", group=group, max_tokens_per_micro=24, epochs=2, minibatches=2, max_grad_norm=1e9

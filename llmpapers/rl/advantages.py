@@ -6,21 +6,33 @@
 __all__ = ['group_advantages', 'discounted_returns', 'gae']
 
 # %% ../../nbs/rl/04_advantages.ipynb #b411bab9
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 # %% ../../nbs/rl/04_advantages.ipynb #fdf0f45c
+class _GroupStats(NamedTuple):
+    "Statistics of the groups of a batch"
+
+    group: Tensor  # (N,) index of each row's group
+    size: Tensor  # (g,) rows of each group
+    mean: Tensor  # (g,) mean reward
+    std: Tensor  # (g,) deviation of the rewards
+    equal: Tensor  # (g,) bool, all rewards of the group are the same
+
+
 def _group_stats(rewards, group_ids, ddof):
-    "Index of each row's group, group sizes, means, deviations, and whether all rewards of the group are equal"
+    "Statistics of each group, in double precision"
     _, g, n = torch.unique(group_ids, return_inverse=True, return_counts=True)
     r = rewards.double()
     mean = torch.zeros(len(n), dtype=r.dtype, device=r.device).index_add_(0, g, r) / n
     var = torch.zeros_like(mean).index_add_(0, g, (r - mean[g]).square()) / (n - ddof).clamp(min=1)
-    lo, hi = (
+    low, high = (
         torch.zeros_like(mean).scatter_reduce_(0, g, r, how, include_self=False)
         for how in ("amin", "amax")
     )
-    return g, n, mean, var.sqrt(), lo == hi
+    return _GroupStats(g, n, mean, var.sqrt(), low == high)
 
 
 def group_advantages(
@@ -34,7 +46,8 @@ def group_advantages(
     "Advantage of each response over its group"
     if rewards.shape != group_ids.shape or rewards.dim() != 1:
         raise ValueError(
-            f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} must both be (N,)"
+            f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} "
+            "must both be (N,)"
         )
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards has NaN or infinite values; a verifier must return numbers")
@@ -42,37 +55,37 @@ def group_advantages(
         raise ValueError(
             f"baseline={baseline!r} must be mean, loo or none; scale={scale!r} std or none"
         )
-    g, n, mean, std, equal = _group_stats(rewards, group_ids, ddof)
-    A = rewards.double() - (0 if baseline == "none" else mean[g])
+    stats = _group_stats(rewards, group_ids, ddof)
+    g = stats.group
+    n = stats.size[g]
+    A = rewards.double() - (0 if baseline == "none" else stats.mean[g])
     if baseline == "loo":
-        A = A * n[g] / (n[g] - 1).clamp(min=1)
+        A = A * n / (n - 1).clamp(min=1)
     if scale == "std":
-        A = A / (std[g] + eps)
-    return torch.where((n[g] < 2) | equal[g], 0.0, A).float() if baseline != "none" else A.float()
+        A = A / (stats.std[g] + eps)
+    if baseline != "none":
+        A = torch.where((n < 2) | stats.equal[g], 0.0, A)
+    return A.float()
 
 # %% ../../nbs/rl/04_advantages.ipynb #f20f5bdf
 def _pack(mask):
-    "(N,L) index that moves the masked positions of each row to its front, in order; None if no row has a hole"
+    "(N,L) order with the masked positions of each row in front; None if no row has a hole"
     starts = (mask[..., 1:] > mask[..., :-1]).sum(-1) + mask[..., 0]
-    return (
-        torch.sort((~mask).to(torch.int8), dim=-1, stable=True).indices
-        if (starts > 1).any()
-        else None
-    )
+    if not (starts > 1).any():
+        return None
+    return torch.sort((~mask).to(torch.int8), dim=-1, stable=True).indices
 
 
 def _scan(x, a, chunk=32):
-    "y_t = x_t + a y_{t+1} along the last dimension: a triangular product inside chunks, then a carry from chunk to chunk"
-    n, L, a = (
-        x.shape[:-1].numel(),
-        x.shape[-1],
-        torch.tensor(float(a), dtype=x.dtype, device=x.device),
-    )
-    C = max(1, min(chunk, L))
-    K, i = -(-L // C), torch.arange(C, device=x.device)
+    "y_t = x_t + a y_{t+1} along the last dimension: a product in chunks, a carry between them"
+    n, L = x.shape[:-1].numel(), x.shape[-1]
+    C = max(1, min(chunk, L))  # positions of a chunk
+    K = -(-L // C)  # chunks
+    i, step = torch.arange(C, device=x.device), float(a) ** C
+    a = torch.tensor(float(a), dtype=x.dtype, device=x.device)
     decay = torch.where(i[:, None] >= i, a.pow((i[:, None] - i).clamp(min=0)), 0.0)
     y = torch.nn.functional.pad(x, (0, K * C - L)).reshape(n, K, C) @ decay
-    heads, carry, step = y[..., 0].T.contiguous(), x.new_zeros(K, n), float(a) ** C
+    heads, carry = y[..., 0].T.contiguous(), x.new_zeros(K, n)
     for k in range(K - 2, -1, -1):
         torch.add(heads[k + 1], carry[k + 1], alpha=step, out=carry[k])
     return y.addcmul_(carry.T.unsqueeze(-1), a.pow(C - i)).reshape(n, K * C)[:, :L].reshape(x.shape)
@@ -93,11 +106,10 @@ def discounted_returns(
     m = mask.bool()
     order = _pack(m)
     x = torch.where(m, rewards, 0.0).double()
-    y = (
-        _scan(x, gamma)
-        if order is None
-        else torch.zeros_like(x).scatter(-1, order, _scan(x.gather(-1, order), gamma))
-    )
+    if order is None:
+        y = _scan(x, gamma)
+    else:
+        y = torch.zeros_like(x).scatter(-1, order, _scan(x.gather(-1, order), gamma))
     return torch.where(m, y, 0.0).to(rewards.dtype)
 
 # %% ../../nbs/rl/04_advantages.ipynb #b7a1e001
@@ -126,14 +138,14 @@ def gae(
     "Generalised advantage estimation (Schulman et al., 2016) over the sampled tokens"
     if not rewards.shape == values.shape == mask.shape or mask.dim() != 2:
         raise ValueError(
-            f"rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and mask {tuple(mask.shape)} must agree and be (N,L)"
+            f"rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and "
+            f"mask {tuple(mask.shape)} must agree and be (N,L)"
         )
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gamma={gamma} and lam={lam} must be in [0, 1]")
     m = mask.bool()
     L = max(1, m.shape[-1])
-    k = max(1, 2**16 // L) if m.device.type == "cpu" else max(1, len(m))
-    parts = [
-        _gae(*(x[i : i + k] for x in (rewards, values, m)), gamma, lam) for i in range(0, len(m), k)
-    ] or [(values * 0.0, values * 0.0)]
+    rows = 2**16 // L if m.device.type == "cpu" else len(m)  # on a CPU what fits in its cache
+    cuts = [x.split(max(1, rows)) for x in (rewards, values, m)]
+    parts = [_gae(r, v, mask_, gamma, lam) for r, v, mask_ in zip(*cuts)]
     return tuple(x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts))

@@ -61,10 +61,10 @@ def _read_buffer(path):
     return head | dict(groups=dict(groups))
 
 
-def _plain(name, x):
-    "JSON text of a value, or an error that names it"
+def _check_plain(name, x):
+    "Refuse, by its name, a value that JSON cannot hold"
     try:
-        return json.dumps(x)
+        json.dumps(x)
     except TypeError as e:
         raise TypeError(
             f"{name} cannot be saved as JSON ({e}); use numbers, text, lists and dictionaries"
@@ -73,27 +73,20 @@ def _plain(name, x):
 
 def _write(new, step, trainer, buffer, cursor, extra):
     "All files of a checkpoint, into a folder nobody looks at yet"
-    state = trainer.state_dict()
-    need("safetensors.torch").save_file(
-        state["model"], str(new / "model.safetensors"), metadata={"format": "pt"}
-    )
-    torch.save(
-        {k: v for k, v in state.items() if k not in ("model", "counters")}, new / "optimizer.pt"
-    )
+    state = dict(trainer.state_dict())
+    model, counters = state.pop("model"), state.pop("counters")
+    file = str(new / "model.safetensors")
+    need("safetensors.torch").save_file(model, file, metadata={"format": "pt"})
+    torch.save(state, new / "optimizer.pt")
     torch.save(random_state(), new / "rng.pt")
     if buffer is not None:
         (new / "buffer.jsonl").write_text(_buffer_lines(buffer.state_dict()), encoding="utf-8")
-    parts = dict(
-        cursor=_plain("cursor", cursor),
-        extra=_plain("extra", extra),
-        counters=_plain("counters", state["counters"]),
-    )
-    (new / "trainer.json").write_text(
-        json.dumps(dict(step=step) | {k: json.loads(v) for k, v in parts.items()})
-    )
-    (new / "checksums.json").write_text(
-        json.dumps({p.name: _sha(p) for p in sorted(new.iterdir())})
-    )
+    info = dict(cursor=cursor, extra=extra, counters=counters)
+    for name, x in info.items():
+        _check_plain(name, x)
+    (new / "trainer.json").write_text(json.dumps(dict(step=step) | info))
+    sums = {p.name: _sha(p) for p in sorted(new.iterdir())}
+    (new / "checksums.json").write_text(json.dumps(sums))
 
 # %% ../../nbs/rl/13_checkpoint.ipynb #2b2457f7
 def checkpoints(
@@ -169,7 +162,8 @@ def latest(
         )
     if found:
         raise RuntimeError(
-            f"folder: all {len(found)} checkpoints in {folder} are damaged; move them away to start again"
+            f"folder: all {len(found)} checkpoints in {folder} are damaged; "
+            "move them away to start again"
         )
     return None
 
@@ -190,13 +184,8 @@ def load(
         buffer.load_state_dict(_read_buffer(path / "buffer.jsonl"))
     if trainer is not None:
         state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        trainer.load_state_dict(
-            state
-            | dict(
-                model=need("safetensors.torch").load_file(str(path / "model.safetensors")),
-                counters=info["counters"],
-            )
-        )
+        model = need("safetensors.torch").load_file(str(path / "model.safetensors"))
+        trainer.load_state_dict(state | dict(model=model, counters=info["counters"]))
         set_random_state(torch.load(path / "rng.pt", weights_only=True))
     return info | dict(path=path)
 
@@ -278,7 +267,8 @@ def log(
         raise RuntimeError(f"log: {self.path} is closed")
     if self.last is not None and step <= self.last:
         raise ValueError(
-            f"step={step} is not above {self.last}, the last row of {self.path}; open it with resume_step={max(step - 1, 0)} to write it again"
+            f"step={step} is not above {self.last}, the last row of {self.path}; "
+            f"open it with resume_step={max(step - 1, 0)} to write it again"
         )
     if "step" in metrics:
         raise ValueError("metrics has a column 'step'; that name is taken")
@@ -314,7 +304,7 @@ def plot_metrics(
     smooth: int = 1,  # Running mean over that many rows
 ) -> "plt.Axes":  # The axes
     "Draw columns against the step; rows without a column are left out"
-    plt, np = need("matplotlib.pyplot"), need("numpy")
+    plt = need("matplotlib.pyplot")
     rows = read_metrics(source) if isinstance(source, (str, os.PathLike)) else list(source)
     names = sorted({k for r in rows for k in r} - {"step"})
     ax = ax or plt.gca()
@@ -323,19 +313,12 @@ def plot_metrics(
             raise ValueError(
                 f"keys: there is no column {k!r}; the rows have {', '.join(names) or 'none'}"
             )
-        x, y = (
-            zip(*((r["step"], r[k]) for r in rows if r.get(k) is not None))
-            if any(r.get(k) is not None for r in rows)
-            else ((), ())
-        )
-        w = min(smooth, max(1, len(y)))
-        ax.plot(
-            x[w - 1 :],
-            np.convolve(y, np.ones(w) / w, "valid") if len(y) else y,
-            ".-" if len(y) < 30 else "-",
-            ms=4,
-            label=k,
-        )
+        there = [r for r in rows if r.get(k) is not None]
+        x, y = [r["step"] for r in there], [r[k] for r in there]
+        if y:
+            w = min(smooth, len(y))
+            x, y = x[w - 1 :], np.convolve(y, np.ones(w) / w, "valid")
+        ax.plot(x, y, ".-" if len(there) < 30 else "-", ms=4, label=k)
     ax.set_xlabel("step")
     ax.legend()
     return ax

@@ -140,6 +140,7 @@ def pack_layer(
     "Put the matrices of a layer together"
     a, m, d = layer.self_attn, layer.mlp, layer.self_attn.head_dim
     three = (a.q_proj, a.k_proj, a.v_proj)
+    gate_up = torch.cat([m.gate_proj.weight, m.up_proj.weight])
     qk_norm = None
     if hasattr(a, "q_norm"):
         heads = [p.out_features // d for p in (a.q_proj, a.k_proj)]
@@ -151,8 +152,7 @@ def pack_layer(
         qk_norm=qk_norm,
         out=a.o_proj.weight.t(),
         out_bias=a.o_proj.bias,
-        gate_up=torch.cat([m.gate_proj.weight, m.up_proj.weight])
-        * layer.post_attention_layernorm.weight,
+        gate_up=gate_up * layer.post_attention_layernorm.weight,
         down=m.down_proj.weight.t(),
     )
 
@@ -166,11 +166,8 @@ def _known():
 
 def _touched(m):
     "Something was attached to the module, or it is a kind of linear layer of its own"
-    return (
-        bool(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m))
-        or isinstance(m, nn.Linear)
-        and type(m) is not nn.Linear
-    )
+    attached = bool(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m))
+    return attached or (isinstance(m, nn.Linear) and type(m) is not nn.Linear)
 
 # %% ../../nbs/rl/16_decoder.ipynb #f9342746
 def why_not(
@@ -319,9 +316,10 @@ def _attend(self: Decoder, q, keys, values, parts, mask):
     "Attention of one query a row (R,H,d) over the block -> (R,Hd)"
     rows = len(q)
     q = q.reshape(rows, self.G, -1, self.d)
-    out = [
-        sdpa(q[a:b], keys[a:b, :, :w], values[a:b, :, :w], mask[a:b, :, :, :w]) for a, b, w in parts
-    ]
+    out = []
+    for a, b, w in parts:
+        seen = keys[a:b, :, :w], values[a:b, :, :w], mask[a:b, :, :, :w]
+        out.append(sdpa(q[a:b], *seen))
     return (out[0] if len(out) == 1 else torch.cat(out)).reshape(rows, -1)
 
 # %% ../../nbs/rl/16_decoder.ipynb #a4a44f51
@@ -335,7 +333,8 @@ def next(
     block = self.block
     if ids.shape != (block.rows,):
         raise ValueError(
-            f"ids has shape {tuple(ids.shape)}, there are {block.rows} rows; give one token for each"
+            f"ids has shape {tuple(ids.shape)}, there are {block.rows} rows; "
+            "give one token for each"
         )
     block.grow()
     to, lengths = block.n - 1, block.n.tolist()

@@ -46,7 +46,7 @@ class RolloutEngine(Protocol):
 
     def load_weights(
         self,
-        weights: "Mapping[str,Tensor]|Path|None",  # New weights; None: they are shared and already there
+        weights: "Mapping[str,Tensor]|Path|None",  # None: they are shared and already there
         version: int,  # Their version
     ) -> None:
         "Replace the weights"
@@ -72,7 +72,8 @@ def generate(
     "Add all requests and step until they are done"
     if engine.num_active:
         raise ValueError(
-            f"engine has {engine.num_active} active requests; step it until they are done, or abort them, first"
+            f"engine has {engine.num_active} active requests; "
+            "step it until they are done, or abort them, first"
         )
     for r in requests:
         engine.add(r)
@@ -93,11 +94,11 @@ class _Row:
     "A request in work: its response so far, with what is known of each token"
 
     request: Request
-    ids: list = field(default_factory=list)
-    logps: list = field(default_factory=list)
-    vers: list = field(default_factory=list)
+    ids: list = field(default_factory=list)  # tokens of the response
+    logps: list = field(default_factory=list)  # their log-probabilities
+    vers: list = field(default_factory=list)  # their policy versions
     sets: list = field(default_factory=list)  # what each token was drawn from; None: everything
-    u: list = field(default_factory=list)
+    u: list = field(default_factory=list)  # uniform number of each token to come, if it is drawn
     coming: tuple = (-1, None)  # length for which the next allowed tokens are known, and they
 
     def __post_init__(self):
@@ -143,21 +144,23 @@ class _Rows:
     def __init__(self, max_active, version):
         if not isinstance(max_active, int) or max_active < 1:
             raise ValueError(f"max_active={max_active!r} must be a positive integer")
-        self.max_active, self.version, self.rows, self.waiting = max_active, version, [], []
+        self.max_active, self.version = max_active, version
+        self.rows, self.waiting = [], []
 
     @property
     def num_active(self) -> int:
         return len(self.rows) + len(self.waiting)
 
     def add(self, request):
-        if any(r.request.request_id == request.request_id for r in self.rows + self.waiting):
+        name = request.request_id
+        if any(r.request.request_id == name for r in self.rows + self.waiting):
             raise ValueError(
-                f"request_id={request.request_id!r} is already active; ids must be unique among active requests"
+                f"request_id={name!r} is already active; ids must be unique among active requests"
             )
         row = _Row(request)
         if row.finished:
             raise ValueError(
-                f"prefix of {request.request_id!r} is already complete; there is nothing to generate"
+                f"prefix of {name!r} is already complete; there is nothing to generate"
             )
         self.waiting.append(row)
 
@@ -187,8 +190,8 @@ class ScriptedEngine(_Rows):
     def __init__(
         self,
         lengths: Callable[[Request], int],  # Steps, and tokens, of a request
-        tokens: Callable[[Request], Sequence[int]]
-        | None = None,  # Its tokens; None counts up from 1
+        # Its tokens; None counts up from 1
+        tokens: Callable[[Request], Sequence[int]] | None = None,
         max_active: int = 64,  # Requests advanced at once
         step_time: float = 0.0,  # Seconds a step lasts
     ):
@@ -232,6 +235,9 @@ def sample_tokens(
     return ids, logp.gather(-1, ids[:, None])[:, 0]
 
 # %% ../../nbs/rl/07_engines.ipynb #fee1ea3a
+_cache_above = 5_000_000  # Parameters from which on a cache is worth its bookkeeping
+
+
 class HFEngine(_Rows):
     "A Hugging Face model as a rollout engine, in this process"
 
@@ -245,17 +251,17 @@ class HFEngine(_Rows):
         copy_model: bool = False,  # Own a copy of the weights; needed if a trainer works meanwhile
         version: int = 0,  # Version of the weights at the beginning
         join_every: int = 4,  # Steps between two passes that read new requests in, with a cache
-        decoder: Callable
-        | None = None,  # model -> `DecodePath`, a faster one than the model's own cache
+        # model -> `DecodePath`, a faster one than the model's own cache
+        decoder: Callable | None = None,
     ):
         super().__init__(max_active, version)
         self.join_every, self.since = join_every, 0
         self.model = copy.deepcopy(model).requires_grad_(False) if copy_model else model
         self.model.eval()
-        size = sum(p.numel() for p in model.parameters())
-        self.use_cache = (
-            (decoder is not None or size > 5_000_000) if use_cache is None else use_cache
-        )
+        if use_cache is None:
+            size = sum(p.numel() for p in model.parameters())
+            use_cache = decoder is not None or size > _cache_above
+        self.use_cache = use_cache
         self.pad_id, self.device = pad_id, next(self.model.parameters()).device
         self.decoder, self.path, self.why_plain = decoder, None, None
         self.stale, self.kind = True, None
@@ -272,14 +278,14 @@ def add(
     n = len(request.prompt_ids) + sc.max_new_tokens
     if self.longest and n > self.longest:
         raise ValueError(
-            f"request {request.request_id!r}: prompt and max_new_tokens make {n} tokens, the model takes {self.longest}"
+            f"request {request.request_id!r}: prompt and max_new_tokens make {n} tokens, "
+            f"the model takes {self.longest}"
         )
     _Rows.add(self, request)
     if sc.temperature > 0:
         base = secrets.randbits(31) if sc.seed is None else sc.seed
-        self.waiting[-1].u = torch.rand(
-            sc.max_new_tokens, generator=rng(base, "request", request.request_id)
-        ).tolist()
+        stream = rng(base, "request", request.request_id)
+        self.waiting[-1].u = torch.rand(sc.max_new_tokens, generator=stream).tolist()
 
 # %% ../../nbs/rl/07_engines.ipynb #648ece91
 @patch
@@ -412,8 +418,8 @@ def keep(
 def path_fault(
     model: torch.nn.Module,  # Causal language model, in evaluation mode
     path: DecodePath,  # Empty, made for this model
-    tol: float
-    | None = None,  # Largest difference in log-probability; None: 1e-4, or .2 in half precision
+    # Largest difference in log-probability; None: 1e-4, or .2 in half precision
+    tol: float | None = None,
 ) -> str | None:  # Why the path is not what the model computes; None: it is
     "Compare a path with plain passes of the model"
     dtype = next(model.parameters()).dtype
@@ -571,7 +577,8 @@ def step(self: HFEngine) -> list[Completion]:  # The finished ones
 @patch
 def load_weights(
     self: HFEngine,
-    weights: "Mapping[str,Tensor]|str|Path|None",  # See `copy_weights`; None: they are shared and there
+    # See `copy_weights`; None: they are shared and already there
+    weights: "Mapping[str,Tensor]|str|Path|None",
     version: int,  # Their version
 ) -> None:
     "Use new weights from the next step on; requests in work go on"

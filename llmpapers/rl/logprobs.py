@@ -98,11 +98,10 @@ def masked_mean(
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}, x has {tuple(x.shape)}; they must agree"
         )
-    m, n = mask.bool(), mask.sum() if dim is None else mask.sum(dim)
+    n = mask.sum(dim)
     if (n == 0).any():
         raise ValueError("mask selects nothing; a mean needs at least one entry")
-    s = torch.where(m, x, 0.0)
-    return (s.sum() if dim is None else s.sum(dim)) / n
+    return torch.where(mask.bool(), x, 0.0).sum(dim) / n
 
 # %% ../../nbs/rl/02_logprobs.ipynb #7452b643
 def masked_whiten(

@@ -28,14 +28,16 @@ def _inputs(logprobs, advantages, *others):
             raise TypeError(f"log-probabilities are {x.dtype}; compute them in float32")
         if x.shape != logprobs.shape:
             raise ValueError(
-                f"log-probabilities of shapes {tuple(logprobs.shape)} and {tuple(x.shape)}; they must agree"
+                f"log-probabilities of shapes {tuple(logprobs.shape)} and {tuple(x.shape)}; "
+                "they must agree"
             )
     if advantages.shape == logprobs.shape:
         return advantages
     if advantages.shape == logprobs.shape[:1]:
         return advantages[:, None]
     raise ValueError(
-        f"advantages has shape {tuple(advantages.shape)}; it needs {tuple(logprobs.shape)} or {tuple(logprobs.shape[:1])}"
+        f"advantages has shape {tuple(advantages.shape)}; "
+        f"it needs {tuple(logprobs.shape)} or {tuple(logprobs.shape[:1])}"
     )
 
 # %% ../../nbs/rl/03_losses.ipynb #401f6643
@@ -104,11 +106,8 @@ def cispo_loss(
 ) -> Tensor:  # (N,L) loss per token
     "Policy gradient with importance weights clipped from both sides"
     A = _inputs(logprobs, advantages, behavior_logprobs)
-    return (
-        -_ratio(logprobs, behavior_logprobs).clamp(1 - clip_low, 1 + clip_high).detach()
-        * A
-        * logprobs
-    )
+    r = _ratio(logprobs, behavior_logprobs)
+    return -r.clamp(1 - clip_low, 1 + clip_high).detach() * A * logprobs
 
 # %% ../../nbs/rl/03_losses.ipynb #9f738262
 def topr_loss(
@@ -128,11 +127,8 @@ def topr_loss(
         log_r = log_r.sum(-1, keepdim=True).expand_as(logprobs)
     elif level != "token":
         raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
-    w = torch.where(
-        rewards[:, None] > 0,
-        positive_weight,
-        negative_weight * log_r.clamp(-20, 20).exp().clamp(max=1),
-    ).detach()
+    bad = negative_weight * log_r.clamp(-20, 20).exp().clamp(max=1)
+    w = torch.where(rewards[:, None] > 0, positive_weight, bad).detach()
     return -w * A * logprobs
 
 # %% ../../nbs/rl/03_losses.ipynb #c85bdc95
@@ -146,16 +142,10 @@ def gspo_loss(
 ) -> Tensor:  # (N,L) loss per token, the same for all tokens of a row
     "Clipped surrogate with one geometric-mean ratio per sequence"
     A = _inputs(logprobs, advantages, behavior_logprobs)
-    log_s = torch.where(mask.bool(), logprobs - behavior_logprobs, 0.0).sum(-1) / mask.sum(
-        -1
-    ).clamp(min=1)
-    return -_clipped(
-        log_s.clamp(-20, 20).exp()[:, None].expand_as(logprobs),
-        A.expand_as(logprobs),
-        clip_low,
-        clip_high,
-        None,
-    )
+    log_r = torch.where(mask.bool(), logprobs - behavior_logprobs, 0.0)
+    log_s = log_r.sum(-1) / mask.sum(-1).clamp(min=1)
+    s = log_s.clamp(-20, 20).exp()[:, None].expand_as(logprobs)
+    return -_clipped(s, A.expand_as(logprobs), clip_low, clip_high, None)
 
 # %% ../../nbs/rl/03_losses.ipynb #e1ab42f1
 modes = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
@@ -165,7 +155,8 @@ def aggregate(
     x: Tensor,  # (N,L) values per token
     mask: Tensor,  # (N,L) bool
     mode: str = "token-mean",  # One of `modes`
-    denom: float = None,  # Global count: tokens for "token-mean", rows for the others; None counts this batch
+    # Global count: tokens for "token-mean", rows for the others; None counts those of this batch
+    denom: float = None,
     norm_len: float = None,  # Fixed length of "seq-mean-token-sum-norm"; None takes L
 ) -> Tensor:  # Scalar
     "One number from per-token values; micro-batches with the global `denom` add up"
@@ -219,8 +210,8 @@ def require_draws(
         n = int((~batch.drawn).sum())
         usable = ", ".join(sorted(without_ratios))
         raise ValueError(
-            f"loss {name!r} weighs samples by ratios of probabilities, but {n} of {len(batch)} were "
-            f"not drawn from the policy (beams, edits); use a loss without ratios: {usable}"
+            f"loss {name!r} weighs samples by ratios of probabilities, but {n} of {len(batch)} "
+            f"were not drawn from the policy (beams, edits); use a loss without ratios: {usable}"
         )
 
 
@@ -311,17 +302,16 @@ def policy_loss(
     "Loss of a batch and the numbers to watch"
     if cfg.name not in without_ratios:
         require_draws(batch, cfg.name)
-    agg = lambda x: aggregate(x, batch.response_mask, cfg.mode, denom, cfg.norm_len)
-    loss, metrics = (
-        agg(losses[cfg.name](cfg, batch, logprobs, proximal_logprobs)),
-        _watch(cfg, batch, logprobs),
-    )
-    for name, coef, value in (
-        ("ref_logprobs", cfg.kl_coef, ref_logprobs),
-        ("entropy", cfg.entropy_coef, entropy),
-    ):
+    needed = (("ref_logprobs", cfg.kl_coef, ref_logprobs), ("entropy", cfg.entropy_coef, entropy))
+    for name, coef, value in needed:
         if coef and value is None:
             raise ValueError(f"{name} is None, but its coefficient is {coef}")
+
+    def agg(x):
+        return aggregate(x, batch.response_mask, cfg.mode, denom, cfg.norm_len)
+
+    loss = agg(losses[cfg.name](cfg, batch, logprobs, proximal_logprobs))
+    metrics = _watch(cfg, batch, logprobs)
     if ref_logprobs is not None:
         kl = agg(kl_estimate(logprobs, ref_logprobs, cfg.kl_kind))
         metrics["kl/ref"] = kl.item()
@@ -346,7 +336,6 @@ def value_loss(
     "Half the squared error to the returns, clipped around the old values if asked"
     err = (values - returns).square()
     if clip is not None:
-        err = torch.maximum(
-            err, (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
-        )
+        near_old = old_values + (values - old_values).clamp(-clip, clip)
+        err = torch.maximum(err, (near_old - returns).square())
     return aggregate(err / 2, mask, denom=denom)

@@ -117,9 +117,8 @@ class Run(NamedTuple):
     "A finished run"
 
     rows: list  # One dictionary of metrics a batch
-    controller: (
-        AsyncController | None
-    )  # With `trained`, `failed`, `timeline`; None after `train_sync`
+    # With `trained`, `failed`, `timeline`; None after `train_sync`
+    controller: AsyncController | None
 
 
 def train_policy(

@@ -38,7 +38,8 @@ def micro_batches(
     for i in range(1, len(n) + 1):
         costs = []
         for j in range(i - 1, -1, -1):
-            if (size := (i - j) * n[j]) > max_tokens and i - j > 1:
+            size = (i - j) * n[j]
+            if size > max_tokens and i - j > 1:
                 break
             costs.append((best[j][0] + size + overhead, j))
         best.append(min(costs))
@@ -53,9 +54,8 @@ def loss_denom(
     batch: Batch,  # All rows of the minibatch
 ) -> int:  # Sampled tokens, or rows that have one
     "The global denominator of a minibatch"
-    return int(
-        (batch.response_mask if cfg.mode == "token-mean" else batch.response_mask.any(-1)).sum()
-    )
+    m = batch.response_mask
+    return int((m if cfg.mode == "token-mean" else m.any(-1)).sum())
 
 # %% ../../nbs/rl/08_trainer.ipynb #dbb51649
 def _cut(batch, rows):
@@ -105,15 +105,26 @@ def gae_credit(
     lam: float = 0.95,  # Trace parameter
 ) -> Callable:  # batch -> (advantages, returns), both (N,L)
     "Generalised advantage estimation as an `advantages_fn`"
-    return lambda batch: gae(
-        terminal_rewards(batch),
-        critic.values(batch).detach().float(),
-        batch.response_mask,
-        gamma,
-        lam,
-    )
+
+    def credit(batch):
+        values = critic.values(batch).detach().float()
+        return gae(terminal_rewards(batch), values, batch.response_mask, gamma, lam)
+
+    return credit
 
 # %% ../../nbs/rl/08_trainer.ipynb #292185ec
+def _check_trainer(model, loss, ref_model):
+    "Is there a reference if the loss needs one, and are the weights precise enough to be trained?"
+    if loss.kl_coef and ref_model is None:
+        raise ValueError(f"ref_model is None, but kl_coef={loss.kl_coef} needs a reference")
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"model: {name} is not float32; load in float32 and pass "
+                "autocast_dtype=torch.bfloat16 for a cheaper forward pass"
+            )
+
+
 class PolicyTrainer:
     "One policy, its optimiser, and how a batch becomes an update"
 
@@ -136,56 +147,35 @@ class PolicyTrainer:
         restricted: bool = False,  # Softmax over the tokens that were allowed when sampling
         max_skipped: int = 3,  # Non-finite batches in a row that raise
         dump_dir: "str|Path" = None,  # Folder for batches that were skipped
-        group=None,  # Process group of `torch.distributed` that shares each batch; None is one process
+        # Process group of `torch.distributed` that shares each batch; None is one process
+        group=None,
         seed: int = 0,  # Decides the minibatches
     ):
-        for n, x in dict(
-            epochs=epochs,
-            minibatches=minibatches,
-            max_tokens_per_micro=max_tokens_per_micro,
-            max_skipped=max_skipped,
-        ).items():
+        _check_trainer(model, loss, ref_model)
+        for name, x in (
+            ("epochs", epochs),
+            ("minibatches", minibatches),
+            ("max_tokens_per_micro", max_tokens_per_micro),
+            ("max_skipped", max_skipped),
+        ):
             if not isinstance(x, int) or x < 1:
-                raise ValueError(f"{n}={x!r} must be a positive integer")
-        if loss.kl_coef and ref_model is None:
-            raise ValueError(f"ref_model is None, but kl_coef={loss.kl_coef} needs a reference")
-        low = [
-            n
-            for n, p in model.named_parameters()
-            if p.requires_grad and p.dtype not in (torch.float32, torch.float64)
-        ]
-        if low:
-            raise ValueError(
-                f"model: {low[0]} is not float32; load in float32 and pass autocast_dtype=torch.bfloat16 for a cheaper forward pass"
-            )
-        self.device = (
-            torch.device(device) if device is not None else next(model.parameters()).device
-        )
+                raise ValueError(f"{name}={x!r} must be a positive integer")
+        here = next(model.parameters()).device
+        self.device = here if device is None else torch.device(device)
         self.model, self.ref_model = model.to(self.device), ref_model
         if ref_model is not None:
             ref_model.to(self.device).eval().requires_grad_(False)
-        self.optimizer, self.loss, self.critic, self.scheduler, self.group = (
-            optimizer,
-            loss,
-            critic,
-            scheduler,
-            group,
-        )
-        self.temperature, self.epochs, self.minibatches, self.max_tokens = (
-            temperature,
-            epochs,
-            minibatches,
-            max_tokens_per_micro,
-        )
-        self.restricted = restricted
-        self.max_grad_norm, self.autocast_dtype, self.max_skipped, self.dump_dir, self.seed = (
-            max_grad_norm,
-            autocast_dtype,
-            max_skipped,
-            dump_dir,
-            seed,
-        )
-        self.n_steps, self.n_updates, self.n_skipped, self.skipped_in_row = 0, 0, 0, 0
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.loss, self.critic = loss, critic
+        self.group = group
+        self.temperature, self.restricted = temperature, restricted
+        self.autocast_dtype = autocast_dtype
+        self.epochs, self.minibatches = epochs, minibatches
+        self.max_tokens = max_tokens_per_micro
+        self.max_grad_norm = max_grad_norm
+        self.max_skipped, self.dump_dir = max_skipped, dump_dir
+        self.seed = seed
+        self.n_steps = self.n_updates = self.n_skipped = self.skipped_in_row = 0
         self.advantages_fn = self.default_advantages if critic is None else gae_credit(critic)
 
     @staticmethod
@@ -207,11 +197,11 @@ def _credit(self: PolicyTrainer, batch):
         A = A[:, None].expand(batch.input_ids.shape)
     if A.shape != batch.input_ids.shape:
         raise ValueError(
-            f"advantages_fn returned shape {tuple(A.shape)}; it needs {tuple(batch.rewards.shape)} or {tuple(batch.input_ids.shape)}"
+            f"advantages_fn returned shape {tuple(A.shape)}; it needs "
+            f"{tuple(batch.rewards.shape)} or {tuple(batch.input_ids.shape)}"
         )
-    return replace(
-        batch, advantages=torch.where(batch.response_mask, A.detach().float(), 0.0)
-    ), returns
+    A = torch.where(batch.response_mask, A.detach().float(), 0.0)
+    return replace(batch, advantages=A), returns
 
 # %% ../../nbs/rl/08_trainer.ipynb #b98ddbf6
 @patch
@@ -223,11 +213,9 @@ def forward(
 ) -> tuple:  # (N,L) float32 log-probabilities; (N,L) entropy or None
     "Log-probability of every token at the trainer's temperature"
     model = self.model if model is None else model
-    cast = (
-        nullcontext()
-        if self.autocast_dtype is None
-        else torch.autocast(self.device.type, self.autocast_dtype)
-    )
+    cast = nullcontext()
+    if self.autocast_dtype is not None:
+        cast = torch.autocast(self.device.type, self.autocast_dtype)
     m = batch.attention_mask
     mask = None if bool((m[:, 1:] <= m[:, :-1]).all()) else m.long()
     with cast:
@@ -253,15 +241,12 @@ def score(
 ) -> Tensor:  # (N,L) log-probabilities of sampled tokens, 0 elsewhere
     "Log-probabilities of a whole batch, in micro-batches and without gradient"
     res = torch.zeros(batch.input_ids.shape, device=self.device)
-    for rows in (
-        micro
-        if micro is not None
-        else micro_batches(batch.attention_mask.sum(-1).tolist(), self.max_tokens)
-    ):
+    if micro is None:
+        micro = micro_batches(batch.attention_mask.sum(-1).tolist(), self.max_tokens)
+    for rows in micro:
         b = _cut(batch, rows)
-        res[rows, : b.input_ids.shape[1]] = torch.where(
-            b.response_mask, self.forward(b, model)[0], 0.0
-        )
+        logp, _ = self.forward(b, model)
+        res[rows, : b.input_ids.shape[1]] = torch.where(b.response_mask, logp, 0.0)
     return res
 
 # %% ../../nbs/rl/08_trainer.ipynb #b3861ac7
@@ -281,12 +266,10 @@ def _own(self: PolicyTrainer, batch, rows):
     lengths = batch.attention_mask.sum(-1).tolist()
     if self.group is not None:
         dist = torch.distributed
-        rows = sorted(rows, key=lambda i: -lengths[i])[
-            dist.get_rank(self.group) :: dist.get_world_size(self.group)
-        ]
-    return [
-        [rows[j] for j in m] for m in micro_batches([lengths[i] for i in rows], self.max_tokens)
-    ]
+        rank, n_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        rows = sorted(rows, key=lambda i: -lengths[i])[rank::n_ranks]
+    micro = micro_batches([lengths[i] for i in rows], self.max_tokens)
+    return [[rows[j] for j in m] for m in micro]
 
 # %% ../../nbs/rl/08_trainer.ipynb #b7a1a101
 @patch
@@ -299,45 +282,33 @@ def objective(
     **kw,  # Other arguments of `policy_loss`
 ) -> tuple[Tensor, dict]:  # Scalar loss, metrics
     "What is minimised"
-    return policy_loss(
-        replace(self.loss, norm_len=self.loss.norm_len or norm_len), batch, logprobs, **kw
-    )
+    loss = replace(self.loss, norm_len=self.loss.norm_len or norm_len)
+    return policy_loss(loss, batch, logprobs, **kw)
 
 
 @patch
 def _gradient(self: PolicyTrainer, batch, rows, prox, ref):
     "Accumulate the gradient of some rows; their loss, metrics and log-probabilities"
     whole, shape, mine = batch.rows(rows), batch.input_ids.shape, self._own(batch, rows)
-    denom = loss_denom(self.loss, whole)
+    sizes = dict(denom=loss_denom(self.loss, whole), norm_len=shape[1])
     lp, ent = torch.zeros(shape, device=self.device), torch.zeros(shape, device=self.device)
     for r in mine:
         b = _cut(batch, r)
         w = b.input_ids.shape[1]
         logp, h = self.forward(b, with_entropy=True)
-        at = lambda x: None if x is None else x[r, :w]
-        near = logp.detach() if prox is None else at(prox)
-        self.objective(
-            b,
-            r,
-            logp,
-            proximal_logprobs=near,
-            ref_logprobs=at(ref),
-            entropy=h,
-            denom=denom,
-            norm_len=shape[1],
-        )[0].backward()
-        lp[r, :w], ent[r, :w] = torch.where(b.response_mask, logp.detach(), 0.0), h.detach()
+        near = logp.detach() if prox is None else prox[r, :w]
+        far = None if ref is None else ref[r, :w]
+        others = dict(proximal_logprobs=near, ref_logprobs=far, entropy=h)
+        loss, _ = self.objective(b, r, logp, **others, **sizes)
+        loss.backward()
+        lp[r, :w] = torch.where(b.response_mask, logp.detach(), 0.0)
+        ent[r, :w] = h.detach()
     _sum_over(self.group, [lp, ent])
-    near, far = (lp if prox is None else prox)[rows], None if ref is None else ref[rows]
+    near = (lp if prox is None else prox)[rows]
+    far = None if ref is None else ref[rows]
+    others = dict(proximal_logprobs=near, ref_logprobs=far, entropy=ent[rows])
     with torch.no_grad():
-        args = dict(
-            proximal_logprobs=near,
-            ref_logprobs=far,
-            entropy=ent[rows],
-            denom=denom,
-            norm_len=shape[1],
-        )
-        loss, metrics = self.objective(whole, rows, lp[rows], **args)
+        loss, metrics = self.objective(whole, rows, lp[rows], **others, **sizes)
     return loss.item(), metrics | {"train/micro_batches": float(len(mine))}, lp
 
 # %% ../../nbs/rl/08_trainer.ipynb #5037fb28
@@ -367,15 +338,15 @@ def _skip(self: PolicyTrainer, batch, name):
     self.optimizer.zero_grad(set_to_none=True)
     self.n_skipped += 1
     self.skipped_in_row += 1
-    if self.dump_dir is not None and (
-        self.group is None or torch.distributed.get_rank(self.group) == 0
-    ):
+    first = self.group is None or torch.distributed.get_rank(self.group) == 0
+    if self.dump_dir is not None and first:
         folder = Path(self.dump_dir) / "nonfinite"
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(vars(batch.to("cpu")), folder / f"step_{self.n_steps:06d}.pt")
     if self.skipped_in_row >= self.max_skipped:
         raise FloatingPointError(
-            f"{name} is not finite; {self.skipped_in_row} batches in a row were skipped, the last is number {self.n_steps}. "
+            f"{name} is not finite; {self.skipped_in_row} batches in a row were skipped, "
+            f"the last is number {self.n_steps}. "
             "Lower the learning rate, or look at the batch (dump_dir keeps it)"
         )
 
@@ -388,9 +359,8 @@ def _update(self: PolicyTrainer):
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     _sum_over(self.group, [p.grad for p in ps])
-    return float(
-        nn.utils.clip_grad_norm_(ps, math.inf if self.max_grad_norm is None else self.max_grad_norm)
-    )
+    limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+    return float(nn.utils.clip_grad_norm_(ps, limit))
 
 # %% ../../nbs/rl/08_trainer.ipynb #1595b835
 def _trained(batch):
@@ -405,13 +375,10 @@ def _minibatches(self: PolicyTrainer, batch, epoch):
         raise ValueError("response_mask selects nothing; a batch needs at least one sampled token")
     if self.minibatches == 1:
         return [rows]
-    order = torch.randperm(
-        len(rows), generator=rng(self.seed, "rows", self.n_steps, epoch)
-    ).tolist()
-    return [
-        sorted(rows[i] for i in order[k :: self.minibatches])
-        for k in range(min(self.minibatches, len(rows)))
-    ]
+    draw = rng(self.seed, "rows", self.n_steps, epoch)
+    order = torch.randperm(len(rows), generator=draw).tolist()
+    parts = [order[k :: self.minibatches] for k in range(min(self.minibatches, len(rows)))]
+    return [sorted(rows[i] for i in part) for part in parts]
 
 # %% ../../nbs/rl/08_trainer.ipynb #7e06d80e
 @patch
@@ -434,10 +401,10 @@ def _apply(self: PolicyTrainer):
 @patch
 def _report(self: PolicyTrainer, batch, logs):
     "Means over minibatches, maxima where the name says so, and what the batch was like"
-    res = {
-        k: (max if k.endswith("/max") else lambda v: sum(v) / len(v))([m[k] for m in logs])
-        for k in logs[0]
-    }
+    res = {}
+    for k in logs[0]:
+        values = [m[k] for m in logs]
+        res[k] = max(values) if k.endswith("/max") else sum(values) / len(values)
     A = batch.advantages[batch.response_mask]
     return res | {
         "train/reward": batch.rewards.mean().item(),
@@ -455,17 +422,12 @@ def step(
     batch: Batch,  # Scored samples, on any device
 ) -> dict:  # Metrics as floats; those of the loss are means over the minibatches
     "Train on one batch"
-    batch, self.model = (
-        batch.to(self.device),
-        self.model.train(bool(getattr(self.model, "is_gradient_checkpointing", False))),
-    )
+    # gradient checkpointing works in training mode only
+    self.model.train(bool(getattr(self.model, "is_gradient_checkpointing", False)))
     self.optimizer.zero_grad(set_to_none=True)
-    batch, returns = self._credit(batch)
-    extra = (
-        {}
-        if self.critic is None
-        else {f"critic/{k}": float(v) for k, v in self.critic.step(batch, returns).items()}
-    )
+    batch, returns = self._credit(batch.to(self.device))
+    extra = {} if self.critic is None else self.critic.step(batch, returns)
+    extra = {f"critic/{k}": float(v) for k, v in extra.items()}
     plan = [rows for e in range(self.epochs) for rows in self._minibatches(batch, e)]
     mine = self._own(batch, _trained(batch)) if len(plan) > 1 or self.loss.kl_coef else None
     prox = self._shared(self.score(batch, micro=mine)) if len(plan) > 1 else None
@@ -500,13 +462,12 @@ def weights(self: PolicyTrainer) -> dict[str, Tensor]:  # Name -> tensor on the 
 @patch
 def state_dict(self: PolicyTrainer) -> dict:  # Tensors and plain values
     "Everything that is needed to go on: weights, optimiser, scheduler, critic, counters"
-    part = lambda x: None if x is None else x.state_dict()
+    parts = dict(scheduler=self.scheduler, critic=self.critic)
     return dict(
         model=self.weights(),
         optimizer=cpu_copy(self.optimizer.state_dict()),
         counters={k: getattr(self, k) for k in _counters},
-        scheduler=part(self.scheduler),
-        critic=part(self.critic),
+        **{k: None if x is None else x.state_dict() for k, x in parts.items()},
     )
 
 # %% ../../nbs/rl/08_trainer.ipynb #36cff999
@@ -518,9 +479,8 @@ def load_state_dict(
     "Take over a saved state"
     for k in ("scheduler", "critic"):
         if (getattr(self, k) is None) != (state[k] is None):
-            raise ValueError(
-                f"{k}: the saved state has {'none' if state[k] is None else 'one'}; make the trainer in the same way"
-            )
+            found = "none" if state[k] is None else "one"
+            raise ValueError(f"{k}: the saved state has {found}; make the trainer in the same way")
     copy_weights(self.model, state["model"])
     self.optimizer.load_state_dict(state["optimizer"])
     for k in ("scheduler", "critic"):

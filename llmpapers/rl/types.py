@@ -58,7 +58,7 @@ class Completion:
                 f"finish_reason={self.finish_reason!r} must be 'stop', 'length' or 'abort'"
             )
         at = 0
-        for v, start, end in self.versions:
+        for _, start, end in self.versions:
             if start != at or end <= start:
                 raise ValueError(
                     f"versions {self.versions} must cover 0..{n} without gap or overlap"
@@ -168,7 +168,7 @@ class Batch:
     versions: Tensor  # (N,) int64, version at admission of the group
     token_versions: Tensor  # (N,L) int32, version of each sampled token; -1 elsewhere
     drawn: Tensor | None = None  # (N,) bool, drawn from the policy; None: all are
-    # (N,L,A) int64, tokens that a token was drawn from, filled with -1; a row of -1: all; None: no row
+    # (N,L,A) int64, tokens each was drawn from, filled with -1; only -1: all; None: all rows
     allowed: Tensor | None = None
 
     def __len__(self):
@@ -212,12 +212,12 @@ def _row(sample, width, pad_id):
     "One value a position for each token tensor of a batch"
     p, mask = len(sample.prompt_ids), sample.response_mask
     tokens = [*sample.prompt_ids, *sample.response_ids]
-    return (
-        _fill(tokens, 0, pad_id, width),
-        _fill([True] * len(tokens), 0, False, width),
-        _fill(mask, p, False, width),
-        _fill(_where(sample.behavior_logprobs, mask, 0.0), p, 0.0, width),
-        _fill(_where(sample.versions, mask, -1), p, -1, width),
+    return dict(
+        input_ids=_fill(tokens, 0, pad_id, width),
+        attention_mask=_fill([True] * len(tokens), 0, False, width),
+        response_mask=_fill(mask, p, False, width),
+        behavior_logprobs=_fill(_where(sample.behavior_logprobs, mask, 0.0), p, 0.0, width),
+        token_versions=_fill(_where(sample.versions, mask, -1), p, -1, width),
     )
 
 
@@ -248,22 +248,25 @@ def collate(
         raise ValueError("two groups have the same group_id")
     samples = [s for _, s in pairs]
     width = max(len(s.prompt_ids) + len(s.response_ids) for s in samples)
-    ids, attention, response, logps, versions = zip(*(_row(s, width, pad_id) for s in samples))
+    rows = [_row(s, width, pad_id) for s in samples]
 
     def tensor(values, dtype):
         return torch.tensor(values, dtype=dtype, device=device)
 
+    def stacked(name, dtype):
+        return tensor([row[name] for row in rows], dtype)
+
     allowed, drawn = _allowed(samples, width), [s.drawn for s in samples]
     return Batch(
-        input_ids=tensor(ids, torch.int64),
-        attention_mask=tensor(attention, torch.bool),
-        response_mask=tensor(response, torch.bool),
-        behavior_logprobs=tensor(logps, torch.float32),
+        input_ids=stacked("input_ids", torch.int64),
+        attention_mask=stacked("attention_mask", torch.bool),
+        response_mask=stacked("response_mask", torch.bool),
+        behavior_logprobs=stacked("behavior_logprobs", torch.float32),
         advantages=torch.zeros(len(pairs), width, device=device),
         rewards=tensor([s.reward for s in samples], torch.float32),
         group_ids=tensor([g.group_id for g, _ in pairs], torch.int64),
         versions=tensor([g.version for g, _ in pairs], torch.int64),
-        token_versions=tensor(versions, torch.int32),
+        token_versions=stacked("token_versions", torch.int32),
         drawn=None if all(drawn) else tensor(drawn, torch.bool),
         allowed=None if allowed is None else allowed.to(device),
     )

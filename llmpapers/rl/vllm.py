@@ -100,16 +100,16 @@ class VLLMEngine:
         kv_gib: int = 1,  # Memory for keys and values on a CPU, GiB
         version: int = 0,  # Version of the weights in the folder
         seed: int = 0,  # Engine seed; requests have their own
-        **engine_args,  # More arguments of `vllm.LLM`, e.g. gpu_memory_utilization, tensor_parallel_size
+        # More arguments of `vllm.LLM`, for example gpu_memory_utilization, tensor_parallel_size
+        **engine_args,
     ):
         if not (Path(model) / "config.json").is_file():
             raise ValueError(
                 f"model: {model} is no folder with a config.json; save the model there first"
             )
         cpu = not torch.cuda.is_available()
-        for k, v in (
-            _vllm_env | (dict(VLLM_CPU_KVCACHE_SPACE=str(int(kv_gib))) if cpu else {})
-        ).items():
+        memory = dict(VLLM_CPU_KVCACHE_SPACE=str(int(kv_gib))) if cpu else {}
+        for k, v in (_vllm_env | memory).items():
             os.environ.setdefault(k, v)
         with _quiet():
             vllm = need("vllm", "vllm")
@@ -125,11 +125,16 @@ class VLLMEngine:
             disable_log_stats=True,
             use_tqdm_on_load=False,
             logits_processors=[_constraint_processor()],
-        ) | (dict(max_model_len=max_len) if max_len else {})
+        )
+        if max_len:
+            args["max_model_len"] = max_len
         with _quiet():
             self.llm = vllm.LLM(str(model), **args | engine_args)
-        self.version, self.rows, self.scored = int(version), {}, {}
-        self.engine, self.params, self.ready = self.llm.llm_engine, vllm.SamplingParams, []
+        self.version = int(version)
+        self.rows = {}  # request id -> row, and how many tokens it came with
+        self.scored = {}  # name of a sequence that is being scored -> what vLLM said of it
+        self.ready = []  # responses that ended while a sequence was scored
+        self.engine, self.params = self.llm.llm_engine, vllm.SamplingParams
         self.cumulative = need("vllm.sampling_params").RequestOutputKind.CUMULATIVE
         self.llm.update_weight_version(str(self.version))
 
@@ -144,6 +149,14 @@ class VLLMEngine:
         self.llm = self.engine = None
 
 # %% ../../nbs/rl/09_vllm.ipynb #8b9d7d48
+def _stream_seed(seed, name, n):
+    "Seed of a request that already has n tokens; None: vLLM draws one"
+    if seed is None:
+        return None
+    digest = hashlib.sha256(f"{seed}|{name}|{n}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
 @patch
 def add(
     self: VLLMEngine,
@@ -157,13 +170,6 @@ def add(
         )
     if row.finished:
         raise ValueError(f"prefix of {name!r} is already complete; there is nothing to generate")
-    own = (
-        None
-        if sc.seed is None
-        else int.from_bytes(
-            hashlib.sha256(f"{sc.seed}|{name}|{len(row.ids)}".encode()).digest()[:4], "big"
-        )
-    )
     params = self.params(
         n=1,
         temperature=sc.temperature,
@@ -171,7 +177,7 @@ def add(
         top_k=0,
         max_tokens=sc.max_new_tokens - len(row.ids),
         logprobs=0,
-        seed=own,
+        seed=_stream_seed(sc.seed, name, len(row.ids)),
         stop_token_ids=list(sc.stop_token_ids),
         ignore_eos=True,
         detokenize=False,

@@ -18,7 +18,8 @@ from .logprobs import token_logprobs
 
 # %% ../../nbs/rl/06_weights.ipynb #c2cb21f5
 def read_weights(
-    weights: "Mapping[str,Tensor]|str|Path",  # Tensors or arrays by name, or a folder with *.safetensors
+    # Tensors or arrays by name, or a folder with *.safetensors
+    weights: "Mapping[str,Tensor]|str|Path",
 ) -> dict[str, Tensor]:  # Tensors by name
     "Weights as tensors, from wherever they are"
     if isinstance(weights, (str, Path)):
@@ -47,9 +48,8 @@ def copy_weights(
         raise ValueError(f"weights: {lost[0]!r} is missing ({len(lost)} missing names)")
     bad = [k for k in w if w[k].shape != own[k].shape]
     if bad:
-        raise ValueError(
-            f"weights: {bad[0]!r} has shape {tuple(w[bad[0]].shape)}, the model {tuple(own[bad[0]].shape)}"
-        )
+        sizes = tuple(w[bad[0]].shape), tuple(own[bad[0]].shape)
+        raise ValueError(f"weights: {bad[0]!r} has shape {sizes[0]}, the model {sizes[1]}")
     with torch.no_grad():
         for k, v in w.items():
             own[k].copy_(v)
@@ -96,13 +96,11 @@ def pack_weights(
         value = value.detach().cpu()
         value = value.float() if value.dtype == torch.bfloat16 else value
         by_dtype.setdefault(value.dtype, []).append((name, value))
-    return [
-        (
-            [(name, value.shape) for name, value in part],
-            torch.cat([value.reshape(-1) for _, value in part]).numpy(),
-        )
-        for part in by_dtype.values()
-    ]
+    res = []
+    for part in by_dtype.values():
+        names = [(name, value.shape) for name, value in part]
+        res.append((names, torch.cat([value.reshape(-1) for _, value in part]).numpy()))
+    return res
 
 
 def unpack_weights(
@@ -141,7 +139,8 @@ def check_sync(
     gap = (torch.tensor(engine.logprobs(ids)) - torch.tensor(expected)).abs().max().item()
     if not gap <= tol:
         raise WeightSyncError(
-            f"log-probabilities differ by {gap:.3g} (allowed {tol}): the weights of version {engine.version} did not arrive"
+            f"log-probabilities differ by {gap:.3g} (allowed {tol}): "
+            f"the weights of version {engine.version} did not arrive"
         )
     return gap
 

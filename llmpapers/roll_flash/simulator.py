@@ -61,30 +61,23 @@ class _Run:
     "Slots, queue, clock and counts of one simulation"
 
     def __init__(self, durations, n_workers, buffer, n_steps, on_stale, record):
-        self.source, self.buf, self.n_steps, self.on_stale, self.record = (
-            iter(durations),
-            buffer,
-            n_steps,
-            on_stale,
-            record,
-        )
-        self.d, self.queue, self.heap, self.running, self.free = (
-            [],
-            deque(),
-            [],
-            {},
-            list(range(n_workers)),
-        )
-        self.now = self.paused = self.busy = self.wasted = 0.0
+        self.buf, self.n_steps = buffer, n_steps
+        self.on_stale, self.record = on_stale, record
+        self.source, self.ended = iter(durations), False
+        self.d = []  # durations that were admitted
+        self.queue = deque()  # pending responses (group, member)
+        self.heap = []  # running ones by the engine time of their end
+        self.running = {}  # (group, member) -> slot, engine time of the start, attempt, start
+        self.free = list(range(n_workers))  # slots
+        self.now = self.paused = 0.0  # time, and how much of it the engines stood still
+        self.busy = self.wasted = 0.0
         self.aborted = 0
-        self.start, self.missing, self.ready, self.outstanding, self.ended = (
-            [],
-            {},
-            Counter(),
-            Counter(),
-            False,
-        )
-        self.dispatched, self.runs, self.done, self.spent = [], [], set(), Counter()
+        self.start = []  # version at which each group began
+        self.missing = {}  # group -> responses that have not ended
+        self.done = set()  # groups without any
+        self.ready, self.outstanding = Counter(), Counter()  # groups by version of their start
+        self.spent = Counter()  # slot time of each group's finished responses
+        self.dispatched, self.runs = [], []
 
     def admit(self):
         "Admit what the buffer allows and put the members at the end of the queue"
@@ -97,7 +90,8 @@ class _Run:
             for x in new:
                 if not 0 <= x < math.inf:
                     raise ValueError(
-                        f"durations: entry {len(self.d)} is {x}; a duration must be finite and at least 0"
+                        f"durations: entry {len(self.d)} is {x}; "
+                        "a duration must be finite and at least 0"
                     )
                 self.d.append(x)
             g = b.admit(len(self.start))
@@ -105,12 +99,12 @@ class _Run:
             self.missing[g.group_id] = G
             self.outstanding[g.version] += 1
             self.queue.extend((g.group_id, k) for k in range(G))
-        if self.ended and len(self.start) - b.count["dropped"] < self.n_steps * b.batch_size:
-            need = f"{self.n_steps * b.batch_size * G}" + (
-                " and as many as are dropped" if b.count["dropped"] else ""
-            )
+        dropped, need = b.count["dropped"], self.n_steps * b.batch_size
+        if self.ended and len(self.start) - dropped < need:
+            more = " and as many as are dropped" if dropped else ""
             raise ValueError(
-                f"durations has {len(self.d)} usable entries; {self.n_steps} steps of {b.batch_size} groups of {G} need {need}"
+                f"durations has {len(self.d)} usable entries; {self.n_steps} steps of "
+                f"{b.batch_size} groups of {G} need {need * G}{more}"
             )
 
 # %% ../../nbs/roll_flash/01_simulator.ipynb #a94826b4
@@ -167,9 +161,9 @@ def _publish(r):
     if b.on_stale == "wait":
         return
     for g in stop:
-        r.wasted += sum(
-            _leave(r, g, k, r.now - r.paused, False) for k in range(G) if (g, k) in r.running
-        )
+        for k in range(G):
+            if (g, k) in r.running:
+                r.wasted += _leave(r, g, k, r.now - r.paused, False)
     for g, e in list(b.groups.items()):
         if r.start[g] == e.version:
             continue
@@ -185,19 +179,20 @@ def _publish(r):
 
 # %% ../../nbs/roll_flash/01_simulator.ipynb #2049192f
 def simulate(
-    durations: Iterable[
-        float
-    ],  # Generation time of each response, may be endless; member k of group g is entry g*group_size + k
+    # Generation time of each response, perhaps endless; member k of group g is entry g*G + k
+    durations: Iterable[float],
     n_workers: int,  # Slots that generate, K
     batch_size: int,  # Groups per training step, B
     async_ratio: float,  # How many batches generation may run ahead, alpha; 0 is synchronous
     train_time: float,  # Time of one training step
     n_steps: int,  # Training steps to run
-    on_stale: str = "wait",  # "wait" or "abort" as in `SampleBuffer`, or "drop": abort, and lose the prompt
+    # "wait" or "abort" as in `SampleBuffer`, or "drop": abort, and lose the prompt
+    on_stale: str = "wait",
     sync_time: float = 0.0,  # Time of a weight swap, during which the slots stand still
     group_size: int = 1,  # Responses per group, G
     record: bool = False,  # Keep `runs`, for charts
-    ask_always: bool = False,  # Ask the buffer after every event instead of when counts allow it; same result, slower
+    # Ask the buffer after every event, not when counts allow it; same result, slower
+    ask_always: bool = False,
 ) -> SimResult:  # Times, order of training, staleness
     "Simulate rollout and training around the production sample buffer"
     _validate(n_workers, train_time, sync_time, n_steps)
@@ -220,9 +215,8 @@ def simulate(
             _complete(r)
             continue
         if end == math.inf:
-            raise RuntimeError(
-                "nothing is running and no batch can be taken"
-            )  # the buffer promises that this cannot be
+            # the buffer promises that this cannot be
+            raise RuntimeError("nothing is running and no batch can be taken")
         r.now = end + sync_time
         r.paused += sync_time
         end = math.inf
@@ -239,9 +233,8 @@ def _take(r, ask_always):
     if not ask_always:
         if len(r.done) < b.batch_size:
             return None
-        if b.on_stale == "wait" and not _can_take(
-            r.ready, r.outstanding, b.version, b.bound, b.batch_size
-        ):
+        counts = r.ready, r.outstanding
+        if b.on_stale == "wait" and not _can_take(*counts, b.version, b.bound, b.batch_size):
             return None
     batch = b.take()
     if batch is None:
@@ -267,16 +260,16 @@ def _result(r, published, trains, trained, staleness, per_step):
     steps = [b - a for a, b in zip([0.0] + published, published)]
     share = r.busy / (len(r.free) * clock) if clock else 0.0
     return SimResult(
-        total,
-        steps,
-        staleness,
-        trained,
-        r.dispatched,
-        max(0.0, total - len(steps) * per_step),
-        1.0 if 1 < share < 1 + 1e-9 else share,
-        r.wasted,
-        r.aborted,
-        r.d,
-        sorted(r.runs, key=lambda x: x[2]),
-        trains,
+        total_time=total,
+        step_times=steps,
+        staleness=staleness,
+        trained=trained,
+        dispatched=r.dispatched,
+        idle_train=max(0.0, total - len(steps) * per_step),
+        utilisation=1.0 if 1 < share < 1 + 1e-9 else share,  # rounding
+        wasted=r.wasted,
+        aborted=r.aborted,
+        durations=r.d,
+        runs=sorted(r.runs, key=lambda run: run[2]),
+        trains=trains,
     )
