@@ -86,9 +86,11 @@ def parsed(src):
 
 
 def is_import(s):
-    "Imports, and the one call that belongs with them: use_style()"
+    "Imports, those for annotations alone, and the one call that belongs with them: use_style()"
     if isinstance(s, ast.Import | ast.ImportFrom):
         return True
+    if isinstance(s, ast.If) and ast.unparse(s.test) == "TYPE_CHECKING":
+        return all(is_import(inner) for inner in s.body)
     if not isinstance(s, ast.Expr):
         return False
     return isinstance(s.value, ast.Call) and ast.unparse(s.value.func).endswith("use_style")
