@@ -138,11 +138,12 @@ def is_current(
 ) -> bool:  # True if its result is still wanted
     "Whether an attempt is the last one, and not finished"
     e = self.groups.get(group_id)
-    members = range(self.group_size) if index is None else [index]
-    return e is not None and all(
-        0 <= k < self.group_size and e.samples[k] is None and e.attempt[k] == attempt
-        for k in members
-    )
+    if e is None:
+        return False
+    if index is None:
+        return e.attempt == [attempt] * self.group_size and e.samples == [None] * self.group_size
+    known = 0 <= index < self.group_size
+    return known and e.samples[index] is None and e.attempt[index] == attempt
 
 
 def _current(self, group_id, index, attempt):
