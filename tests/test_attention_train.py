@@ -30,11 +30,10 @@ from llmpapers.attention_rhythm.train import (
 )
 from llmpapers.core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm
 from llmpapers.core.scale import rng
-from llmpapers.core.tasks import ChainTask
+from llmpapers.core.tasks import ChainTask, Countdown
 from llmpapers.core.train import TrainConfig
 from llmpapers.rl.decoder import Decoder
 from llmpapers.rl.engines import HFEngine
-from llmpapers.rl.rewards import Countdown
 
 task = ChainTask(n_steps=2, names="abcd", max_filler=0)
 few = RhythmConfig(steps=2, prompts=2, group_size=3, max_new_tokens=8, lr=1e-2, h_lo=1, h_hi=6)

@@ -386,7 +386,8 @@ def two_ranks():
         with tempfile.TemporaryDirectory() as folder:
             call = Path(folder) / "call.pkl"
             call.write_bytes(dill.dumps((fn, args, folder), recurse=True))
-            env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(root), str(root / "tests")]))
+            path = os.pathsep.join(str(root / p) for p in ("", "tests", "tools"))
+            env = os.environ | dict(PYTHONPATH=path)
             command = [sys.executable, "-c", RANK, str(call)]
             procs = [subprocess.Popen([*command, str(k)], env=env) for k in range(2)]
             assert [p.wait(120) for p in procs] == [0, 0]

@@ -54,12 +54,18 @@ from llmpapers.core.lm import (
     tiny_lm,
 )
 from ..core.scale import rng
-from ..core.tasks import ChainTask, chain_lm, chain_scales
+from llmpapers.core.tasks import (
+    ChainReward,
+    ChainTask,
+    Countdown,
+    chain_lm,
+    chain_scales,
+    evaluate,
+)
 from ..core.train import TrainConfig, train
 from ..rl.advantages import group_advantages
 from ..rl.engines import HFEngine, generate
 from ..rl.losses import PolicyLossConfig
-from ..rl.rewards import ChainReward, Countdown, evaluate
 from ..rl.rollout import SingleTurn
 from ..rl.run import RunConfig, train_policy
 from ..rl.trainer import PolicyTrainer
