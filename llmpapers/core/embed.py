@@ -9,6 +9,7 @@ __all__ = ['Encoder', 'minilm_path', 'load_encoder', 'prompt_of', 'encode', 'emb
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,13 +46,15 @@ def minilm_path() -> Path:  # Folder with weights, tokenizer and pooling configu
 # %% ../../nbs/core/11_embed.ipynb #8566221f
 @contextlib.contextmanager
 def _no_bars():
-    "Silence the progress bars of loading"
-    log = need("transformers.utils.logging")
-    on = log.is_progress_bar_enabled()
+    "Silence the progress bars and remarks of loading; what fails is raised"
+    log, remarks = need("transformers.utils.logging"), logging.getLogger("sentence_transformers")
+    on, level = log.is_progress_bar_enabled(), remarks.level
     log.disable_progress_bar()
+    remarks.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        remarks.setLevel(level)
         if on:
             log.enable_progress_bar()
 
