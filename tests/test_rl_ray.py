@@ -9,7 +9,11 @@ import sys
 import psutil
 import pytest
 
+<<<<<<< HEAD
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("heavy"), pytest.mark.timeout(600)]
+=======
+pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.timeout(1500)]
+>>>>>>> roll
 
 common = r"""
 import asyncio, json, os, signal, sys, threading, time
@@ -106,7 +110,7 @@ class Env:
     def reset(self, prompt, seed): self.prompt, self.k = prompt, 0; return "a"
     async def step(self, action):
         answer = await self.tool((self.prompt, self.k)); self.k += 1
-        if self.prompt == 3 and first(self.log + ".hang"): await asyncio.sleep(600)
+        if self.prompt == 3 and self.log.endswith(".log") and first(self.log + ".hang"): await asyncio.sleep(600)
         return StepResult("b", answer, self.k == 3)
     async def aclose(self): self.note("close")
 
@@ -115,7 +119,7 @@ def ones(items): return [1.] * len(items)
 def episodes(n, log, kill_at=(), max_wait_s=.02, B=4, slots=8, act=None):
     "Episodes in two actors that share a tool"
     tool = SharedTool(ones, max_items=64, max_wait_s=max_wait_s)
-    roll = EpisodeRollout(partial(Env, tool, log), char_tokenizer("ab"), SamplingConfig(4), step_timeout_s=20.)
+    roll = EpisodeRollout(partial(Env, tool, log), char_tokenizer("ab"), SamplingConfig(4), step_timeout_s=10.)
     pool = RolloutPool(lambda: Engine(4, .01), n_actors=2, max_inflight_per_actor=slots, ray_options=dict(num_cpus=.5))
     t = Trainer(act(tool) if act else killer(pool, kill_at), .01)
     c = AsyncController(lambda i: i, roll, t, pool, SampleBuffer(B, 1. if B == 4 else 0., 2))
@@ -203,7 +207,7 @@ def outcome(tmp_path_factory):
         [sys.executable, script(d, faults), d / "out.json", d / "flag"],
         capture_output=True,
         text=True,
-        timeout=560,
+        timeout=1300,
     )
     assert r.returncode == 0, r.stderr[-3000:]
     return json.loads((d / "out.json").read_text())
