@@ -89,7 +89,7 @@ def test_paper_pages_claim_nothing_of_their_own(page):
     )
 
 
-# ---- the rule -------------------------------------------------------------------------------------------------------
+# ---- the rule ------------------------------------------------------------------------------------
 finite = st.floats(-5, 5, allow_nan=False)
 
 
@@ -199,7 +199,7 @@ def test_only_statements_of_the_paper_are_counted():
     assert paper.count("It gains") == 2 and rest.count("It gains") == 2
 
 
-# ---- collected tables are as old as their notebooks -----------------------------------------------------------------
+# ---- collected tables are as old as their notebooks ----------------------------------------------
 def cells(path):
     return json.loads(path.read_text(encoding="utf-8"))["cells"]
 

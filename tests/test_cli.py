@@ -137,7 +137,7 @@ def slow_series(tmp_path, seconds):
 
 
 def test_a_log_hears_from_a_long_cell(tmp_path):
-    "Plain lines, at the interval asked for: notebook, cell, its first line, elapsed and expected time"
+    "Plain lines, at the interval asked for: notebook, cell, first line, elapsed and expected time"
     env = slow_series(tmp_path, 4)
     args = ("run", "smec", "--scale", "smoke", "--out", tmp_path / "out", "--every", "0.5")
     r = cli(*args, env=env)

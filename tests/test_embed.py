@@ -1,4 +1,4 @@
-"Encoders as sentence-transformers means them, and a cache that is keyed by all that decides its content"
+"Encoders as sentence-transformers means them, and a cache keyed by all that decides its content"
 
 import os
 import subprocess
@@ -57,7 +57,7 @@ def saved(bert, folder, pooling, dense=False, dtype=torch.float32, prompts=None)
 @pytest.mark.parametrize("dense", [False, True], ids=["", "dense"])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 def test_own_pooling_and_layers_are_used(bert, tmp_path, pooling, dense, dtype):
-    "Vectors equal those of sentence-transformers itself, and differ from a mean where that is wrong"
+    "Vectors equal those of sentence-transformers, and differ from a mean where that is wrong"
     folder = saved(bert, tmp_path / "m", pooling, dense, dtype)
     enc = load_encoder(str(folder), device="cpu")
     peer = st.SentenceTransformer(str(folder), device="cpu")

@@ -53,7 +53,7 @@ def test_ndcg_equals_sklearn_without_ties(seed):
 @given(seeds, st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_equals_pytrec_eval(seed, ties):
-    "Graded judgements, with and without equal scores; names fall, so that its rule for ties is ours"
+    "Graded judgements, with and without equal scores; names fall, so its rule for ties is ours"
     pytrec_eval = pytest.importorskip("pytrec_eval")
     s, y, _ = case(seed, ties)
     some = [i for i in range(len(s)) if y[i].any()]

@@ -271,7 +271,7 @@ def test_everything_that_begins_again_is_returned():
     for version in range(3):  # newer groups are taken out of the way, so that the old ones stay
         finish(b, 5 if version == 0 else 0)
         held = {i: b.groups.pop(i) for i in list(b.groups)}
-        for p in range(2):
+        for _ in range(2):
             g = b.admit("new")
             b.commit(g.group_id, 0, b.dispatch(g.group_id, 0), make())
         b.take()

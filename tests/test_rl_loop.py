@@ -1,4 +1,4 @@
-"The asynchronous controller: equal to the synchronous loop at ratio 0, bounded, lossless, and clear about faults"
+"The asynchronous controller: synchronous at ratio 0, bounded, lossless, clear about faults"
 
 import asyncio
 import json
@@ -138,10 +138,11 @@ def test_completion_order_does_not_matter(seed):
 def test_bound_and_no_loss_under_delays(alpha, seed, mode):
     rnd = random.Random(seed)
     delay = {}
-    times = lambda g, k: delay.setdefault(
-        (g, k), rnd.lognormvariate(-6.5, 1.5) if rnd.random() < 0.9 else 0.05
-    )
     seen = []
+
+    def times(g, k):
+        drawn = rnd.lognormvariate(-6.5, 1.5) if rnd.random() < 0.9 else 0.05
+        return delay.setdefault((g, k), drawn)
 
     class Watch(Fake):
         def step(self, batch):
@@ -168,7 +169,9 @@ def test_bound_and_no_loss_under_delays(alpha, seed, mode):
 
 
 def test_a_member_that_fails_once_is_repeated_and_one_that_always_fails_is_set_aside(tmp_path):
-    fail = lambda g, k, a: (g == 2 and a == 0) or (g == 5 and k == 1)
+    def fail(g, k, a):
+        return (g == 2 and a == 0) or (g == 5 and k == 1)
+
     c = controller(
         speak(fail=fail),
         Fake(),
@@ -212,7 +215,9 @@ def test_a_trainer_that_raises_stops_the_run():
 
 
 def test_filtered_groups_free_their_places():
-    keep = lambda g: g.group_id % 3 != 0
+    def keep(g):
+        return g.group_id % 3 != 0
+
     c = controller(speak(), Fake(), SampleBuffer(4, 1.0, 2), group_filter=keep)
     c.run(4)
     assert (
@@ -258,10 +263,14 @@ def test_stop_and_resume_trains_each_prompt_once(tmp_path, alpha):
             slots=5,
         )
         if stop_at:
-            c.eval_fn, c.eval_every = (
-                (lambda tr: (_ for _ in ()).throw(OSError("power cut")) if tr.n == stop_at else {}),
-                1,
-            )
+
+            def cut(tr, stop_at=stop_at):
+                if tr.n == stop_at:
+                    raise OSError("power cut")
+                return {}
+
+            c.eval_fn = cut
+            c.eval_every = 1
             with pytest.raises(OSError, match="power cut"):
                 c.run(10)
         else:
@@ -418,7 +427,7 @@ def test_abort_policy_starts_old_ones_again_and_loses_none():
 
 
 def test_controller_is_cheap_in_calls():
-    "Work per group does not grow with the number of groups: counted in buffer calls, not in seconds"
+    "Work per group does not grow with the number of groups: counted in buffer calls, not seconds"
     calls = {}
 
     class Counted(SampleBuffer):
@@ -439,7 +448,7 @@ def completion(ids):
 
 
 def test_environments_overlap():
-    "Eight environments, five turns: a fast one plays all of its turns while a slow one is in its first, so nobody waits for a turn of others"
+    "A fast environment plays all five of its turns while a slow one is in its first"
     delay, order = [[0.3 if e == 0 and k == 0 else 0.005 for k in range(5)] for e in range(8)], []
 
     class Slow:

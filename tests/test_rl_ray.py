@@ -9,11 +9,7 @@ import sys
 import psutil
 import pytest
 
-<<<<<<< HEAD
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("heavy"), pytest.mark.timeout(600)]
-=======
-pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.timeout(1500)]
->>>>>>> roll
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("heavy"), pytest.mark.timeout(900)]
 
 common = r"""
 import asyncio, json, os, signal, sys, threading, time
@@ -61,13 +57,32 @@ async def speak(client, group, index):
 
 class Trainer:
     "Counts; `act(n)` may do harm"
-    def __init__(self, act=lambda n: None, seconds=.05): self.n, self.act, self.seconds, self.seen, self.rewards, self.sizes = 0, act, seconds, [], [], []
+
+    def __init__(self, act=lambda n: None, seconds=0.05):
+        self.n = 0
+        self.act = act
+        self.seconds = seconds
+        self.seen = []
+        self.rewards = []
+        self.sizes = []
+
     def step(self, batch):
-        self.n += 1; self.seen += sorted(set(batch.group_ids.tolist())); time.sleep(self.seconds); self.act(self.n)
-        self.rewards += batch.rewards.tolist(); self.sizes.append(len(batch)); return {}
-    def weights(self): return {"w": torch.tensor([float(self.n)])}
-    def state_dict(self): return dict(model=self.weights(), counters=dict(n=self.n, seen=self.seen))
-    def load_state_dict(self, s): self.n, self.seen = s["counters"]["n"], s["counters"]["seen"]
+        self.n += 1
+        self.seen += sorted(set(batch.group_ids.tolist()))
+        time.sleep(self.seconds)
+        self.act(self.n)
+        self.rewards += batch.rewards.tolist()
+        self.sizes.append(len(batch))
+        return {}
+
+    def weights(self):
+        return {"w": torch.tensor([float(self.n)])}
+
+    def state_dict(self):
+        return dict(model=self.weights(), counters=dict(n=self.n, seen=self.seen))
+
+    def load_state_dict(self, s):
+        self.n, self.seen = s["counters"]["n"], s["counters"]["seen"]
 """
 
 faults = (
@@ -77,9 +92,14 @@ def killer(pool, at):
     def act(n):
         if n in at:
             import ray
+
             pid = ray.get([a for a in pool.actors if a is not None][0].pid.remote())
-            killed.append(pid); os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+            os.kill(pid, signal.SIGKILL)
+
     return act
+
+
 killed = []
 
 
@@ -100,69 +120,151 @@ def run(n, factory, kill_at=(), alpha=1.0):
     )
 
 
-first = lambda flag: not (os.path.exists(flag) or Path(flag).touch())
+def first(flag):
+    "Whether nobody has asked with this flag before"
+    if os.path.exists(flag):
+        return False
+    Path(flag).touch()
+    return True
+
 
 class Env:
     "Asks a tool each turn, keeps a log of what is opened and closed, and hangs once"
-    def __init__(self, tool, log): self.tool, self.log = tool, log; self.note("open")
+
+    def __init__(self, tool, log):
+        self.tool, self.log = tool, log
+        self.note("open")
+
     def note(self, what):
-        with open(self.log, "a") as f: f.write(f"{os.getpid()} {what}\n")
-    def reset(self, prompt, seed): self.prompt, self.k = prompt, 0; return "a"
+        with open(self.log, "a") as f:
+            f.write(f"{os.getpid()} {what}\n")
+
+    def reset(self, prompt, seed):
+        self.prompt, self.k = prompt, 0
+        return "a"
+
     async def step(self, action):
-        answer = await self.tool((self.prompt, self.k)); self.k += 1
-        if self.prompt == 3 and self.log.endswith(".log") and first(self.log + ".hang"): await asyncio.sleep(600)
+        answer = await self.tool((self.prompt, self.k))
+        self.k += 1
+        if self.prompt == 3 and self.log.endswith(".log") and first(self.log + ".hang"):
+            await asyncio.sleep(600)
         return StepResult("b", answer, self.k == 3)
-    async def aclose(self): self.note("close")
 
-def ones(items): return [1.] * len(items)
+    async def aclose(self):
+        self.note("close")
 
-def episodes(n, log, kill_at=(), max_wait_s=.02, B=4, slots=8, act=None):
+
+def ones(items):
+    return [1.0] * len(items)
+
+
+def episodes(n, log, kill_at=(), max_wait_s=0.02, B=4, slots=8, act=None):
     "Episodes in two actors that share a tool"
     tool = SharedTool(ones, max_items=64, max_wait_s=max_wait_s)
-    roll = EpisodeRollout(partial(Env, tool, log), char_tokenizer("ab"), SamplingConfig(4), step_timeout_s=10.)
-    pool = RolloutPool(lambda: Engine(4, .01), n_actors=2, max_inflight_per_actor=slots, ray_options=dict(num_cpus=.5))
-    t = Trainer(act(tool) if act else killer(pool, kill_at), .01)
-    c = AsyncController(lambda i: i, roll, t, pool, SampleBuffer(B, 1. if B == 4 else 0., 2))
+    roll = EpisodeRollout(
+        partial(Env, tool, log), char_tokenizer("ab"), SamplingConfig(4), step_timeout_s=10.0
+    )
+    pool = RolloutPool(
+        lambda: Engine(4, 0.01),
+        n_actors=2,
+        max_inflight_per_actor=slots,
+        ray_options=dict(num_cpus=0.5),
+    )
+    t = Trainer(act(tool) if act else killer(pool, kill_at), 0.01)
+    c = AsyncController(lambda i: i, roll, t, pool, SampleBuffer(B, 1.0 if B == 4 else 0.0, 2))
     out = dict(error="")
-    try: c.run(n)
-    except RuntimeError as e: out["error"] = str(e)
-    out |= dict(trained=sorted(c.trained), seen=sorted(t.seen), rewards=t.rewards, failures=c.buffer.stats()["failures"], errors=[k for k in c.buffer.count if k.startswith("error/")], respawned=pool.respawned, killed=list(killed))
-    if not out["error"]: out["tool"] = tool.counts(); tool.close()
+    try:
+        c.run(n)
+    except RuntimeError as e:
+        out["error"] = str(e)
+    out |= dict(
+        trained=sorted(c.trained),
+        seen=sorted(t.seen),
+        rewards=t.rewards,
+        failures=c.buffer.stats()["failures"],
+        errors=[k for k in c.buffer.count if k.startswith("error/")],
+        respawned=pool.respawned,
+        killed=list(killed),
+    )
+    if not out["error"]:
+        out["tool"] = tool.counts()
+        tool.close()
     return out
+
 
 class Band(GroupRollout):
     "Members together; the first attempts of some groups fail in their own ways"
+
     async def group(self, client, group, n):
-        found = await asyncio.gather(*(client.member(k).generate([4], SamplingConfig(64)) for k in range(n)))
+        found = await asyncio.gather(
+            *(client.member(k).generate([4], SamplingConfig(64)) for k in range(n))
+        )
         bad = group.group_id if group.attempt == 0 else None
-        if bad == 2: raise SystemExit("leaves")
-        if bad == 3: raise asyncio.CancelledError
-        if bad == 5: raise GeneratorExit
+        if bad == 2:
+            raise SystemExit("leaves")
+        if bad == 3:
+            raise asyncio.CancelledError
+        if bad == 5:
+            raise GeneratorExit
         info = dict(lock=threading.Lock()) if bad == 6 else {}
-        samples = [Sample([4], c.token_ids, [True]*len(c.token_ids), c.logprobs, c.token_versions(), 1., info=info, drawn=False) for c in found]
+        samples = [
+            Sample(
+                [4],
+                c.token_ids,
+                [True] * len(c.token_ids),
+                c.logprobs,
+                c.token_versions(),
+                1.0,
+                info=info,
+                drawn=False,
+            )
+            for c in found
+        ]
         return samples[1:] if bad == 7 else samples
 
+
 def groups(n, kill_at=()):
-    pool = RolloutPool(lambda: Engine(8, .01), n_actors=2, max_inflight_per_actor=2, ray_options=dict(num_cpus=.5))
+    pool = RolloutPool(
+        lambda: Engine(8, 0.01),
+        n_actors=2,
+        max_inflight_per_actor=2,
+        ray_options=dict(num_cpus=0.5),
+    )
     t = Trainer(killer(pool, kill_at))
-    c = AsyncController(lambda i: i, Band(), t, pool, SampleBuffer(4, 1., 3)); c.run(n)
-    return dict(trained=sorted(c.trained), seen=sorted(t.seen), sizes=t.sizes, errors=[k for k in c.buffer.count if k.startswith("error/")], respawned=pool.respawned, failed=len(c.failed), staleness=c.buffer.staleness[2])
+    c = AsyncController(lambda i: i, Band(), t, pool, SampleBuffer(4, 1.0, 3))
+    c.run(n)
+    return dict(
+        trained=sorted(c.trained),
+        seen=sorted(t.seen),
+        sizes=t.sizes,
+        errors=[k for k in c.buffer.count if k.startswith("error/")],
+        respawned=pool.respawned,
+        failed=len(c.failed),
+        staleness=c.buffer.staleness[2],
+    )
+
 
 def tool_killer(tool):
     def act(n):
-        if n == 2: tool.close()
+        if n == 2:
+            tool.close()
+
     return act
+
 
 if __name__ == "__main__":
     start_ray(2)
     flag = sys.argv[2]
     log = sys.argv[1] + ".log"
-    out = dict(mid=run(10, lambda: Engine(20, .01), (2, 6)), load=run(6, lambda: Engine(5, .01, 3, flag)))
+    out = dict(
+        mid=run(10, lambda: Engine(20, 0.01), (2, 6)), load=run(6, lambda: Engine(5, 0.01, 3, flag))
+    )
     out["episodes"] = episodes(5, log, (3,))
-    out["crowd"] = episodes(2, log + "2", max_wait_s=3., B=32, slots=32)
+    out["crowd"] = episodes(2, log + "2", max_wait_s=3.0, B=32, slots=32)
     out["lost"] = episodes(9, log + "3", act=tool_killer)
     out["groups"] = groups(6, (4,))
-    for k in ("", "2"): out["log" + k] = Path(log + k).read_text().split("\n")[:-1]
+    for k in ("", "2"):
+        out["log" + k] = Path(log + k).read_text().split("\n")[:-1]
     Path(sys.argv[1]).write_text(json.dumps(out))
 """
 )
@@ -226,7 +328,7 @@ def test_an_actor_that_dies_while_it_loads_weights(outcome):
 
 
 def test_episodes_with_a_shared_tool_lose_nothing(outcome):
-    "An actor is killed, an environment hangs once: every prompt is trained once, all else is closed"
+    "An actor is killed, an environment hangs once: each prompt is trained once, all is closed"
     o = outcome["episodes"]
     assert o["error"] == "" and o["trained"] == o["seen"] == list(range(20))
     assert o["respawned"] == 1 and o["rewards"] == [3.0] * 40

@@ -42,9 +42,9 @@ class SampleBuffer:
     def __init__(
         self,
         batch_size: int,  # Groups per batch, B
-        async_ratio: float = 0.0,  # How many batches generation may run ahead, alpha >= 0; 0 is the synchronous loop
+        async_ratio: float = 0.0,  # Batches generation may run ahead, alpha; 0: synchronous
         group_size: int = 1,  # Samples per group
-        on_stale: str = "wait",  # "wait" paces and never discards; "abort" starts groups again that are too old
+        on_stale: str = "wait",  # "wait" paces, never discards; "abort" begins old groups again
         max_attempts: int = 3,  # Failures of one member before its group is quarantined
     ):
         for n, x in (
@@ -58,15 +58,20 @@ class SampleBuffer:
             raise ValueError(f"async_ratio={async_ratio} must be at least 0")
         if on_stale not in ("wait", "abort"):
             raise ValueError(f"on_stale={on_stale!r} must be 'wait' or 'abort'")
-        self.batch_size, self.async_ratio, self.group_size = batch_size, async_ratio, group_size
-        self.on_stale, self.max_attempts, self.bound = (
-            on_stale,
-            max_attempts,
-            math.ceil(async_ratio),
-        )
-        self.version, self.next_id, self.consumed, self.training = 0, 0, 0, False
-        self.groups, self.count = {}, Counter()
-        self.lengths, self.staleness = dict(trained=[0, 0], finished=[0, 0]), [0, 0, 0]
+        self.batch_size = batch_size
+        self.async_ratio = async_ratio
+        self.group_size = group_size
+        self.on_stale = on_stale
+        self.max_attempts = max_attempts
+        self.bound = math.ceil(async_ratio)
+        self.version = 0
+        self.next_id = 0
+        self.consumed = 0
+        self.training = False
+        self.groups = {}
+        self.count = Counter()
+        self.lengths = dict(trained=[0, 0], finished=[0, 0])  # of each: sum, number
+        self.staleness = [0, 0, 0]  # sum, number, largest
 
 # %% ../../nbs/rl/12_buffer.ipynb #77ac41fe
 @patch
@@ -188,8 +193,8 @@ def fail(
     index: int | None,  # Member; None: all
     attempt: int,  # Attempt number from `dispatch`
     error: str = "",  # What went wrong; counted by its first line
-    blame: bool = True,  # Count it against the member; False if its worker died, which is nobody's fault
-) -> bool:  # True: the member is pending again; False: its group is quarantined, or the failure came too late
+    blame: bool = True,  # Count it against the member; False if its worker died
+) -> bool:  # True: pending again; False: its group is quarantined, or it came too late
     "Report that an attempt failed"
     e, members = _current(self, group_id, index, attempt)
     if e is None:
@@ -250,11 +255,8 @@ def take(
     for i, e in ready:
         late = self.version - e.version
         assert late <= self.bound, f"group {i} is {late} versions old, the bound is {self.bound}"
-        self.staleness = [
-            self.staleness[0] + late,
-            self.staleness[1] + 1,
-            max(self.staleness[2], late),
-        ]
+        total, number, largest = self.staleness
+        self.staleness = [total + late, number + 1, max(largest, late)]
         for s in e.samples:
             _add(self.lengths["trained"], len(s.response_ids))
         del self.groups[i]
@@ -320,12 +322,13 @@ def load_state_dict(
             )
     for k in ("version", "next_id", "consumed", "training"):
         setattr(self, k, state[k])
-    self.lengths, self.staleness, self.count = (
-        {k: list(v) for k, v in state["lengths"].items()},
-        list(state["staleness"]),
-        Counter(state["count"]),
-    )
-    back = lambda s: None if s is None else Sample(**s)
+    self.lengths = {k: list(v) for k, v in state["lengths"].items()}
+    self.staleness = list(state["staleness"])
+    self.count = Counter(state["count"])
+
+    def back(s):
+        return None if s is None else Sample(**s)
+
     self.groups = {
         int(i): _Entry(
             e["prompt"],
@@ -342,8 +345,11 @@ def load_state_dict(
 @patch
 def stats(self: SampleBuffer) -> dict:  # Name -> number
     "What to watch"
+
+    def mean(pair):
+        return pair[0] / pair[1] if pair[1] else 0.0
+
     ready = sum(e.ready for e in self.groups.values())
-    mean = lambda p: p[0] / p[1] if p[1] else 0.0
     bias = (
         mean(self.lengths["trained"]) / mean(self.lengths["finished"]) - 1
         if self.lengths["trained"][1]

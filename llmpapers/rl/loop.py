@@ -49,7 +49,8 @@ def _prompt(source, i):
 def _check_source(source):
     if not callable(source) and not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
         raise TypeError(
-            f"source: need a sequence of prompts or a function of the index, got {type(source).__name__}; use list(...)"
+            "source: need a sequence of prompts or a function of the index, "
+            f"got {type(source).__name__}; use list(...)"
         )
 
 
@@ -65,7 +66,7 @@ def _summary(groups):
 
 # %% ../../nbs/rl/14_loop.ipynb #437784d0
 def _blocking(main, stop=None):
-    "Run a coroutine to its end from ordinary code, also inside JupyterLab; Ctrl-C calls `stop`, or cancels"
+    "Run a coroutine to its end, also inside JupyterLab; Ctrl-C calls `stop`, or cancels"
     box = {}
 
     async def guarded(signals):
@@ -87,13 +88,8 @@ def _blocking(main, stop=None):
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(
-            guarded(
-                (signal.SIGINT, signal.SIGTERM)
-                if threading.current_thread() is threading.main_thread()
-                else ()
-            )
-        )
+        in_main = threading.current_thread() is threading.main_thread()
+        return asyncio.run(guarded((signal.SIGINT, signal.SIGTERM) if in_main else ()))
     t = threading.Thread(target=work, daemon=True)
     t.start()
     while t.is_alive():
@@ -150,7 +146,8 @@ async def _sync_step(proxy, source, rollout, version, cursor, batch_size, group_
         failed += len(errors)
         if errors:
             e = errors[-1]
-            text = f"{failed} groups failed 3 times within one batch; the last: {type(e).__name__}: {e}"
+            why = f"{type(e).__name__}: {e}"
+            text = f"{failed} groups failed 3 times within one batch; the last: {why}"
             if failed > max(1, 0.1 * batch_size):
                 raise RuntimeError(text) from e
             warnings.warn(text, stacklevel=2)
@@ -220,38 +217,54 @@ class AsyncController:
 
     def __init__(
         self,
-        source,  # Sequence of prompts, or function of the index; plain data if checkpoints are wanted
+        source,  # Sequence of prompts, or function of the index; plain data, for checkpoints
         # `SingleTurn`, `EpisodeRollout`, any `(client, group, index) -> Sample`, or `GroupRollout`
         rollout: Callable,
         trainer,  # A `PolicyTrainer`, or anything with `step`, `weights` and state
         pool,  # `InProcessPool` or `RolloutPool`
         buffer: SampleBuffer,  # Decides batch size, group size and staleness
         sync_mode: str = "keep",  # One of `sync_modes`
-        group_filter: Callable
-        | None = None,  # Keep a finished group? Others are dropped and their places freed
+        # Keep a finished group? Others are dropped and their places freed
+        group_filter: Callable | None = None,
         checkpoint: "str|Path|None" = None,  # Folder to save in and to resume from
         save_every: int = 1,  # Batches between two checkpoints
         metrics: Callable | None = None,  # Called with one dictionary a batch
-        eval_fn: Callable
-        | None = None,  # Called with the trainer between two steps; returns numbers
+        # Called with the trainer between two steps; returns a dictionary of numbers
+        eval_fn: Callable | None = None,
         eval_every: int = 0,  # Batches between two evaluations; 0 never
         pad_id: int = 0,  # Fills rows
-        probe_tol: float = 1e-3,  # Largest difference allowed between log-probabilities of engines and trainer
-        probe_steps: int = 3,  # Versions whose weights are checked on arrival, those the run begins with included
+        # Largest difference allowed between log-probabilities of engines and trainer, nats
+        probe_tol: float = 1e-3,
+        # Versions whose weights are checked on arrival, those the run begins with included
+        probe_steps: int = 3,
     ):
         _check_source(source)
         if sync_mode not in sync_modes:
             raise ValueError(f"sync_mode={sync_mode!r} must be one of {', '.join(sync_modes)}")
         if buffer.async_ratio > 0 and pool.shares(getattr(trainer, "model", None)):
             raise ValueError(
-                "pool: the engine runs the trainer's own module while it trains; give it a copy, HFEngine(..., copy_model=True)"
+                "pool: the engine runs the trainer's own module while it trains; "
+                "give it a copy, HFEngine(..., copy_model=True)"
             )
-        self.source, self.rollout, self.trainer = source, rollout, trainer
-        self.pool, self.buffer, self.sync_mode = pool, buffer, sync_mode
-        self.group_filter, self.checkpoint, self.save_every = group_filter, checkpoint, save_every
-        self.metrics, self.eval_fn, self.eval_every = metrics, eval_fn, eval_every
-        self.pad_id, self.probe_tol, self.probe_steps = pad_id, probe_tol, probe_steps
-        self.cursor, self.rows, self.trained, self.failed = 0, [], [], []
+        self.source = source
+        self.rollout = rollout
+        self.trainer = trainer
+        self.pool = pool
+        self.buffer = buffer
+        self.sync_mode = sync_mode
+        self.group_filter = group_filter
+        self.checkpoint = checkpoint
+        self.save_every = save_every
+        self.metrics = metrics
+        self.eval_fn = eval_fn
+        self.eval_every = eval_every
+        self.pad_id = pad_id
+        self.probe_tol = probe_tol
+        self.probe_steps = probe_steps
+        self.cursor = 0
+        self.rows = []
+        self.trained = []
+        self.failed = []
         self.timeline = deque(maxlen=100_000)
         # what is dispatched of a group: all members in one call, or one by one
         self.members = [None] if whole_group(rollout) else list(range(buffer.group_size))
@@ -452,11 +465,13 @@ def _drop(self: AsyncController, gid):
     batches = self.dropped // self.buffer.batch_size
     if batches >= 100:
         raise RuntimeError(
-            "group_filter: it rejected 100 batches of groups in a row; the task is too easy or too hard for the policy"
+            "group_filter: it rejected 100 batches of groups in a row; "
+            "the task is too easy or too hard for the policy"
         )
     if batches >= self.warned + 10:
         self.warned = batches
-        warnings.warn(f"group_filter: {self.dropped} groups rejected since the last batch")
+        text = f"group_filter: {self.dropped} groups rejected since the last batch"
+        warnings.warn(text, stacklevel=2)
 
 
 @patch
@@ -474,7 +489,8 @@ def _quarantine(self: AsyncController, gid, k, error):
     if self.quarantined > max(1, 0.1 * self.buffer.batch_size):
         why = f"{type(error).__name__}: {error}"
         raise RuntimeError(
-            f"{self.quarantined} groups failed {self.buffer.max_attempts} times within one batch; the last: {why}"
+            f"{self.quarantined} groups failed {self.buffer.max_attempts} times within one batch; "
+            f"the last: {why}"
         ) from error
 
 # %% ../../nbs/rl/14_loop.ipynb #7d808859
@@ -514,7 +530,10 @@ async def _finish_step(self: AsyncController):
         self._save()
     if self.eval_fn and self.eval_every and v % self.eval_every == 0:
         got |= await asyncio.to_thread(self.eval_fn, self.trainer)
-    step, self.mark, wait = time.perf_counter() - self.mark, time.perf_counter(), start - self.mark
+    now = time.perf_counter()
+    step = now - self.mark
+    wait = start - self.mark
+    self.mark = now
     self.timeline += [("train", start, end, v - 1)]
     self.rows.append(
         dict(step=v)

@@ -31,11 +31,18 @@ class EngineProxy:
     def __init__(
         self,
         engine,  # A `RolloutEngine`
-        threaded: bool = True,  # Step in a thread, beside the event loop; False: in it, and nothing else happens during a step
+        # Step in a thread, beside the event loop; False: in it, and nothing else happens meanwhile
+        threaded: bool = True,
     ):
-        self.engine, self.threaded = engine, threaded
-        self.dead, self.held, self.pump = None, False, None
-        self.inbox, self.commands, self.waiting, self.dropped = [], deque(), {}, set()
+        self.engine = engine
+        self.threaded = threaded
+        self.dead = None
+        self.held = False
+        self.pump = None
+        self.inbox = []
+        self.commands = deque()
+        self.waiting = {}
+        self.dropped = set()
 
     def _wake(self):
         if self.dead:

@@ -134,8 +134,8 @@ async def pid(self: _Actor):
 
 # %% ../../nbs/rl/15_ray.ipynb #1f4e1620
 def start_ray(
-    num_cpus: int
-    | None = None,  # Cores that actors may ask for; None: what the machine has, at least 2
+    # Cores that actors may ask for; None: what the machine has, at least 2
+    num_cpus: int | None = None,
 ) -> bool:  # True if this call started it
     "A quiet local Ray session, unless there is one"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -177,14 +177,24 @@ class RolloutPool:
                 raise ValueError(f"{n}={x!r} must be a positive integer")
         if respawn < 0:
             raise ValueError(f"respawn={respawn} must be at least 0")
-        self.factory, self.n_actors, self.slots = engine_factory, n_actors, max_inflight_per_actor
-        self.respawn, self.timeout_s = respawn, timeout_s
+        self.factory = engine_factory
+        self.n_actors = n_actors
+        self.slots = max_inflight_per_actor
+        self.respawn = respawn
+        self.timeout_s = timeout_s
         self.options = dict(num_cpus=1) | (ray_options or {})
-        self.actors, self.busy = [None] * n_actors, [0] * n_actors
-        self.deaths, self.respawned, self.spawning = [], 0, set()
-        self.keys, self.calls = itertools.count(), [{} for _ in range(n_actors)]
-        self.outbox, self.ears = [[] for _ in range(n_actors)], [None] * n_actors
-        self.failure, self.on_change, self.owns_ray = None, lambda: None, False
+        self.actors = [None] * n_actors
+        self.busy = [0] * n_actors
+        self.deaths = []
+        self.respawned = 0
+        self.spawning = set()
+        self.keys = itertools.count()
+        self.calls = [{} for _ in range(n_actors)]
+        self.outbox = [[] for _ in range(n_actors)]
+        self.ears = [None] * n_actors
+        self.failure = None
+        self.on_change = lambda: None
+        self.owns_ray = False
 
 # %% ../../nbs/rl/15_ray.ipynb #8bc0c511
 @patch
@@ -216,10 +226,9 @@ def shares(
 @patch
 def _put(self: RolloutPool, weights, version):
     "One object for all actors"
-    self.ref, self.version = (
-        self.ray.put(None if weights is None else pack_weights(read_weights(weights))),
-        int(version),
-    )
+    packed = None if weights is None else pack_weights(read_weights(weights))
+    self.ref = self.ray.put(packed)
+    self.version = int(version)
 
 
 @patch
@@ -338,7 +347,8 @@ def _lost(self: RolloutPool, k, actor):
     recent = sum(v > self.version - 10 for v in self.deaths)
     if recent > self.respawn:
         self.failure = RolloutPoolError(
-            f"{recent} rollout actors died within ten versions, allowed are {self.respawn}; look at the logs of Ray"
+            f"{recent} rollout actors died within ten versions, allowed are {self.respawn}; "
+            "look at the logs of Ray"
         )
         return self.on_change()
     self.respawned += 1
@@ -537,7 +547,7 @@ class RayLearners:
 
     def __init__(
         self,
-        make_trainer: Callable,  # Called as `make_trainer(group)` in every actor; returns a `PolicyTrainer`
+        make_trainer: Callable,  # Called with the group in every actor; returns a `PolicyTrainer`
         n: int = 2,  # Number of actors
         *,
         ray_options: dict = None,  # Resources of each actor; None is one CPU

@@ -82,7 +82,7 @@ class EngineClient:
 
     async def engine(
         self,
-        fn: Callable,  # Called with the engine between two of its steps; nothing is sampled meanwhile
+        fn: Callable,  # Called with the engine between two of its steps; nothing is sampled then
     ) -> Any:  # What it returns
         "Do something with the engine itself, for example search with beams"
         if self.command is None:
@@ -311,7 +311,7 @@ def _is_async(fn):
     "Is it, or what it makes, asynchronous?"
     while isinstance(fn, partial):
         fn = fn.func
-    ways = fn, getattr(fn, "step", None), getattr(type(fn), "__call__", None)
+    ways = fn, getattr(fn, "step", None), type(fn).__call__
     return any(inspect.iscoroutinefunction(f) for f in ways)
 
 
