@@ -296,7 +296,10 @@ def _lines(c, r):
 
 
 @patch
-def text(self: ClaimTable, details: bool = True) -> str:  # Lines for a terminal
+def text(
+    self: ClaimTable,
+    details: bool = True,  # Also the figures of each claim, indented below it
+) -> str:  # Lines for a terminal
     "The table for a terminal: a line per claim and, with details, one for its figures"
     lines = []
     for c, r in zip(self, self.rows()):
