@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .simulator import SimResult  # noqa: F401
 from .simulator import simulate as simulate_async
 
 # %% ../../nbs/roll_flash/02_theory.ipynb #9556d89b
@@ -71,13 +72,11 @@ def static_schedule(
     d = _durations(durations)
     _workers("n_workers", n_workers)
     rows = math.ceil(len(d) / n_workers)
-    end = (
-        np.pad(d, (0, rows * n_workers - len(d)))
-        .reshape(rows, n_workers)
-        .cumsum(0)
-        .ravel()[: len(d)]
-    )
-    return Schedule(end - d, end, np.arange(len(d)) % n_workers, float(end.max()))
+    table = np.pad(d, (0, rows * n_workers - len(d))).reshape(rows, n_workers)
+    ends = table.cumsum(0)
+    starts = np.vstack([np.zeros(n_workers), ends[:-1]])  # a worker begins when it has ended
+    start, end = starts.ravel()[: len(d)], ends.ravel()[: len(d)]
+    return Schedule(start, end, np.arange(len(d)) % n_workers, float(end.max()))
 
 # %% ../../nbs/roll_flash/02_theory.ipynb #89b74cfc
 def _numbers(**kw):
