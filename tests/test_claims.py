@@ -251,7 +251,7 @@ def test_tables_inside_series_are_as_old_as_their_sources():
     assert [line.split(" | ")[-1].rstrip(" |") for line in table.splitlines()[2:]] == [
         c.verdict for c in analysis
     ]
-    flash = nbs / "roll_flash" / "07_results.ipynb"
+    flash = nbs / "roll_flash" / "08_results.ipynb"
     parts = [c for p in series("roll_flash") if "01" <= p.stem[:2] <= "06" for c in claims_in(p)]
     shown = [t for t in outputs(flash, "text/plain") if t.startswith("{'reproduced'")]
     assert shown and ast.literal_eval(shown[0]) == tally(parts)

@@ -112,7 +112,7 @@ class VLLMEngine:
         for k, v in (_vllm_env | memory).items():
             os.environ.setdefault(k, v)
         with _quiet():
-            vllm = need("vllm", "vllm")
+            vllm, processor = need("vllm", "vllm"), _constraint_processor()
         args = dict(
             dtype=dtype,
             enforce_eager=cpu,
@@ -124,7 +124,7 @@ class VLLMEngine:
             generation_config="vllm",
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            logits_processors=[_constraint_processor()],
+            logits_processors=[processor],
         )
         if max_len:
             args["max_model_len"] = max_len
