@@ -19,7 +19,7 @@ from common import (
 )
 from nb_read import Notebook
 
-CPU_LIMIT = float(os.environ.get("NOTEBOOK_CPU_LIMIT", 60))  # seconds, children included
+CPU_LIMIT = float(os.environ.get("NOTEBOOK_CPU_LIMIT", 90))  # seconds, children included
 durations = root / "tests" / "durations.json"
 
 
