@@ -20,6 +20,8 @@ from common import (
 from nb_read import Notebook
 
 CPU_LIMIT = float(os.environ.get("NOTEBOOK_CPU_LIMIT", 90))  # seconds, children included
+# Starts some twenty processes that each import torch: actors, learners, a shared tool, respawns
+CPU_LIMITS = {"rl/15_ray.ipynb": 240.0}
 durations = root / "tests" / "durations.json"
 
 
@@ -103,8 +105,9 @@ def test_notebook(rel, kernel, record_property):
     assert not left, f"{rel} left processes running: {left}"
     new = files_beside(path.parent) - before
     assert not new or kind(rel) == "index", f"{rel} wrote files beside the notebooks: {sorted(new)}"
-    assert procs.cpu <= CPU_LIMIT, (
-        f"{rel} used {procs.cpu:.0f} s of CPU time at smoke scale, the limit is {CPU_LIMIT:.0f} s "
+    limit = CPU_LIMITS.get(rel.as_posix(), CPU_LIMIT)
+    assert procs.cpu <= limit, (
+        f"{rel} used {procs.cpu:.0f} s of CPU time at smoke scale, the limit is {limit:.0f} s "
         f"(CPU time of the kernel and its children, not wall time, which was {procs.wall:.0f} s)"
     )
     out.unlink()  # a notebook that failed stays in _executed/, its error in it
