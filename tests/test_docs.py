@@ -54,7 +54,7 @@ def test_every_notebook_is_a_page_with_its_code_and_outputs(site):
         assert page.count("<img") >= images, (
             f"{rel}: {images} figures, {page.count('<img')} on the page"
         )
-        assert not re.search(r"#\|\s*(export|hide|default_exp)", page), (
+        assert not re.search(r"(?m)^(?:<[^>]+>)*#\|\s*(export|hide|default_exp)", page), (
             f"{rel}: a directive is on the page"
         )
         assert "@eq-" not in page and "@fig-" not in page, f"{rel}: an unresolved reference"
