@@ -20,8 +20,8 @@ from common import (
 from nb_read import Notebook
 
 CPU_LIMIT = float(os.environ.get("NOTEBOOK_CPU_LIMIT", 90))  # seconds, children included
-# Starts some twenty processes that each import torch: actors, learners, a shared tool, respawns
-CPU_LIMITS = {"rl/15_ray.ipynb": 240.0}
+# They start processes that each import torch: some twenty on Ray, one for every run of the benchmark
+CPU_LIMITS = {"rl/15_ray.ipynb": 240.0, "benchmarks/02_grpo_trl.ipynb": 150.0}
 durations = root / "tests" / "durations.json"
 
 
