@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -65,77 +66,47 @@ def policy(
 def run_ours(
     steps: int,  # Batches
     seed: int = 0,  # Seed of weights, prompts and sampling
-    how: str = "sync",  # "sync", or "ray" (asynchronous, engine in an actor)
+    how: str = "sync",  # "sync"; or "ray": asynchronous, engine in an actor
     longest: int = 24,  # Longest answer, tokens
     lr: float = 1e-3,  # Learning rate
     lag: float = 1.0,  # Versions that a sample may be old on Ray
+    decoder: bool = True,  # Write the passes out; False: through the model's own cache
 ) -> dict:  # Lists: seconds, tokens, reward
     "GRPO with this library"
-    import torch
-
     from llmpapers.core.lm import LM
-    from llmpapers.rl.decoder import Decoder
-    from llmpapers.rl.engines import HFEngine
-    from llmpapers.rl.loop import train_sync
-    from llmpapers.rl.losses import PolicyLossConfig
-    from llmpapers.rl.rollout import SingleTurn
-    from llmpapers.rl.trainer import PolicyTrainer
-    from llmpapers.rl.types import SamplingConfig
     from llmpapers.roll_flash.training import AsyncConfig, train_async
 
     tok = tokenizer()
-    m = policy(tok, seed)
     out = dict(seconds=[], tokens=[], reward=[])
+    cfg = AsyncConfig(
+        loop="sync" if how == "sync" else "async",
+        async_ratio=lag,
+        actors=0 if how == "sync" else 1,
+        decoder=decoder,
+        max_new_tokens=longest,
+        lr=lr,
+        seed=seed,
+        save_every=10**6,
+        max_tokens_per_micro=2048,
+    )
+
+    def note(row):
+        out["seconds"].append(time.perf_counter())
+        out["tokens"].append(row["train/tokens"])
+        out["reward"].append(row["rollout/reward"])
 
     def ask(i):
         return prompt(i, longest, seed)
 
-    def note(r):
-        for k, v in dict(
-            seconds=time.perf_counter(), tokens=r["train/tokens"], reward=r["rollout/reward"]
-        ).items():
-            out[k].append(v)
-
-    if how == "sync":
-        trainer = PolicyTrainer(
-            m,
-            torch.optim.AdamW(m.parameters(), lr=lr, fused=True),
-            PolicyLossConfig("ppo"),
-            max_tokens_per_micro=2048,
-        )
-        roll = SingleTurn(
-            tok, score, SamplingConfig(longest, stop_token_ids=(tok.eos_token_id,), seed=seed)
-        )
-        train_sync(
-            HFEngine(m, tok.pad_token_id, decoder=Decoder),
-            ask,
-            roll,
-            trainer,
-            steps,
-            batch_size=8,
-            group_size=8,
-            metrics=note,
-        )
-    else:
-        cfg = AsyncConfig(
-            async_ratio=lag,
-            max_new_tokens=longest,
-            lr=lr,
-            actors=1,
-            slots=128,
-            seed=seed,
-            save_every=10**6,
-            max_tokens_per_micro=2048,
-        )
-        with tempfile.TemporaryDirectory() as d:
-            train_async(LM(m, tok, "policy"), ask, score, steps, cfg, d, note)
+    train_async(LM(policy(tok, seed), tok, "policy"), ask, score, steps, cfg, metrics=note)
     return out
 
 # %% ../../nbs/benchmarks/02_grpo_trl.ipynb #8fab7984
-def _trl_args(d, steps, seed, longest, lr):
+def _trl_args(d, steps, seed, longest, lr, paged):
     "The same run for TRL"
     return need("trl", "bench").GRPOConfig(
         output_dir=d,
+        use_transformers_continuous_batching=paged,
         per_device_train_batch_size=64,
         num_generations=8,
         max_completion_length=longest,
@@ -167,6 +138,7 @@ def run_trl(
     threads: int = 1,  # Threads of PyTorch
     longest: int = 24,  # Longest answer, tokens
     lr: float = 1e-3,  # Learning rate
+    paged: bool = False,  # Generate with continuous batching over paged memory
 ) -> dict:  # Lists: seconds, tokens, reward
     "GRPO with TRL"
     import torch
@@ -188,7 +160,7 @@ def run_trl(
                 out[k].append(float(v))
 
     with tempfile.TemporaryDirectory() as d:
-        args = _trl_args(d, steps, seed, longest, lr)
+        args = _trl_args(d, steps, seed, longest, lr, paged)
         data = datasets.Dataset.from_dict(
             dict(prompt=[prompt(i, longest, seed) for i in range(8 * steps)])
         )
@@ -213,7 +185,7 @@ def run_trl(
 
 # %% ../../nbs/benchmarks/02_grpo_trl.ipynb #4b793ce2
 def run(
-    side: str,  # "sync", "ray" or "trl"
+    side: str,  # "sync", "ray", "trl"; or "own cache", "ray own cache", "trl paged"
     number: int,  # Threads of PyTorch, or the lag on Ray, where each process has one thread
     steps: int,  # Batches
     seed: int = 0,  # Seed of weights, prompts and sampling
@@ -222,12 +194,12 @@ def run(
     "One run of one side, in this process"
     import torch
 
-    torch.set_num_threads(1 if side == "ray" else number)
-    return (
-        run_trl(steps, seed, number, longest)
-        if side == "trl"
-        else run_ours(steps, seed, side, longest, lag=float(number))
-    )
+    ray = side.startswith("ray")
+    torch.set_num_threads(1 if ray else number)
+    if side.startswith("trl"):
+        return run_trl(steps, seed, number, longest, paged=side.endswith("paged"))
+    how, decoder = "ray" if ray else "sync", not side.endswith("own cache")
+    return run_ours(steps, seed, how, longest, lag=float(number), decoder=decoder)
 
 
 def memory_job(
@@ -235,4 +207,4 @@ def memory_job(
     steps: int,  # Batches
 ) -> Callable:  # Function without arguments to measure
     "Work whose peak memory is measured in a process of its own"
-    return (lambda: run_ours(steps)) if side == "ours" else (lambda: run_trl(steps))
+    return partial(run_ours if side == "ours" else run_trl, steps)
