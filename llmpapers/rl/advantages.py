@@ -63,7 +63,7 @@ def group_advantages(
         A = A * n / (n - 1).clamp(min=1)
     if scale == "std":
         A = A / (stats.std[g] + eps)
-    if baseline != "none":
+    if baseline != "none" or scale == "std":
         A = torch.where((n < 2) | stats.equal[g], 0.0, A)
     return A.float()
 
@@ -85,17 +85,18 @@ def _scan(x, a, chunk=32):
     a = torch.tensor(float(a), dtype=x.dtype, device=x.device)
     decay = torch.where(i[:, None] >= i, a.pow((i[:, None] - i).clamp(min=0)), 0.0)
     y = torch.nn.functional.pad(x, (0, K * C - L)).reshape(n, K, C) @ decay
-    heads, carry = y[..., 0].T.contiguous(), x.new_zeros(K, n)
-    for k in range(K - 2, -1, -1):
-        torch.add(heads[k + 1], carry[k + 1], alpha=step, out=carry[k])
-    return y.addcmul_(carry.T.unsqueeze(-1), a.pow(C - i)).reshape(n, K * C)[:, :L].reshape(x.shape)
+    heads, carry = y[..., 0].T.contiguous(), [x.new_zeros(n)]
+    for k in range(K - 1, 0, -1):
+        carry.append(torch.add(heads[k], carry[-1], alpha=step))
+    behind = torch.stack(carry[::-1], -1).unsqueeze(-1)  # (n,K,1) what follows each chunk
+    return torch.addcmul(y, behind, a.pow(C - i)).reshape(n, K * C)[:, :L].reshape(x.shape)
 
 # %% ../../nbs/rl/04_advantages.ipynb #da001afd
 def discounted_returns(
     rewards: Tensor,  # (N,L) reward at each token
     mask: Tensor,  # (N,L) bool, sampled tokens; others are skipped
     gamma: float = 1.0,  # Discount per sampled token
-) -> Tensor:  # (N,L) return at each sampled token, 0 elsewhere
+) -> Tensor:  # (N,L) return at each sampled token, 0 elsewhere; float32, or float64 as given
     "What is still to come, from each sampled token on"
     if rewards.shape != mask.shape:
         raise ValueError(
@@ -110,7 +111,7 @@ def discounted_returns(
         y = _scan(x, gamma)
     else:
         y = torch.zeros_like(x).scatter(-1, order, _scan(x.gather(-1, order), gamma))
-    return torch.where(m, y, 0.0).to(rewards.dtype)
+    return torch.where(m, y, 0.0).to(torch.promote_types(rewards.dtype, torch.float32))
 
 # %% ../../nbs/rl/04_advantages.ipynb #b7a1e001
 def _gae(rewards, values, m, gamma, lam):
@@ -121,7 +122,7 @@ def _gae(rewards, values, m, gamma, lam):
         r, v = r.gather(-1, order), v.gather(-1, order)
     delta, w = r.double(), v.double()
     delta.sub_(w)[..., :-1].add_(w[..., 1:], alpha=gamma)
-    a = _scan(delta, gamma * lam).to(values.dtype)
+    a = _scan(delta, gamma * lam).to(torch.promote_types(values.dtype, torch.float32))
     if order is not None:
         a, v = (torch.zeros_like(x).scatter(-1, order, x) for x in (a, v))
     A = torch.where(m, a, 0.0)
@@ -134,7 +135,9 @@ def gae(
     mask: Tensor,  # (N,L) bool, sampled tokens; others are skipped, not discounted
     gamma: float = 1.0,  # Discount
     lam: float = 0.95,  # Trace parameter
-) -> tuple[Tensor, Tensor]:  # Advantages and returns, (N,L) each, 0 outside the mask
+) -> tuple[
+    Tensor, Tensor
+]:  # Advantages and returns, (N,L) each, 0 outside the mask; float32 or more
     "Generalised advantage estimation (Schulman et al., 2016) over the sampled tokens"
     if not rewards.shape == values.shape == mask.shape or mask.dim() != 2:
         raise ValueError(

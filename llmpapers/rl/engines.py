@@ -7,7 +7,6 @@ __all__ = ['RolloutEngine', 'generate', 'ScriptedEngine', 'sample_tokens', 'HFEn
            'model_kind', 'restrict']
 
 # %% ../../nbs/rl/07_engines.ipynb #76e33166
-import copy
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ..core.scale import rng
 from .types import Completion, Request
-from .weights import copy_weights, model_logprobs
+from .weights import copy_weights, merged, model_logprobs
 
 # %% ../../nbs/rl/07_engines.ipynb #e99e7b68
 class RolloutEngine(Protocol):
@@ -80,6 +79,10 @@ def generate(
     done = {}
     while len(done) < len(requests):
         done |= {c.request_id: c for c in engine.step()}
+        if errors := getattr(engine, "errors", None):
+            name, error = errors.popitem()
+            engine.abort()
+            raise RuntimeError(f"request {name!r} failed") from error
     return [done[r.request_id] for r in requests]
 
 # %% ../../nbs/rl/07_engines.ipynb #d8d98e37
@@ -100,6 +103,7 @@ class _Row:
     sets: list = field(default_factory=list)  # what each token was drawn from; None: everything
     u: list = field(default_factory=list)  # uniform number of each token to come, if it is drawn
     coming: tuple = (-1, None)  # length for which the next allowed tokens are known, and they
+    n_tokens: int | None = None  # tokens of the model, if they are known
 
     def __post_init__(self):
         if (p := self.request.prefix) is not None:
@@ -113,7 +117,13 @@ class _Row:
             return None
         if self.coming[0] != len(self.ids):
             found = constraint.allowed(tuple(self.ids))
-            self.coming = len(self.ids), None if found is None else tuple(int(t) for t in found)
+            found = None if found is None else tuple(int(t) for t in found)
+            if found and self.n_tokens and not 0 <= min(found) <= max(found) < self.n_tokens:
+                raise ValueError(
+                    f"constraint: it allows tokens {min(found)} to {max(found)}, "
+                    f"the model has {self.n_tokens}"
+                )
+            self.coming = len(self.ids), found
         return self.coming[1]
 
     def push(self, token, logp, version, allowed=None):
@@ -146,6 +156,7 @@ class _Rows:
             raise ValueError(f"max_active={max_active!r} must be a positive integer")
         self.max_active, self.version = max_active, version
         self.rows, self.waiting = [], []
+        self.errors = {}  # request id -> why it could not go on
 
     @property
     def num_active(self) -> int:
@@ -157,7 +168,7 @@ class _Rows:
             raise ValueError(
                 f"request_id={name!r} is already active; ids must be unique among active requests"
             )
-        row = _Row(request)
+        row = _Row(request, n_tokens=getattr(self, "n_tokens", None))
         if row.finished:
             raise ValueError(
                 f"prefix of {name!r} is already complete; there is nothing to generate"
@@ -244,11 +255,13 @@ class HFEngine(_Rows):
     def __init__(
         self,
         model: torch.nn.Module,  # Causal language model
-        pad_id: int = 0,  # Token that fills rows; masked, so any valid id does
+        # Token that fills rows; masked, so any valid id does; None, from a tokenizer without: 0
+        pad_id: int | None = 0,
         max_active: int = 64,  # Requests advanced at once
         # Keep keys and values; None: yes above five million parameters, or if there is a decoder
         use_cache: bool | None = None,
-        copy_model: bool = False,  # Own a copy of the weights; needed if a trainer works meanwhile
+        # Own a copy of the weights, adapters merged; needed if a trainer works meanwhile
+        copy_model: bool = False,
         version: int = 0,  # Version of the weights at the beginning
         join_every: int = 4,  # Steps between two passes that read new requests in, with a cache
         # model -> `DecodePath`, a faster one than the model's own cache
@@ -256,22 +269,23 @@ class HFEngine(_Rows):
     ):
         super().__init__(max_active, version)
         self.join_every, self.since = join_every, 0
-        self.model = copy.deepcopy(model).requires_grad_(False) if copy_model else model
+        self.model = merged(model).requires_grad_(False) if copy_model else model
         self.model.eval()
         if use_cache is None:
             size = sum(p.numel() for p in model.parameters())
             use_cache = decoder is not None or size > _cache_above
         self.use_cache = use_cache
-        self.pad_id, self.device = pad_id, next(self.model.parameters()).device
+        self.pad_id, self.device = pad_id or 0, next(self.model.parameters()).device
+        self.n_tokens = self.model.get_input_embeddings().weight.shape[0]
         self.decoder, self.path, self.why_plain = decoder, None, None
         self.stale, self.kind = True, None
-        self.longest = getattr(model.config, "max_position_embeddings", None)
+        self.longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 # %% ../../nbs/rl/07_engines.ipynb #8c8e6a18
 @patch
 def add(
     self: HFEngine,
-    request: Request,  # Prompt plus longest response must fit the model
+    request: Request,  # Its tokens, and its length with the longest response, must fit the model
 ) -> None:
     "Accept a request; it joins at the next step"
     sc = request.sampling
@@ -280,6 +294,16 @@ def add(
         raise ValueError(
             f"request {request.request_id!r}: prompt and max_new_tokens make {n} tokens, "
             f"the model takes {self.longest}"
+        )
+    ids = (
+        request.prompt_ids
+        if request.prefix is None
+        else request.prompt_ids + request.prefix.token_ids
+    )
+    if bad := [t for t in ids if not 0 <= t < self.n_tokens]:
+        raise ValueError(
+            f"request {request.request_id!r}: token {bad[0]} is none of the {self.n_tokens} "
+            "of the model"
         )
     _Rows.add(self, request)
     if sc.temperature > 0:
@@ -555,10 +579,33 @@ def restrict(
     return logits.masked_fill(~mask, -torch.inf)
 
 
+def _constraint_fault(row):
+    "Ask what may come next; the exception if that fails"
+    try:
+        row.allowed()
+    except Exception as e:
+        return e
+    return None
+
+
+@patch
+def _drop_faulty(self: HFEngine):
+    "A request whose constraint fails is given up, and the others go on"
+    both = [r for r in self.rows + self.waiting if r.request.constraint is not None]
+    faults = {id(r): (r, e) for r in both if (e := _constraint_fault(r))}
+    if faults:
+        self.errors |= {r.request.request_id: e for r, e in faults.values()}
+        self._drop(set(faults))
+        self.waiting = [r for r in self.waiting if id(r) not in faults]
+
+
 @patch
 @torch.no_grad()
 def step(self: HFEngine) -> list[Completion]:  # The finished ones
     "Sample one token for every active request"
+    if not self.num_active:
+        return []
+    self._drop_faulty()
     if not self.num_active:
         return []
     logits = self._logits()
@@ -568,6 +615,7 @@ def step(self: HFEngine) -> list[Completion]:  # The finished ones
     tokens, logps = sample_tokens(restrict(logits, sets), u, heat)
     for r, token, logp, a in zip(self.rows, tokens.tolist(), logps.tolist(), sets):
         r.push(token, logp, self.version, a)
+    self._drop_faulty()
     out = [(r, why) for r in self.rows if (why := r.finished)]
     if out:
         self._drop({id(r) for r, _ in out})

@@ -14,16 +14,17 @@ import threading
 import time
 import traceback
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 
 from .buffer import SampleBuffer
-from .checkpoint import latest, load, save
+from .checkpoint import _check_plain, latest, load, outstanding, save
 from llmpapers.rl.pools import (
     EngineLost,
     EngineProxy,
@@ -33,7 +34,7 @@ from llmpapers.rl.pools import (
     whole_group,
 )
 from .types import Group, Sample, collate
-from .weights import WeightSyncError, model_logprobs, probe_ids
+from .weights import WeightSyncError, check_sync
 
 # %% ../../nbs/rl/14_loop.ipynb #d4a0285d
 def _prompt(source, i):
@@ -41,7 +42,13 @@ def _prompt(source, i):
     if callable(source):
         try:
             return source(i)
-        except (IndexError, StopIteration):
+        except (IndexError, StopIteration) as e:
+            inner = traceback.extract_tb(e.__traceback__)[2:]
+            if inner:  # perhaps a fault inside, and not the end of a list
+                text = (
+                    f"source({i}) raised {e!r} in {inner[-1].name}; taken for the end of the data"
+                )
+                warnings.warn(text, stacklevel=2)
             return None
     return source[i] if i < len(source) else None
 
@@ -52,6 +59,36 @@ def _check_source(source):
             "source: need a sequence of prompts or a function of the index, "
             f"got {type(source).__name__}; use list(...)"
         )
+
+
+def _check_rollout(trainer, rollout, group_size):
+    "Refuse what would train another policy than the one that samples, or nothing at all"
+    sampling = getattr(rollout, "sampling", None)
+    sampled, trained = (getattr(x, "temperature", None) for x in (sampling, trainer))
+    if sampled is not None and trained is not None and sampled != trained:
+        raise ValueError(
+            f"temperature: the rollout samples at {sampled}, the trainer divides by {trained}; "
+            "they must agree, or every ratio is wrong"
+        )
+    default = getattr(type(trainer), "default_advantages", None)
+    if group_size == 1 and default and trainer.advantages_fn is default:
+        raise ValueError(
+            "group_size=1: a group of one has no advantage over itself, so nothing would be "
+            "trained; use larger groups, a critic, or another advantages_fn"
+        )
+
+
+def _check_member(sample, limits, saved):
+    "Refuse a sample that would stop the trainer, or that could not be saved"
+    ids = [*sample.prompt_ids, *sample.response_ids]
+    if limits and not 0 <= min(ids) <= max(ids) < limits["tokens"]:
+        raise ValueError(
+            f"sample: tokens {min(ids)} to {max(ids)}, the model has {limits['tokens']}"
+        )
+    if limits and limits["length"] and len(ids) > limits["length"]:
+        raise ValueError(f"sample: {len(ids)} tokens, the model reads {limits['length']}")
+    if saved:
+        _check_plain("info of the sample", sample.info)
 
 
 def _summary(groups):
@@ -102,11 +139,15 @@ def _blocking(main, stop=None):
     return box["result"]
 
 # %% ../../nbs/rl/14_loop.ipynb #f2ab0ec7
-async def _tries(proxy, rollout, group, index, n, attempts=3):
+async def _tries(proxy, rollout, group, index, n, check, attempts=3):
     "A member, or all members of a group; the last exception if every attempt failed"
     for attempt in range(attempts):
         try:
-            return await play_rollout(rollout, proxy, replace(group, attempt=attempt), index, n)
+            turn = replace(group, attempt=attempt)
+            got = await play_rollout(rollout, proxy, turn, index, n)
+            for x in got if index is None else [got]:
+                check(x)
+            return got
         except EngineLost:
             raise
         except Exception as e:
@@ -114,10 +155,11 @@ async def _tries(proxy, rollout, group, index, n, attempts=3):
     return error
 
 
-async def _sync_groups(proxy, rollout, groups, n):
+async def _sync_groups(proxy, rollout, groups, n, check):
     "The groups with their samples, and the errors of those that failed"
     members = [None] if whole_group(rollout) else list(range(n))
-    got = await asyncio.gather(*(_tries(proxy, rollout, g, k, n) for g in groups for k in members))
+    tries = (_tries(proxy, rollout, g, k, n, check) for g in groups for k in members)
+    got = await asyncio.gather(*tries)
     full, errors = [], []
     for j, g in enumerate(groups):
         parts = got[j * len(members) : (j + 1) * len(members)]
@@ -130,7 +172,7 @@ async def _sync_groups(proxy, rollout, groups, n):
     return full, errors
 
 
-async def _sync_step(proxy, source, rollout, version, cursor, batch_size, group_size, keep):
+async def _sync_step(proxy, source, rollout, version, cursor, batch_size, group_size, keep, check):
     "Groups of one batch and the next cursor; fewer at the end of the source"
     groups, failed, rejected = [], 0, 0
     while len(groups) < batch_size:
@@ -142,7 +184,7 @@ async def _sync_step(proxy, source, rollout, version, cursor, batch_size, group_
         if not new:
             break
         cursor += len(new)
-        full, errors = await _sync_groups(proxy, rollout, new, group_size)
+        full, errors = await _sync_groups(proxy, rollout, new, group_size, check)
         failed += len(errors)
         if errors:
             e = errors[-1]
@@ -177,25 +219,46 @@ def train_sync(
     save_every: int = 1,  # Batches between two checkpoints
     metrics: Callable | None = None,  # Called with one dictionary a batch
     pad_id: int = 0,  # Fills rows
+    # Largest difference between log-probabilities of engine and trainer, nats
+    probe_tol: float = 1e-3,
+    probe_steps: int = 3,  # Versions whose weights are checked on arrival
 ) -> list[dict]:  # The rows of this run
     "Generate, train, generate, train: the reference loop"
     _check_source(source)
+    _check_rollout(trainer, rollout, group_size)
+    if checkpoint and (path := latest(checkpoint)) and (left := outstanding(path)):
+        raise ValueError(
+            f"checkpoint: {path.name} was saved by an AsyncController with {left} groups in "
+            "flight, which this loop would lose; go on with one, or give a new folder"
+        )
     state = load(checkpoint, trainer=trainer) if checkpoint and latest(checkpoint) else {}
     version, cursor, rows = state.get("step", 0), state.get("cursor", 0) or 0, []
     shared = getattr(engine, "model", 0) is getattr(trainer, "model", 1)
+    limits = getattr(trainer, "limits", None)
+
+    def check(sample):
+        _check_member(sample, limits, False)
 
     async def main(version=version, cursor=cursor):
         proxy = EngineProxy(engine, threaded=False)
         while version < n_steps:
             await proxy.load_weights(None if shared else trainer.weights(), version)
+            if len(rows) < probe_steps and hasattr(trainer, "probe"):
+                ids, expected = trainer.probe()
+                await proxy.call(partial(check_sync, expected=expected, ids=ids, tol=probe_tol))
             start = time.perf_counter()
             groups, cursor = await _sync_step(
-                proxy, source, rollout, version, cursor, batch_size, group_size, group_filter
+                proxy, source, rollout, version, cursor, batch_size, group_size, group_filter, check
             )
             if not groups:
                 break
             made = time.perf_counter()
             got = trainer.step(collate(groups, pad_id))
+            on_policy = not rows and got.get("train/updates") == 1
+            if on_policy and got.get("kl/behavior", 0) > 0.05:
+                text = f"kl/behavior is {got['kl/behavior']:.2g} in the first step, where sampler "
+                text += "and trainer hold the same policy; do their temperatures agree?"
+                warnings.warn(text, stacklevel=2)
             version += 1
             rows.append(
                 dict(step=version)
@@ -239,6 +302,7 @@ class AsyncController:
         probe_steps: int = 3,
     ):
         _check_source(source)
+        _check_rollout(trainer, rollout, buffer.group_size)
         if sync_mode not in sync_modes:
             raise ValueError(f"sync_mode={sync_mode!r} must be one of {', '.join(sync_modes)}")
         if buffer.async_ratio > 0 and pool.shares(getattr(trainer, "model", None)):
@@ -265,6 +329,8 @@ class AsyncController:
         self.rows = []
         self.trained = []
         self.failed = []
+        self.lost = Counter()  # how often the engine of a member died under it
+        self.limits = getattr(trainer, "limits", None)
         self.timeline = deque(maxlen=100_000)
         # what is dispatched of a group: all members in one call, or one by one
         self.members = [None] if whole_group(rollout) else list(range(buffer.group_size))
@@ -281,9 +347,10 @@ def run(
 
 @patch
 def stop(self: AsyncController) -> None:
-    "End soon, with a checkpoint; a second call ends at once"
+    "End soon, with a checkpoint; a second call does not wait for one"
     if self.stopping:
-        signal.raise_signal(signal.SIGKILL)
+        self.task.cancel()
+        return
     self.stopping = True
     self.queue.put_nowait(None)
 
@@ -295,7 +362,7 @@ async def arun(
 ) -> list[dict]:  # One row of metrics a batch
     "The event loop of `run`, to be awaited"
     self.queue, self.running, self.train, self.sync = asyncio.Queue(), {}, None, None
-    self.stopping, self.exhausted = False, False
+    self.stopping, self.exhausted, self.task = False, False, asyncio.current_task()
     self.dropped, self.quarantined, self.warned, self.mark = 0, 0, 0, time.perf_counter()
     thaw = False
     try:
@@ -355,9 +422,7 @@ async def _open(self: AsyncController):
 @patch
 def _probed(self: AsyncController):
     "Will the next weights be checked on arrival?"
-    return self.checks < self.probe_steps and hasattr(
-        getattr(getattr(self.trainer, "model", None), "config", None), "vocab_size"
-    )
+    return self.checks < self.probe_steps and hasattr(self.trainer, "probe")
 
 
 @patch
@@ -365,10 +430,9 @@ async def _check(self: AsyncController):
     "Engines and trainer must give a fixed sequence the same log-probabilities"
     if not self._probed():
         return
-    model = self.trainer.model
     self.checks += 1
-    ids = probe_ids(model.config.vocab_size)
-    expected = torch.tensor(model_logprobs(model, ids))
+    ids, expected = self.trainer.probe()
+    expected = torch.tensor(expected)
     for k, row in enumerate(await self.pool.logprobs(ids)):
         gap = (torch.tensor(row) - expected).abs().max().item()
         if not gap <= self.probe_tol:
@@ -396,8 +460,12 @@ def _admit(self: AsyncController, n_steps):
 @patch
 def _dispatch(self: AsyncController):
     "Give members that wait to free slots, oldest first"
+    later = []
     while self.todo and self.sync is None and self.pool.num_free() > 0:
         gid, k = self.todo.popleft()
+        if self.lost[gid, k] and any(self.lost[key] for key in self.running):
+            later.append((gid, k))  # one suspect at a time: who kills its engine is found out
+            continue
         e = self.buffer.groups.get(gid)
         out = e is None or (e.ready or any(e.out) if k is None else e.samples[k] or e.out[k])
         if out:
@@ -410,6 +478,7 @@ def _dispatch(self: AsyncController):
         f.add_done_callback(
             lambda f, key=(gid, k), attempt=attempt: self.queue.put_nowait((key, attempt, f))
         )
+    self.todo.extendleft(reversed(later))
 
 # %% ../../nbs/rl/14_loop.ipynb #1d0b3595
 @patch
@@ -424,11 +493,21 @@ def _handle(self: AsyncController, item):
     if f.cancelled():
         e = RuntimeError("the rollout was cancelled")
     elif (e := f.exception()) is None:
-        return self._commit(gid, k, attempt, f.result(), now)
+        try:
+            for x in f.result() if k is None else [f.result()]:
+                _check_member(x, self.limits, bool(self.checkpoint))
+        except (TypeError, ValueError) as fault:
+            e = fault
+        else:
+            return self._commit(gid, k, attempt, f.result(), now)
     if isinstance(e, RolloutPoolError):
         raise e
     known, lost = gid in self.buffer.groups, isinstance(e, EngineLost)
-    if self.buffer.fail(gid, k, attempt, f"{type(e).__name__}: {e}", blame=not lost):
+    self.lost[gid, k] += lost
+    if known and self.lost[gid, k] >= self.buffer.max_attempts:
+        self.buffer.drop(gid, "engines died")
+        self._quarantine(gid, k, e)
+    elif self.buffer.fail(gid, k, attempt, f"{type(e).__name__}: {e}", blame=not lost):
         self.todo.appendleft((gid, k))
     elif known and gid not in self.buffer.groups:
         self._quarantine(gid, k, e)

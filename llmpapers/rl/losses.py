@@ -8,6 +8,7 @@ __all__ = ['modes', 'losses', 'without_ratios', 'reinforce_loss', 'ppo_loss', 'd
            'value_loss']
 
 # %% ../../nbs/rl/03_losses.ipynb #16a79e4c
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -137,8 +138,8 @@ def gspo_loss(
     behavior_logprobs: Tensor,  # (N,L) under the policy that sampled
     advantages: Tensor,  # (N,) or (N,L)
     mask: Tensor,  # (N,L) bool, tokens of the ratio
-    clip_low: float = 0.2,  # Lower clip range
-    clip_high: float = 0.2,  # Upper clip range
+    clip_low: float = 3e-4,  # Lower clip range; a ratio of a sequence moves little
+    clip_high: float = 4e-4,  # Upper clip range; both are the values of its paper
 ) -> Tensor:  # (N,L) loss per token, the same for all tokens of a row
     "Clipped surrogate with one geometric-mean ratio per sequence"
     A = _inputs(logprobs, advantages, behavior_logprobs)
@@ -271,18 +272,27 @@ def _gspo(cfg, b, lp, prox):
     return gspo_loss(lp, b.behavior_logprobs, b.advantages, b.response_mask, **cfg.args)
 
 # %% ../../nbs/rl/03_losses.ipynb #aea7f255
+def _clip_range(cfg):
+    "Clip range in use: what the configuration says, else the default of the loss"
+    known = dict(ppo=ppo_loss, decoupled_ppo=decoupled_ppo_loss, cispo=cispo_loss, gspo=gspo_loss)
+    fn = known.get(cfg.name, ppo_loss)
+    defaults = {k: p.default for k, p in inspect.signature(fn).parameters.items()}
+    return [cfg.args.get(k, defaults[k]) for k in ("clip_low", "clip_high")]
+
+
 @torch.no_grad()
 def _watch(cfg, batch, lp):
     "What to watch: ratio, clipping, divergence from the behaviour policy, effective sample size"
     m = batch.response_mask
     log_r = (lp - batch.behavior_logprobs)[m].clamp(-20, 20)
     r = log_r.exp()
-    lo, hi = cfg.args.get("clip_low", 0.2), cfg.args.get("clip_high", 0.2)
+    lo, hi = _clip_range(cfg)
+    up = batch.advantages[m] > 0
     res = {
         "ratio/mean": r.mean(),
         "ratio/max": r.max(),
-        "clip_frac/low": (r < 1 - lo).float().mean(),
-        "clip_frac/high": (r > 1 + hi).float().mean(),
+        "clip_frac/low": (~up & (r < 1 - lo)).float().mean(),
+        "clip_frac/high": (up & (r > 1 + hi)).float().mean(),
         "kl/behavior": ((-log_r).exp() - 1 + log_r).mean(),
         "ess": r.sum() ** 2 / (len(r) * r.square().sum()),
     }
@@ -334,6 +344,9 @@ def value_loss(
     denom: float = None,  # Global count of tokens
 ) -> Tensor:  # Scalar
     "Half the squared error to the returns, clipped around the old values if asked"
+    values, old_values, returns = (
+        torch.where(mask.bool(), x, 0.0) for x in (values, old_values, returns)
+    )
     err = (values - returns).square()
     if clip is not None:
         near_old = old_values + (values - old_values).clamp(-clip, clip)

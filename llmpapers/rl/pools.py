@@ -91,6 +91,17 @@ async def call(
 
 # %% ../../nbs/rl/11_pools.ipynb #02085efb
 @patch
+def _refuse(self: EngineProxy):
+    "Requests that could not go on; the others do"
+    errors = getattr(self.engine, "errors", {})
+    while errors:
+        name, error = errors.popitem()
+        _, future = self.waiting.pop(name, (None, None))
+        if future and not future.done():
+            future.set_exception(error)
+
+
+@patch
 async def _run(self: EngineProxy):
     "Step while there is work"
     try:
@@ -102,6 +113,7 @@ async def _run(self: EngineProxy):
                     _, future = self.waiting.pop(c.request_id, (None, None))
                     if future and not future.done():  # cancelled while the engine stepped
                         future.set_result(c)
+                self._refuse()
             elif not self.commands and (self.held or not self.inbox):
                 return
             await asyncio.sleep(0)
@@ -235,6 +247,8 @@ class InProcessPool:
         version: int,  # Their version
     ) -> None:
         "Begin to serve"
+        if self.proxy is not None:
+            raise RuntimeError("pool: it serves another controller; close it, or make a new one")
         self.rollout, self.proxy = rollout, EngineProxy(self.engine)
         await self.proxy.load_weights(weights, version)
 
@@ -309,4 +323,5 @@ async def close(self: InProcessPool) -> None:
     if self.proxy and self.proxy.pump:
         self.proxy.pump.cancel()
         await asyncio.gather(self.proxy.pump, return_exceptions=True)
+    self.proxy = None
     self.engine.close()

@@ -12,6 +12,7 @@ import itertools
 import os
 import pickle
 import socket
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -171,6 +172,7 @@ class RolloutPool:
         ray_options: dict | None = None,  # Options of the actors, e.g. dict(num_cpus=1, num_gpus=1)
         respawn: int = 3,  # Actors replaced within ten versions before giving up
         timeout_s: float | None = None,  # Deadline of one rollout, seconds
+        start_timeout_s: float = 600.0,  # How long actors may take to start, seconds
     ):
         for n, x in (("n_actors", n_actors), ("max_inflight_per_actor", max_inflight_per_actor)):
             if not isinstance(x, int) or x < 1:
@@ -181,7 +183,7 @@ class RolloutPool:
         self.n_actors = n_actors
         self.slots = max_inflight_per_actor
         self.respawn = respawn
-        self.timeout_s = timeout_s
+        self.timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
         self.options = dict(num_cpus=1) | (ray_options or {})
         self.actors = [None] * n_actors
         self.busy = [0] * n_actors
@@ -197,6 +199,44 @@ class RolloutPool:
         self.owns_ray = False
 
 # %% ../../nbs/rl/15_ray.ipynb #8bc0c511
+def _wanted(options):
+    "What an actor asks of the cluster"
+    asked = {"CPU": options.get("num_cpus", 0), "GPU": options.get("num_gpus", 0)}
+    return {k: v for k, v in (asked | dict(options.get("resources") or {})).items() if v}
+
+
+@patch
+def _check_resources(self: RolloutPool):
+    "Refuse at once what a session of one machine can never give; a cluster may grow"
+    have = self.ray.cluster_resources()
+    for name, each in _wanted(self.options).items():
+        if each * self.n_actors > have.get(name, 0) and len(self.ray.nodes()) == 1:
+            raise RolloutPoolError(
+                f"ray_options: {self.n_actors} actors ask for {each * self.n_actors:g} {name}, "
+                f"this machine has {have.get(name, 0):g}"
+            )
+
+
+@patch
+async def _in_start_time(self: RolloutPool, k, ref):
+    "Wait for an actor that starts, with a line every half minute"
+    start, waited = time.monotonic(), asyncio.ensure_future(_get(ref))
+    try:
+        while not (await asyncio.wait([waited], timeout=30))[0]:
+            seconds = time.monotonic() - start
+            free = {
+                k: round(v, 1) for k, v in self.ray.available_resources().items() if k != "memory"
+            }
+            text = f"actor {k} has not started after {seconds:.0f} s; it asks for "
+            text += f"{_wanted(self.options)}, free are {free}"
+            if seconds > self.start_timeout_s:
+                raise RolloutPoolError(text)
+            warnings.warn(text, stacklevel=2)
+        return await waited
+    finally:
+        waited.cancel()
+
+
 @patch
 async def start(
     self: RolloutPool,
@@ -205,8 +245,11 @@ async def start(
     version: int,  # Their version
 ) -> None:
     "Start Ray if nobody has, and the actors"
+    if any(a is not None for a in self.actors):
+        raise RuntimeError("pool: it serves another controller; close it, or make a new one")
     self.owns_ray = start_ray(max(self.n_actors, os.cpu_count() or 1))
     self.ray, self.rollout = need("ray", "ray"), rollout
+    self._check_resources()
     self._put(weights, version)
     jobs = (self._spawn(k) for k in range(self.n_actors))
     for e in await asyncio.gather(*jobs, return_exceptions=True):
@@ -243,7 +286,7 @@ async def _spawn(self: RolloutPool, k):
     try:
         while version != self.version:
             version = self.version
-            await actor.load_weights.remote(self.ref, version, "keep")
+            await self._in_start_time(k, actor.load_weights.remote(self.ref, version, "keep"))
     except BaseException:
         self.ray.kill(actor)
         raise
@@ -536,7 +579,8 @@ class _Learner:
 
     def start(self, make_trainer, rendezvous, backend):
         self.trainer = make_trainer(learner_group(self.rank, self.world, rendezvous, backend))
-        return self.trainer.n_steps
+        t = self.trainer
+        return t.n_steps, getattr(t, "limits", None), getattr(t, "temperature", None)
 
     def call(self, name, *args):
         return getattr(self.trainer, name)(*args)
@@ -551,7 +595,7 @@ class RayLearners:
         n: int = 2,  # Number of actors
         *,
         ray_options: dict = None,  # Resources of each actor; None is one CPU
-        backend: str = "gloo",  # "nccl" when each actor has a GPU of its own
+        backend: str | None = None,  # None: "nccl" if the actors ask for GPUs, else "gloo"
         threads: int = 1,  # Threads of each actor
     ):
         if not isinstance(n, int) or n < 1:
@@ -559,15 +603,15 @@ class RayLearners:
         ray = self.ray = need("ray", "ray")
         if not ray.is_initialized():
             raise RuntimeError("RayLearners: call ray.init() first")
+        backend = backend or ("nccl" if (ray_options or {}).get("num_gpus") else "gloo")
         actor = ray.remote(_Learner).options(
             **{"num_cpus": 1, "max_restarts": 0} | (ray_options or {})
         )
         self.actors = [actor.remote(r, n, threads) for r in range(n)]
         try:
             where = ray.get(self.actors[0].address.remote())
-            self.n_steps = max(
-                ray.get([a.start.remote(make_trainer, where, backend) for a in self.actors])
-            )
+            starts = [a.start.remote(make_trainer, where, backend) for a in self.actors]
+            self.n_steps, self.limits, self.temperature = ray.get(starts)[0]
         except BaseException:
             self.close()
             raise
@@ -613,6 +657,12 @@ def _first(self: RayLearners, name):
 def weights(self: RayLearners) -> dict[str, Tensor]:  # Name -> tensor on the CPU
     "Weights of the policy, the same on all ranks"
     return self._first("weights")
+
+
+@patch
+def probe(self: RayLearners) -> tuple[list, list]:  # Token ids; their log-probabilities
+    "A fixed sequence and what the policy says of it, to compare engines with"
+    return self._first("probe")
 
 
 @patch

@@ -6,9 +6,12 @@
 __all__ = ['Reward', 'exact_match', 'numeric_match', 'format_tag', 'weighted_sum']
 
 # %% ../../nbs/rl/05_rewards.ipynb #6e42daab
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from ..core.scale import need
 
 # %% ../../nbs/rl/05_rewards.ipynb #d8a765d9
 # (prompt, response, info) -> score; plain function or coroutine function
@@ -30,11 +33,42 @@ def exact_match(
     return float(response.strip() == str(_answer(info)).strip())
 
 # %% ../../nbs/rl/05_rewards.ipynb #9a732fa3
-_number = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?%?|[-+]?\.\d+%?")
+_unsigned = r"[$€£]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+# a sign belongs to a number unless something stands right before it; 1/2 is one number
+_number = re.compile(rf"(?:(?<![\w.)\]])[-+])?(?:\d+/\d+(?![\d/])|{_unsigned}%?)")
 
 
 def _value(text):
-    return float(text.rstrip("%").replace(",", "")) / (100 if text.endswith("%") else 1)
+    "The number that a piece of text spells"
+    sign = -1 if text.startswith("-") else 1
+    text = text.lstrip("+-").lstrip("$€£").replace(",", "")
+    top, _, bottom = text.rstrip("%").partition("/")
+    if bottom and not float(bottom):
+        return math.nan
+    return sign * float(top) / (float(bottom) if bottom else 100 if text.endswith("%") else 1)
+
+
+def _last_number(text):
+    "The last number of a text, or None"
+    found = _number.findall(text.replace("\u2212", "-"))
+    return _value(found[-1]) if found else None
+
+
+def _wanted(info):
+    "The answer as a number, from a number or from a text that holds one"
+    answer = _answer(info)
+    want = _last_number(answer) if isinstance(answer, str) else float(answer)
+    if want is None or not math.isfinite(want):
+        raise ValueError(f"info['answer']={answer!r} is no finite number")
+    return want
+
+
+def _verified(answer, response):
+    "Does math-verify read the response as the answer?"
+    lib = need("math_verify", "math")
+    gold = lib.parse(answer if isinstance(answer, str) else str(answer), parsing_timeout=None)
+    found = lib.parse(response, parsing_timeout=None)
+    return float(lib.verify(gold, found, timeout_seconds=None))
 
 
 @dataclass(frozen=True)
@@ -42,19 +76,23 @@ class numeric_match:
     "Is the last number of the response the answer, within a relative tolerance?"
 
     rel_tol: float = 1e-6  # Relative tolerance; also the absolute one when the answer is 0
+    # Where the plain reading says no, let math-verify compare: LaTeX, boxed answers, intervals.
+    # It needs the extra "math" and a thread that may take its time, `SingleTurn(in_thread=True)`
+    latex: bool = False
 
     def __call__(
         self,
         prompt,  # Not used
         response: str,  # What the policy wrote
-        info: dict,  # Holds "answer", a number
+        info: dict,  # Holds "answer": a number, or a text with one; any LaTeX with `latex`
     ) -> float:  # 1 or 0
-        found = _number.findall(response)
-        if not found:
+        if self.latex and (got := _verified(_answer(info), response)):
+            return got
+        if self.latex and isinstance(_answer(info), str) and _last_number(_answer(info)) is None:
             return 0.0
-        want = float(_answer(info))
+        want, found = _wanted(info), _last_number(response)
         size = 1.0 if want == 0 else abs(want)
-        return float(abs(_value(found[-1]) - want) <= self.rel_tol * size)
+        return float(found is not None and abs(found - want) <= self.rel_tol * size)
 
 # %% ../../nbs/rl/05_rewards.ipynb #85f6f25b
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from .loop import AsyncController, train_sync
 from .pools import InProcessPool, sync_modes
 from .ray import RolloutPool
 from .vllm import VLLMEngine
+from .weights import has_adapters, merged
 
 # %% ../../nbs/rl/17_run.ipynb #3e9d6cb0
 loops = ("sync", "async")  # Writing and learning in turns, or at the same time
@@ -66,9 +67,12 @@ class RunConfig:
 # %% ../../nbs/rl/17_run.ipynb #62bf835b
 def _hf(model, tokenizer, cfg, copy_model):
     decoder = Decoder if cfg.decoder and next(model.parameters()).device.type == "cpu" else None
+    half = getattr(torch, cfg.dtype)
+    if copy_model and half != torch.float32:
+        model, copy_model = merged(model).requires_grad_(False).to(half), False
     return HFEngine(
         model,
-        tokenizer.pad_token_id or 0,
+        tokenizer.pad_token_id,
         cfg.slots,
         cfg.use_cache,
         copy_model=copy_model,
@@ -121,6 +125,11 @@ class Run(NamedTuple):
     controller: AsyncController | None
 
 
+def _tolerance(cfg):
+    "Nats that engine and trainer may differ by"
+    return 1e-3 if cfg.dtype == "float32" else 0.2
+
+
 def train_policy(
     lm: LM,  # Policy and tokenizer; the trainer trains the policy in place
     trainer,  # A `PolicyTrainer` over `lm.model`, or anything with `step`, `weights` and state
@@ -140,7 +149,8 @@ def train_policy(
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(model_folder or Path(folder or scratch) / "model")
         if (apart or folder is not None) and not (model / "config.json").exists():
-            save_lm(lm, model)
+            plain = merged(lm.model) if has_adapters(lm.model) else lm.model
+            save_lm(lm._replace(model=plain), model)
         common = dict(
             group_filter=group_filter,
             checkpoint=checkpoint,
@@ -151,7 +161,8 @@ def train_policy(
         if cfg.loop == "sync" and not cfg.actors:
             sizes = dict(batch_size=cfg.batch_size, group_size=cfg.group_size)
             engine = make_engine(lm, cfg, model)
-            rows = train_sync(engine, source, rollout, trainer, n_steps, **sizes, **common)
+            tol = dict(probe_tol=_tolerance(cfg))
+            rows = train_sync(engine, source, rollout, trainer, n_steps, **sizes, **common, **tol)
             return Run(rows, None)
         ratio = cfg.async_ratio if cfg.loop == "async" else 0.0
         controller = AsyncController(
@@ -161,7 +172,7 @@ def train_policy(
             make_pool(lm, cfg, model),
             SampleBuffer(cfg.batch_size, ratio, cfg.group_size, cfg.on_stale),
             cfg.sync_mode,
-            probe_tol=1e-3 if cfg.dtype == "float32" else 0.1,
+            probe_tol=_tolerance(cfg),
             **common,
         )
         return Run(controller.run(n_steps), controller)

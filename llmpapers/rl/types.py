@@ -107,6 +107,22 @@ class Turn:
     finish_reason: str = "stop"  # Why it ended: "stop" or "length"
 
 
+def _number(name, x):
+    "A finite number that float32 can hold, as a float"
+    x = x.item() if hasattr(x, "item") else x
+    if not isinstance(x, (int, float)) or not abs(x) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}={x!r} must be a finite number that float32 can hold")
+    return float(x)
+
+
+def _plain(x):
+    "NumPy and tensor scalars as numbers, in nested dictionaries, lists and tuples"
+    if type(x) in (dict, list, tuple):
+        pairs = x.items() if type(x) is dict else None
+        return {k: _plain(v) for k, v in pairs} if pairs is not None else type(x)(map(_plain, x))
+    return x.item() if getattr(x, "shape", None) == () and hasattr(x, "item") else x
+
+
 @dataclass(frozen=True)
 class Sample:
     "A scored response of one prompt"
@@ -116,7 +132,7 @@ class Sample:
     response_mask: list[bool]  # (T,) True for tokens the policy sampled
     behavior_logprobs: list[float]  # (T,) under the sampling policy; 0 where the mask is False
     versions: list[int]  # (T,) policy version of each token
-    reward: float  # Score of the whole response
+    reward: float  # Score of the whole response, finite
     finish_reason: str = "stop"  # "stop", "length" or "abort"
     info: dict = field(default_factory=dict)  # Anything else worth keeping
     turns: tuple[Turn, ...] = ()  # Parts of a response of several turns
@@ -132,8 +148,8 @@ class Sample:
                 )
         if not n:
             raise ValueError("response_ids is empty; a sample needs at least one token")
-        if self.reward != self.reward:
-            raise ValueError("reward is NaN; a verifier must return a number")
+        object.__setattr__(self, "reward", _number("reward", self.reward))
+        object.__setattr__(self, "info", _plain(self.info))
         if self.allowed is not None and len(self.allowed) != n:
             raise ValueError(f"allowed has {len(self.allowed)} entries for {n} response tokens")
         turns = tuple(t if isinstance(t, Turn) else Turn(**t) for t in self.turns)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core.scale import need
 from .engines import _Row
 from .types import Completion, Request
-from .weights import read_weights, untied
+from .weights import hub_names, read_weights, untied
 
 # %% ../../nbs/rl/09_vllm.ipynb #8934969d
 _vllm_env = dict(
@@ -62,10 +62,15 @@ _constraints: dict[str, tuple] = {}  # key of a request -> its constraint and th
 
 def _among_allowed(constraint, prefix, output_ids, logits):
     "Leave only what a request may go on with; an empty set is ended by the engine, not here"
-    allowed = constraint.allowed((*prefix, *output_ids))
-    if not allowed:
+    try:
+        allowed = constraint.allowed((*prefix, *output_ids))
+        if not allowed:
+            return logits
+        keep = torch.tensor(list(allowed), device=logits.device)
+        if not 0 <= int(keep.min()) <= int(keep.max()) < len(logits):
+            raise ValueError(f"constraint: it allows {allowed}, the model has {len(logits)} tokens")
+    except Exception:  # an exception here would end the engine; the request meets it in `step`
         return logits
-    keep = torch.tensor(list(allowed), device=logits.device)
     return torch.full_like(logits, -torch.inf).index_copy_(0, keep, logits[keep])
 
 
@@ -130,7 +135,10 @@ class VLLMEngine:
             args["max_model_len"] = max_len
         with _quiet():
             self.llm = vllm.LLM(str(model), **args | engine_args)
-        self.version = int(version)
+        self.version, self.folder = int(version), Path(model)
+        self.longest = self.llm.model_config.max_model_len
+        self.n_tokens = self.llm.model_config.get_vocab_size()
+        self.errors = {}  # request id -> why it could not go on
         self.rows = {}  # request id -> row, and how many tokens it came with
         self.scored = {}  # name of a sequence that is being scored -> what vLLM said of it
         self.ready = []  # responses that ended while a sequence was scored
@@ -160,16 +168,26 @@ def _stream_seed(seed, name, n):
 @patch
 def add(
     self: VLLMEngine,
-    request: Request,  # Its seed and id give the seed of its stream
+    request: Request,  # Tokens and length must fit; seed and id give the seed of its stream
 ) -> None:
     "Hand a request to vLLM"
-    sc, row, name = request.sampling, _Row(request), request.request_id
+    sc, row, name = request.sampling, _Row(request, n_tokens=self.n_tokens), request.request_id
     if name in self.rows:
         raise ValueError(
             f"request_id={name!r} is already active; ids must be unique among active requests"
         )
     if row.finished:
         raise ValueError(f"prefix of {name!r} is already complete; there is nothing to generate")
+    size = len(request.prompt_ids) + sc.max_new_tokens
+    if size > self.longest:
+        raise ValueError(
+            f"request {name!r}: prompt and max_new_tokens make {size} tokens, "
+            f"the engine takes {self.longest}"
+        )
+    if bad := [t for t in request.prompt_ids + row.ids if not 0 <= t < self.n_tokens]:
+        raise ValueError(
+            f"request {name!r}: token {bad[0]} is none of the {self.n_tokens} of the model"
+        )
     params = self.params(
         n=1,
         temperature=sc.temperature,
@@ -202,17 +220,30 @@ def step(self: VLLMEngine) -> list[Completion]:  # The finished ones
             self.scored[name] = out
             continue
         row, offset = self.rows[name]
-        o = out.outputs[0]
-        for t in range(len(row.ids) - offset, len(o.token_ids)):
-            token = o.token_ids[t]
-            row.push(token, o.logprobs[t][token].logprob, self.version, row.allowed())
-        ended = row.allowed() == ()
-        if ended and not out.finished:
+        try:
+            why = _take_in(row, offset, out, self.version)
+        except Exception as e:
+            why, self.errors[name] = "error", e
+        if why and not out.finished:
             self.engine.abort_request([name])
-        if ended or out.finished:
-            done.append(row.done("stop" if ended or o.finish_reason == "stop" else "length"))
+        if why and why != "error":
+            done.append(row.done(why))
+        if why:
             self._leave(name)
     return done
+
+
+def _take_in(row, offset, out, version):
+    "New tokens of a request; why it has ended, or None"
+    o = out.outputs[0]
+    for t in range(len(row.ids) - offset, len(o.token_ids)):
+        token = o.token_ids[t]
+        row.push(token, o.logprobs[t][token].logprob, version, row.allowed())
+    if row.allowed() == ():
+        return "stop"
+    if out.finished and o.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended the request with {o.finish_reason!r}")
+    return o.finish_reason if out.finished else None
 
 
 @patch
@@ -234,6 +265,32 @@ def abort(
     return [self._leave(i).done("abort") for i in ids]
 
 # %% ../../nbs/rl/09_vllm.ipynb #a193db20
+def _checked(weights, folder, config):
+    "Weights under the names of the folder the engine was made from; nothing missing or left over"
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"weights: {folder} has no *.safetensors that they could be checked with")
+    want = {}
+    for file in files:
+        with need("safetensors").safe_open(str(file), "pt") as f:
+            want |= {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    if set(weights) - set(want):
+        weights = hub_names(weights, config)
+    heads = {"lm_head.weight", "embed_out.weight"} if config.tie_word_embeddings else set()
+    for names, what in (
+        (set(weights) - set(want) - heads, "the model has no"),
+        (set(want) - set(weights) - heads, "there is no"),
+    ):
+        if names:
+            raise ValueError(f"weights: {what} {min(names)!r} ({len(names)} such names)")
+    for name, value in weights.items():
+        if name in want and tuple(value.shape) != want[name]:
+            raise ValueError(
+                f"weights: {name!r} has shape {tuple(value.shape)}, the model {want[name]}"
+            )
+    return weights
+
+
 @patch
 def load_weights(
     self: VLLMEngine,
@@ -241,7 +298,8 @@ def load_weights(
     version: int,  # Their version
 ) -> None:
     "Replace the weights in place, and everything that was computed with the old ones"
-    w = untied(read_weights(weights), self.llm.model_config.hf_config)
+    config = self.llm.model_config.hf_config
+    w = untied(_checked(read_weights(weights), self.folder, config), config)
     self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(w.items())))
     if not self._forget():
         raise RuntimeError(

@@ -18,7 +18,7 @@ from ..core.lm import LM
 from ..rl.loop import AsyncController
 from ..rl.losses import PolicyLossConfig
 from ..rl.rollout import SingleTurn
-from ..rl.run import RunConfig, train_policy
+from ..rl.run import Run, RunConfig, train_policy
 from ..rl.trainer import PolicyTrainer
 from ..rl.types import Group, Sample, SamplingConfig
 
@@ -44,17 +44,22 @@ def train_async(
     cfg: AsyncConfig = AsyncConfig(),  # Everything else
     folder: "str|Path|None" = None,  # Where model and checkpoints are kept; None: nothing is kept
     metrics: Callable | None = None,  # Called with one dictionary a batch
-) -> AsyncController:  # The controller, with `rows`, `trained`, `timeline`
+    # Who trains: a `PolicyTrainer` over `lm.model`, `RayLearners`; None makes one from `cfg`
+    trainer=None,
+) -> "AsyncController|Run":  # The controller, with `rows`, `trained`, `timeline`; `Run` if "sync"
     "Train a policy asynchronously; a run with a folder resumes"
     stop = tuple(t for t in [lm.tokenizer.eos_token_id] if t is not None)
     sampling = SamplingConfig(cfg.max_new_tokens, cfg.temperature, stop, cfg.seed)
-    trainer = PolicyTrainer(
-        lm.model,
-        torch.optim.AdamW(lm.model.parameters(), lr=cfg.lr, fused=True),
-        PolicyLossConfig(cfg.loss),
-        temperature=cfg.temperature,
-        max_tokens_per_micro=cfg.max_tokens_per_micro,
-    )
+    if trainer is None:
+        trained = [p for p in lm.model.parameters() if p.requires_grad]
+        trainer = PolicyTrainer(
+            lm.model,
+            torch.optim.AdamW(trained, lr=cfg.lr, fused=True),
+            PolicyLossConfig(cfg.loss),
+            temperature=cfg.temperature,
+            max_tokens_per_micro=cfg.max_tokens_per_micro,
+        )
     rollout = SingleTurn(lm.tokenizer, reward, sampling)
     how = dict(folder=folder, metrics=metrics)
-    return train_policy(lm, trainer, rollout, source, n_steps, cfg, **how).controller
+    run = train_policy(lm, trainer, rollout, source, n_steps, cfg, **how)
+    return run if run.controller is None else run.controller

@@ -1,0 +1,574 @@
+"""The policy loop in the hands of its users: every way in which a rollout can end, numbers that are
+none, checkpoints of other runs, optimisers of other models, adapters, half precision"""
+
+import asyncio
+import math
+import os
+import random
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hub import hub_folder
+
+from llmpapers.core.lm import LM, TinyLMConfig, load_lm, tiny_lm, word_tokenizer
+from llmpapers.rl import checkpoint as ck
+from llmpapers.rl.buffer import SampleBuffer
+from llmpapers.rl.engines import HFEngine, ScriptedEngine, generate
+from llmpapers.rl.logprobs import token_logprobs
+from llmpapers.rl.loop import AsyncController, train_sync
+from llmpapers.rl.losses import PolicyLossConfig
+from llmpapers.rl.pools import InProcessPool
+from llmpapers.rl.rollout import SingleTurn
+from llmpapers.rl.run import RunConfig, train_policy
+from llmpapers.rl.trainer import PolicyTrainer
+from llmpapers.rl.types import Batch, Group, Request, Sample, SamplingConfig, collate
+from llmpapers.rl.weights import checkpoint_weights, copy_weights, merged
+
+tok = word_tokenizer([*"abcdefgh"])
+sampling = SamplingConfig(4, seed=0)
+BAD = 1  # the group whose members end badly
+
+
+def lm(**kw):
+    return tiny_lm(tok, TinyLMConfig(layers=1, width=16, head_dim=8, max_len=32, **kw), 0)
+
+
+def trainer(model, **kw):
+    adam = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    return PolicyTrainer(model, adam, PolicyLossConfig("ppo"), **kw)
+
+
+def source(i):
+    return "abcdefgh"[i % 8]
+
+
+def reward(prompt, response, info):
+    return float(len(set(response.split())))
+
+
+def sample(c, value, prompt=(4,), **kw):
+    n = len(c.token_ids)
+    return Sample(
+        list(prompt), c.token_ids, [True] * n, c.logprobs, c.token_versions(), value, **kw
+    )
+
+
+class Ways:
+    "A rollout whose members of one group end in a given way, whatever is tried"
+
+    def __init__(self, how):
+        self.how = how
+
+    async def __call__(self, client, group, index):
+        bad = group.group_id == BAD
+        c = await client.generate([999] if bad and self.how == "prompt id" else [4], sampling)
+        value = float(index)
+        if bad:
+            value, kw = self.end(c, value)
+            return sample(c, value, **kw) if isinstance(kw, dict) else kw
+        return sample(c, value)
+
+    def end(self, c, value):
+        match self.how:
+            case "raise":
+                raise OSError("no more disk")
+            case "cancel":
+                raise asyncio.CancelledError
+            case "exit":
+                sys.exit(3)
+            case "interrupt":
+                raise KeyboardInterrupt
+            case "stop":
+                raise StopIteration
+            case "generator exit":
+                raise GeneratorExit
+            case "none":
+                return value, None
+            case "text":
+                return value, "a sample"
+            case "nan" | "inf" | "-inf":
+                return float(self.how), {}
+            case "no reward":
+                return None, {}
+            case "beyond float32":
+                return 1e39, {}
+            case "response id":
+                object.__setattr__(c, "token_ids", [7, 7, 7, 10**6])
+            case "negative id":
+                object.__setattr__(c, "token_ids", [7, 7, 7, -1])
+            case "oversized":
+                return value, dict(prompt=[4] * 60)
+            case "unpicklable":
+                return value, dict(info=dict(lock=threading.Lock()))
+        return value, {}
+
+
+ways = [
+    "raise",
+    "cancel",
+    "exit",
+    "stop",
+    "generator exit",
+    "none",
+    "text",
+    "nan",
+    "inf",
+    "-inf",
+    "no reward",
+    "beyond float32",
+    "prompt id",
+    "response id",
+    "negative id",
+    "oversized",
+]
+
+
+def controller(rollout, timeout=None, alpha=1.0, model=None, **kw):
+    model = model or lm()
+    pool = InProcessPool(HFEngine(model, copy_model=True), 64, timeout)
+    return AsyncController(source, rollout, trainer(model), pool, SampleBuffer(4, alpha, 2), **kw)
+
+
+@pytest.mark.parametrize("how", ways)
+def test_a_rollout_that_ends_badly_costs_its_group(how):
+    """Asynchronously, in process: the run goes on and names the group"""
+    c = controller(Ways(how))
+    c.run(3)
+    assert len(c.rows) == 3 and [f["group_id"] for f in c.failed] == [BAD]
+    assert sorted(c.trained) == [i for i in range(13) if i != BAD]
+
+
+@pytest.mark.parametrize("how", ways)
+def test_a_rollout_that_ends_badly_in_turns(how):
+    """The same in the synchronous loop, with a warning"""
+    m = lm()
+    with pytest.warns(UserWarning, match="1 groups failed 3 times"):
+        rows = train_sync(HFEngine(m), source, Ways(how), trainer(m), 3, batch_size=4, group_size=2)
+    assert len(rows) == 3
+
+
+def test_a_rollout_that_hangs():
+    """A deadline ends it; the others go on"""
+
+    async def play(client, group, index):
+        c = await client.generate([4], sampling)
+        if group.group_id == BAD:
+            await asyncio.sleep(1000)
+        return sample(c, float(index))
+
+    c = controller(play, timeout=0.5)
+    c.run(3)
+    assert [f["group_id"] for f in c.failed] == [BAD] and "timeout_s" in c.failed[0]["error"]
+
+
+def test_what_cannot_be_saved_fails_when_it_arrives(tmp_path):
+    """With a checkpoint folder, info that JSON does not hold, or would change, is a failed member;
+    NumPy numbers are numbers"""
+    for how in ("unpicklable",):
+        c = controller(Ways(how), checkpoint=tmp_path / how)
+        c.run(2)
+        assert [f["group_id"] for f in c.failed] == [BAD] and "info" in c.failed[0]["error"]
+
+    async def play(client, group, index):
+        c = await client.generate([4], sampling)
+        info = dict(score=np.float32(0.5), parts=[np.int64(3), (torch.tensor(2), 1)])
+        return sample(c, np.float32(index), info=info)
+
+    c = controller(play, checkpoint=tmp_path / "numpy")
+    c.run(2)
+    assert not c.failed and ck.latest(tmp_path / "numpy") is not None
+
+    async def keys(client, group, index):
+        return sample(await client.generate([4], sampling), float(index), info={1: "a"})
+
+    with pytest.raises(RuntimeError, match="keys must be text"):
+        controller(keys, checkpoint=tmp_path / "keys").run(2)
+
+
+@pytest.mark.ray
+@pytest.mark.xdist_group("ray-faults")
+def test_every_end_on_ray():
+    """All ways in one run over two actors, hanging and unpicklable ones and one that kills its
+    process among them: those groups are named, all others are trained once"""
+    from llmpapers.rl.ray import RolloutPool
+
+    names = [*ways, "unpicklable", "hang", "kill"]
+    bad = {10 * i + 5: how for i, how in enumerate(names)}
+
+    async def play(client, group, index):
+        how = bad.get(group.group_id)
+        c = await client.generate([999] if how == "prompt id" else [4], sampling)
+        if how == "hang":
+            await asyncio.sleep(1000)
+        if how == "kill":
+            os._exit(9)
+        value = float(index)
+        if how:
+            value, kw = Ways(how).end(c, value)
+            return sample(c, value, **kw) if isinstance(kw, dict) else kw
+        return sample(c, value)
+
+    m = lm()
+    pool = RolloutPool(lambda: HFEngine(lm()), 2, 4, dict(num_cpus=0.5), timeout_s=20.0)
+    c = AsyncController(source, play, trainer(m), pool, SampleBuffer(10, 1.0, 2))
+    steps = len(names)
+    c.run(steps)
+    done = sorted(c.trained)
+    failed = sorted(f["group_id"] for f in c.failed)
+    assert len(c.rows) == steps
+    assert failed == sorted(g for g in bad if g in failed or g < max(done))
+    assert sorted(done + failed) == list(range(len(done) + len(failed)))
+
+
+class Steps:
+    "A trainer that takes a random time"
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+
+    def step(self, batch):
+        if self.random.random() < 0.5:
+            import time
+
+            time.sleep(self.random.random() * 2e-3)
+        return {}
+
+    def weights(self):
+        return {}
+
+
+def test_abort_trains_every_prompt_once():
+    """`on_stale="abort"` in 200 random schedules through the controller"""
+
+    def play(seed):
+        async def rollout(client, group, index):
+            c = await client.generate([4], SamplingConfig(64, seed=0))
+            return sample(c, float(index))
+
+        return rollout
+
+    aborted = 0
+    for seed in range(200):
+        g = random.Random(seed)
+        size, members, steps = g.randint(1, 4), g.randint(1, 3), g.randint(2, 8)
+        lengths = {}
+
+        def length(request, g=g, lengths=lengths):
+            return lengths.setdefault(request.request_id, g.choice([1, 1, 2, 5, 30]))
+
+        pool = InProcessPool(ScriptedEngine(length, max_active=g.randint(1, 16)), g.randint(1, 16))
+        buffer = SampleBuffer(size, g.choice([0.5, 1.0, 2.0, 3.0]), members, "abort")
+        prompts = [str(i) for i in range(size * steps)]
+        c = AsyncController(prompts, play(seed), Steps(seed), pool, buffer)
+        c.run(steps)
+        assert sorted(c.trained) == list(range(size * steps)), seed
+        aborted += buffer.count["aborted"]
+    assert aborted > 50, "the schedules did not make anything old"
+
+
+def test_the_policy_that_samples_is_the_one_that_trains():
+    """Temperatures, groups of one, the optimiser of a copy: refused before anything is sampled"""
+    m = lm()
+    hot = SingleTurn(tok, reward, SamplingConfig(4, 0.5, seed=0))
+    plain = SingleTurn(tok, reward, sampling)
+    args = dict(batch_size=2, group_size=2)
+    with pytest.raises(ValueError, match="temperature: the rollout samples at 0.5"):
+        train_sync(HFEngine(m), source, hot, trainer(m), 1, **args)
+    with pytest.raises(ValueError, match="temperature"):
+        controller(hot)
+    with pytest.raises(ValueError, match="group_size=1"):
+        train_sync(HFEngine(m), source, plain, trainer(m), 1, batch_size=2)
+    with pytest.raises(ValueError, match="none of the model's"):
+        PolicyTrainer(m, torch.optim.AdamW(lm().parameters()), PolicyLossConfig())
+    rows = train_sync(HFEngine(m), source, hot, trainer(m, temperature=0.5), 2, **args)
+    assert abs(rows[0]["kl/behavior"]) < 1e-6
+
+    async def hidden(client, group, index):
+        c = await client.generate([4], SamplingConfig(8, 0.2, seed=0))
+        return sample(c, float(index))
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        m.lm_head.weight.mul_(8)
+    with pytest.warns(UserWarning, match="kl/behavior"):
+        train_sync(HFEngine(m), source, hidden, trainer(m), 1, **args)
+
+
+def test_weights_that_are_not_contiguous_come_back(tmp_path):
+    a, b = trainer(lm(tied=False)), trainer(lm(tied=False))
+    w = a.model.lm_head.weight
+    w.data = torch.randn_like(w).t().contiguous().t()
+    ck.save(tmp_path, 1, trainer=a)
+    ck.load(tmp_path, trainer=b)
+    assert torch.equal(a.model.lm_head.weight, b.model.lm_head.weight)
+
+
+def test_a_save_that_is_killed_between_its_two_renames(tmp_path, monkeypatch):
+    """The checkpoint it was replacing is still found, by readers at once and by the next save for
+    good; unfinished folders go"""
+    t = trainer(lm())
+    ck.save(tmp_path, 3, trainer=t)
+    real = os.replace
+
+    def dies(a, b):
+        real(a, b)
+        if str(b).endswith(".old"):
+            raise SystemExit
+
+    with monkeypatch.context() as m:
+        m.setattr(ck.os, "replace", dies)
+        with pytest.raises(SystemExit):
+            ck.save(tmp_path, 3, trainer=t)
+    assert ck.latest(tmp_path).name == "step_000003.old"
+    assert ck.load(tmp_path, trainer=trainer(lm()))["step"] == 3
+    ck.save(tmp_path, 4, trainer=t)
+    names = sorted(p.name for p in tmp_path.glob("step_*"))
+    assert names == ["step_000003", "step_000004"]
+
+
+def test_groups_in_flight_are_not_lost_by_the_other_loop(tmp_path):
+    """A checkpoint of the asynchronous loop with groups in flight is refused by the synchronous one"""
+    c = controller(SingleTurn(tok, reward, sampling), checkpoint=tmp_path, alpha=2.0)
+    c.metrics = lambda row: c.stop() if row["step"] == 2 else None
+    with pytest.raises(KeyboardInterrupt):
+        c.run(6)
+    assert ck.outstanding(ck.latest(tmp_path)) > 0
+    m = lm()
+    with pytest.raises(ValueError, match="groups in flight"):
+        train_sync(
+            HFEngine(m),
+            source,
+            SingleTurn(tok, reward, sampling),
+            trainer(m),
+            6,
+            batch_size=4,
+            group_size=2,
+            checkpoint=tmp_path,
+        )
+
+
+def test_a_second_interrupt_does_not_kill_the_process():
+    """It cancels; a kernel lives on"""
+    c = controller(SingleTurn(tok, reward, sampling))
+
+    def twice(row):
+        c.stop()
+        c.stop()
+
+    c.metrics = twice
+    with pytest.raises(KeyboardInterrupt):
+        c.run(6)
+
+
+@pytest.mark.parametrize("ids", [[96], [-1], [4, 10**9]])
+def test_one_bad_request_is_refused(ids):
+    e = HFEngine(lm())
+    with pytest.raises(ValueError, match="is none of the"):
+        e.add(Request("a", ids, sampling))
+    assert len(generate(e, [Request("b", [4], sampling)])) == 1
+
+
+class Wild:
+    "A constraint that fails, or allows what there is not, after some tokens"
+
+    def __init__(self, at, what):
+        self.at, self.what = at, what
+
+    def allowed(self, ids):
+        if len(ids) < self.at:
+            return None
+        if self.what == "raise":
+            raise KeyError("no such item")
+        return [5, 10**6]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("what", ["raise", "beyond"])
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_constraint_that_fails_ends_its_request_only(at, what, cache):
+    e = HFEngine(lm(), use_cache=cache)
+    e.add(Request("bad", [4], SamplingConfig(6, seed=0), constraint=Wild(at, what)))
+    e.add(Request("good", [4], SamplingConfig(6, seed=0)))
+    done = []
+    while e.num_active:
+        done += e.step()
+    assert [c.request_id for c in done] == ["good"] and set(e.errors) == {"bad"}
+    (want,) = generate(
+        HFEngine(lm(), use_cache=cache), [Request("good", [4], SamplingConfig(6, seed=0))]
+    )
+    assert done[0].token_ids == want.token_ids
+
+
+def test_a_constraint_that_fails_is_a_failed_member():
+    class Play:
+        async def __call__(self, client, group, index):
+            limits = {"constraint": Wild(2, "raise")} if group.group_id == BAD else {}
+            c = await client.generate([4], sampling, **limits)
+            return sample(c, float(index))
+
+    c = controller(Play())
+    c.run(3)
+    assert [f["group_id"] for f in c.failed] == [BAD] and "no such item" in c.failed[0]["error"]
+
+
+def test_two_controllers_do_not_share_a_pool():
+    c = controller(SingleTurn(tok, reward, sampling))
+    other = AsyncController(source, c.rollout, c.trainer, c.pool, SampleBuffer(4, 1.0, 2))
+
+    async def both():
+        return await asyncio.gather(c.arun(2), other.arun(2), return_exceptions=True)
+
+    got = asyncio.run(both())
+    assert len(got[0]) == 2 and "serves another controller" in str(got[1])
+
+
+@pytest.mark.ray
+@pytest.mark.xdist_group("ray-faults")
+def test_resources_that_cannot_be_had_are_named():
+    from llmpapers.rl.pools import RolloutPoolError
+    from llmpapers.rl.ray import RolloutPool
+
+    pool = RolloutPool(lambda: HFEngine(lm()), 2, ray_options=dict(num_gpus=1))
+    m = lm()
+    c = AsyncController(
+        source, SingleTurn(tok, reward, sampling), trainer(m), pool, SampleBuffer(2, 1.0, 2)
+    )
+    with pytest.raises(RolloutPoolError, match="2 GPU, this machine has 0"):
+        c.run(1)
+
+
+# ---- adapters and half precision
+
+
+def adapted(kind):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = tiny_lm(tok, TinyLMConfig(layers=2, width=32, head_dim=8, max_len=32), 0)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    if kind == "injected":
+        model.add_adapter(lora)
+        for name, p in model.named_parameters():
+            p.requires_grad_("lora_" in name)
+        return model.eval()
+    if kind == "saved modules":
+        lora = peft.LoraConfig(
+            r=4, target_modules=["q_proj"], modules_to_save=["up_proj"], init_lora_weights=False
+        )
+    return peft.get_peft_model(model, lora).eval()
+
+
+def lora_trainer(model):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return PolicyTrainer(model, torch.optim.AdamW(trained, lr=3e-2), PolicyLossConfig("ppo"))
+
+
+def plain_logprobs(model, r, c):
+    ids = torch.tensor([r.prompt_ids + c.token_ids])
+    with torch.no_grad():
+        return token_logprobs(model(input_ids=ids).logits, ids)[0, len(r.prompt_ids) :]
+
+
+@pytest.mark.parametrize("copy_model", [False, True], ids=["shared", "own copy"])
+@pytest.mark.parametrize("kind", ["peft model", "injected", "saved modules"])
+def test_adapters_are_sampled_trained_and_sent(kind, copy_model):
+    """The log-probabilities of the engine equal the trainer's before and after an update"""
+    model = adapted(kind)
+    t = lora_trainer(model)
+    engine = HFEngine(model, use_cache=True, copy_model=copy_model)
+    before = checkpoint_weights(model)
+    assert not [k for k in before if "lora" in k or "base_layer" in k or "modules_to_save" in k]
+    for version in (1, 2):
+        requests = [
+            Request(f"{version}.{i}", [4, 5, 6], SamplingConfig(8, seed=i)) for i in range(4)
+        ]
+        got = generate(engine, requests)
+        for r, c in zip(requests, got):
+            gap = plain_logprobs(model, r, c) - torch.tensor(c.logprobs)
+            assert gap.abs().max() < 1e-4
+        group = Group(0, None, 0)
+        group.samples.extend(sample(c, float(i % 2), (4, 5, 6)) for i, c in enumerate(got))
+        res = t.step(collate([group], 0))
+        assert abs(res["ratio/mean"] - 1) < 1e-4
+        engine.load_weights(t.weights() if copy_model else None, version)
+    after = checkpoint_weights(model)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("kind", ["peft model", "injected", "saved modules"])
+def test_adapters_are_checkpointed(kind, tmp_path):
+    """What is loaded goes on as what was saved; what was merged is the model"""
+    a, b = lora_trainer(adapted(kind)), lora_trainer(adapted(kind))
+    ids = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        for p in a.model.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+        want = a.model(input_ids=ids).logits
+        assert not torch.equal(b.model(input_ids=ids).logits, want)
+    ck.save(tmp_path, 1, trainer=a)
+    ck.load(tmp_path, trainer=b)
+    with torch.no_grad():
+        assert torch.equal(b.model(input_ids=ids).logits, want)
+        assert (merged(a.model)(input_ids=ids).logits - want).abs().max() < 1e-4
+    fresh = tiny_lm(tok, TinyLMConfig(layers=2, width=32, head_dim=8, max_len=32), 5)
+    copy_weights(fresh, a.weights())
+    with torch.no_grad():
+        assert (fresh(input_ids=ids).logits - want).abs().max() < 1e-4
+
+
+def test_adapters_travel_to_actors_as_a_plain_model(tmp_path):
+    """The folder that actors read holds the merged model under its own names"""
+    model = adapted("peft model")
+    policy = LM(model, tok, "policy")
+    cfg = RunConfig(batch_size=2, group_size=2, loop="async", slots=8)
+    run = train_policy(
+        policy,
+        lora_trainer(model),
+        SingleTurn(tok, reward, sampling),
+        source,
+        2,
+        cfg,
+        folder=tmp_path,
+    )
+    assert len(run.rows) == 2
+    saved = load_lm(str(tmp_path / "model"), device="cpu").model
+    assert set(checkpoint_weights(saved)) == set(checkpoint_weights(model))
+
+
+kinds = [("llama", True), ("llama", False), ("qwen3", True), ("gpt_neox", False), ("gemma3", True)]
+kinds += [("mistral", False)]
+
+
+@pytest.mark.parametrize("kind, tied", kinds, ids=[f"{k}-{t}" for k, t in kinds])
+def test_a_bf16_checkpoint_learns(kind, tied, tmp_path):
+    """From a folder like the hub's, in both loops: what is rewarded becomes more likely, weights in
+    float32 take small steps, and sampler and trainer stay one policy"""
+    policy = load_lm(hub_folder(tmp_path / "hub", kind, tied), device="cpu")
+    assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
+    chat = SingleTurn(
+        policy.tokenizer,
+        lambda p, r, i: float(sum(ch in "aeiou" for ch in r)),
+        SamplingConfig(6, stop_token_ids=(policy.tokenizer.eos_token_id,), seed=0),
+        chat_template=True,
+    )
+    t = PolicyTrainer(
+        policy.model, torch.optim.AdamW(policy.model.parameters(), lr=1e-3), PolicyLossConfig()
+    )
+    assert t.autocast_dtype == torch.bfloat16
+    for loop in ("sync", "async"):
+        cfg = RunConfig(batch_size=4, group_size=8, loop=loop, slots=32, async_ratio=1.0)
+        rows = train_policy(
+            policy, t, chat, lambda i: f"add {i}", 8 if loop == "sync" else 2, cfg
+        ).rows
+        assert abs(rows[0]["ratio/mean"] - 1) < 0.1 and not rows[-1]["train/skipped"]
+    first, last = (sum(r["rollout/reward"] for r in part) for part in (rows[:1], rows[-1:]))
+    assert math.isfinite(first + last)
+    before = t.weights()
+    for g in t.optimizer.param_groups:
+        g["lr"] = 1e-6
+    train_policy(policy, t, chat, lambda i: f"add {i}", 1, RunConfig(4, 8))
+    moved = sum((before[k] != v).float().mean() for k, v in t.weights().items()) / len(before)
+    assert moved > 0.5
