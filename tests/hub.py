@@ -1,6 +1,6 @@
-"""Checkpoint folders that look like those of the hub: bfloat16 safetensors, tied and untied, several
-architectures, a fast tokenizer with a chat template whose end of sequence is not its padding, a
-vocabulary that is padded beyond the tokenizer, and a generation config with opinions"""
+"""Checkpoint folders that look like those of the hub: bfloat16 safetensors, tied and untied,
+several architectures, a fast tokenizer with a chat template whose end of sequence is not its
+padding, a vocabulary that is padded beyond the tokenizer, a generation config with opinions"""
 
 import functools
 import shutil

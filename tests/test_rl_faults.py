@@ -2,7 +2,6 @@
 none, checkpoints of other runs, optimisers of other models, adapters, half precision"""
 
 import asyncio
-import math
 import os
 import random
 import sys
@@ -11,8 +10,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from hub import hub_folder
 
+from hub import hub_folder
 from llmpapers.core.lm import LM, TinyLMConfig, load_lm, tiny_lm, word_tokenizer
 from llmpapers.rl import checkpoint as ck
 from llmpapers.rl.buffer import SampleBuffer
@@ -24,7 +23,7 @@ from llmpapers.rl.pools import InProcessPool
 from llmpapers.rl.rollout import SingleTurn
 from llmpapers.rl.run import RunConfig, train_policy
 from llmpapers.rl.trainer import PolicyTrainer
-from llmpapers.rl.types import Batch, Group, Request, Sample, SamplingConfig, collate
+from llmpapers.rl.types import Group, Request, Sample, SamplingConfig, collate
 from llmpapers.rl.weights import checkpoint_weights, copy_weights, merged
 
 tok = word_tokenizer([*"abcdefgh"])
@@ -240,6 +239,7 @@ class Steps:
         return {}
 
 
+@pytest.mark.slow
 def test_abort_trains_every_prompt_once():
     """`on_stale="abort"` in 200 random schedules through the controller"""
 
@@ -290,9 +290,6 @@ def test_the_policy_that_samples_is_the_one_that_trains():
         c = await client.generate([4], SamplingConfig(8, 0.2, seed=0))
         return sample(c, float(index))
 
-    torch.manual_seed(0)
-    with torch.no_grad():
-        m.lm_head.weight.mul_(8)
     with pytest.warns(UserWarning, match="kl/behavior"):
         train_sync(HFEngine(m), source, hidden, trainer(m), 1, **args)
 
@@ -330,7 +327,7 @@ def test_a_save_that_is_killed_between_its_two_renames(tmp_path, monkeypatch):
 
 
 def test_groups_in_flight_are_not_lost_by_the_other_loop(tmp_path):
-    """A checkpoint of the asynchronous loop with groups in flight is refused by the synchronous one"""
+    """A checkpoint of the asynchronous loop with groups in flight is refused by `train_sync`"""
     c = controller(SingleTurn(tok, reward, sampling), checkpoint=tmp_path, alpha=2.0)
     c.metrics = lambda row: c.stop() if row["step"] == 2 else None
     with pytest.raises(KeyboardInterrupt):
@@ -554,21 +551,20 @@ def test_a_bf16_checkpoint_learns(kind, tied, tmp_path):
         SamplingConfig(6, stop_token_ids=(policy.tokenizer.eos_token_id,), seed=0),
         chat_template=True,
     )
-    t = PolicyTrainer(
-        policy.model, torch.optim.AdamW(policy.model.parameters(), lr=1e-3), PolicyLossConfig()
-    )
+    adam = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
+    t = PolicyTrainer(policy.model, adam, PolicyLossConfig())
     assert t.autocast_dtype == torch.bfloat16
-    for loop in ("sync", "async"):
-        cfg = RunConfig(batch_size=4, group_size=8, loop=loop, slots=32, async_ratio=1.0)
-        rows = train_policy(
-            policy, t, chat, lambda i: f"add {i}", 8 if loop == "sync" else 2, cfg
-        ).rows
-        assert abs(rows[0]["ratio/mean"] - 1) < 0.1 and not rows[-1]["train/skipped"]
-    first, last = (sum(r["rollout/reward"] for r in part) for part in (rows[:1], rows[-1:]))
-    assert math.isfinite(first + last)
+
+    def run(steps, loop):
+        cfg = RunConfig(4, 8, loop, slots=32)
+        return train_policy(policy, t, chat, lambda i: f"add {i}", steps, cfg).rows
+
+    rows = run(12, "sync")
+    assert abs(rows[0]["ratio/mean"] - 1) < 0.1 and not rows[-1]["train/skipped"]
+    first, last = (sum(r["rollout/reward"] for r in part) for part in (rows[:2], rows[-2:]))
+    assert last > first, (first, last)
     before = t.weights()
-    for g in t.optimizer.param_groups:
-        g["lr"] = 1e-6
-    train_policy(policy, t, chat, lambda i: f"add {i}", 1, RunConfig(4, 8))
+    adam.param_groups[0]["lr"] = 1e-6
+    assert len(run(2, "async")) == 2
     moved = sum((before[k] != v).float().mean() for k, v in t.weights().items()) / len(before)
     assert moved > 0.5

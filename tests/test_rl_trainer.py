@@ -145,8 +145,9 @@ def test_the_gradient_is_that_of_the_plain_formula():
 
 # ---- steps ---------------------------------------------------------------------------------------
 def test_metrics_are_floats_and_a_step_moves_the_weights():
-    t = make(epochs=2, minibatches=2, scheduler=None)
+    t = make(epochs=2, minibatches=2, scheduler=None, watch_entropy=True)
     m = t.step(make_batch())
+    assert "entropy" not in make().step(make_batch())
     assert all(type(v) is float for v in m.values())
     assert {"train/loss", "train/grad_norm", "ess", "kl/behavior", "entropy"} <= set(m)
     assert not same(t, make()) and (t.n_steps, t.n_updates) == (1, 4)
@@ -194,8 +195,11 @@ def test_rows_without_a_sampled_token_are_left_out():
     mask[0] = False
     b = replace(b, response_mask=mask)
     assert make().step(b)["train/tokens"] == mask.sum()
-    with pytest.raises(ValueError, match="response_mask"):
-        make().step(replace(b, response_mask=torch.zeros_like(mask)))
+    idle = make()
+    before = idle.weights()
+    got = idle.step(replace(b, response_mask=torch.zeros_like(mask)))
+    assert got["train/tokens"] == 0 and all(v == v for v in got.values())
+    assert all(torch.equal(v, before[k]) for k, v in idle.weights().items())
 
 
 @pytest.mark.parametrize("kw", [{}, dict(epochs=2, minibatches=3)])

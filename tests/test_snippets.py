@@ -1,19 +1,17 @@
-"""Every Python snippet that a page shows runs: with a checkpoint folder that looks like the hub's in
-place of the hub's, and small numbers in place of large ones. Snippets are collected by themselves"""
+"""Every Python snippet that a page shows runs: with a checkpoint folder that looks like the hub's
+in place of the hub's, and small numbers in place of large ones. Snippets are collected by
+themselves"""
 
 import ast
 import builtins
-import contextlib
 import json
-import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hub import hub_folder, text, tokenizer
 
+from hub import hub_folder, text, tokenizer
 from llmpapers.core.lm import load_lm
 
 root = Path(__file__).resolve().parents[1]

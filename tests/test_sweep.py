@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from zoo import chosen, model_of
 
 from llmpapers.rl.decoder import Decoder
 from llmpapers.rl.engines import HFEngine, generate
@@ -14,6 +13,7 @@ from llmpapers.rl.logprobs import token_logprobs
 from llmpapers.rl.losses import PolicyLossConfig
 from llmpapers.rl.trainer import PolicyTrainer
 from llmpapers.rl.types import Group, Request, Sample, SamplingConfig, collate
+from zoo import chosen, model_of
 
 pytestmark = pytest.mark.slow
 

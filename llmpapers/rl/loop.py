@@ -361,6 +361,8 @@ async def arun(
     n_steps: int,  # Batches in all
 ) -> list[dict]:  # One row of metrics a batch
     "The event loop of `run`, to be awaited"
+    if getattr(self.pool, "serving", False):
+        raise RuntimeError("pool: it serves another controller; give each one its own")
     self.queue, self.running, self.train, self.sync = asyncio.Queue(), {}, None, None
     self.stopping, self.exhausted, self.task = False, False, asyncio.current_task()
     self.dropped, self.quarantined, self.warned, self.mark = 0, 0, 0, time.perf_counter()

@@ -239,6 +239,7 @@ class InProcessPool:
         self.engine, self.slots, self.timeout_s = engine, max_inflight, timeout_s
         self.busy, self.failure, self.proxy = 0, None, None
         self.on_change = lambda: None
+        self.serving = False  # between `start` and `close`
 
     async def start(
         self,
@@ -247,8 +248,7 @@ class InProcessPool:
         version: int,  # Their version
     ) -> None:
         "Begin to serve"
-        if self.proxy is not None:
-            raise RuntimeError("pool: it serves another controller; close it, or make a new one")
+        self.serving = True
         self.rollout, self.proxy = rollout, EngineProxy(self.engine)
         await self.proxy.load_weights(weights, version)
 
@@ -323,5 +323,5 @@ async def close(self: InProcessPool) -> None:
     if self.proxy and self.proxy.pump:
         self.proxy.pump.cancel()
         await asyncio.gather(self.proxy.pump, return_exceptions=True)
-    self.proxy = None
+    self.serving = False
     self.engine.close()

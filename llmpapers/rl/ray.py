@@ -197,6 +197,7 @@ class RolloutPool:
         self.failure = None
         self.on_change = lambda: None
         self.owns_ray = False
+        self.serving = False  # between `start` and `close`
 
 # %% ../../nbs/rl/15_ray.ipynb #8bc0c511
 def _wanted(options):
@@ -245,8 +246,7 @@ async def start(
     version: int,  # Their version
 ) -> None:
     "Start Ray if nobody has, and the actors"
-    if any(a is not None for a in self.actors):
-        raise RuntimeError("pool: it serves another controller; close it, or make a new one")
+    self.serving = True
     self.owns_ray = start_ray(max(self.n_actors, os.cpu_count() or 1))
     self.ray, self.rollout = need("ray", "ray"), rollout
     self._check_resources()
@@ -460,7 +460,7 @@ async def close(self: RolloutPool) -> None:
         if stop.done() and stop.exception():
             warnings.warn(f"an actor could not be stopped: {stop.exception()}", stacklevel=2)
         self.ray.kill(a)
-    self.actors = [None] * self.n_actors
+    self.actors, self.serving = [None] * self.n_actors, False
     if self.owns_ray:
         self.ray.shutdown()
         self.owns_ray = False
