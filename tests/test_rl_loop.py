@@ -316,7 +316,7 @@ def test_resume_equals_the_run_that_was_not_interrupted(tmp_path):
 def test_overlap_needs_a_copy_and_other_bad_input():
     t, e = make(False)
     with pytest.raises(ValueError, match="copy_model=True"):
-        AsyncController(source, rollout, t, InProcessPool(e), SampleBuffer(2, 1.0))
+        AsyncController(source, rollout, t, InProcessPool(e), SampleBuffer(2, 1.0, 2))
     with pytest.raises(ValueError, match="sync_mode"):
         controller(speak(), Fake(), SampleBuffer(2), sync_mode="drop")
     with pytest.raises(TypeError, match="source"):
@@ -382,7 +382,7 @@ def test_an_engine_with_other_weights_is_noticed():
     with torch.no_grad():
         next(e.model.parameters()).add_(0.1)
     with pytest.raises(WeightSyncError):
-        AsyncController(source, rollout, t, InProcessPool(e), SampleBuffer(2)).run(1)
+        AsyncController(source, rollout, t, InProcessPool(e), SampleBuffer(2, 0.0, 2)).run(1)
 
 
 def test_a_sample_of_unknown_weights_is_an_error():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core.scale import rng
 from .types import Completion, Request
-from .weights import copy_weights, merged, model_logprobs
+from .weights import copy_weights, merged, model_logprobs, require_causal
 
 # %% ../../nbs/rl/07_engines.ipynb #e99e7b68
 class RolloutEngine(Protocol):
@@ -270,7 +270,7 @@ class HFEngine(_Rows):
         super().__init__(max_active, version)
         self.join_every, self.since = join_every, 0
         self.model = merged(model).requires_grad_(False) if copy_model else model
-        self.model.eval()
+        require_causal(self.model.eval())
         if use_cache is None:
             size = sum(p.numel() for p in model.parameters())
             use_cache = decoder is not None or size > _cache_above

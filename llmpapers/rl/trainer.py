@@ -31,6 +31,7 @@ from llmpapers.rl.weights import (
     model_logprobs,
     own_weights,
     probe_ids,
+    require_causal,
 )
 
 # %% ../../nbs/rl/08_trainer.ipynb #94a3c54e
@@ -201,6 +202,7 @@ class PolicyTrainer:
         here = next(model.parameters()).device
         self.device = here if device is None else torch.device(device)
         self.model, self.ref_model = model.to(self.device).eval(), ref_model
+        require_causal(self.model)
         if ref_model is not None:
             ref_model.to(self.device).eval().requires_grad_(False)
         self.optimizer, self.scheduler = optimizer, scheduler
