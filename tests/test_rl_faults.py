@@ -192,10 +192,13 @@ def test_what_cannot_be_saved_fails_when_it_arrives(tmp_path):
 def test_every_end_on_ray():
     """All ways in one run over two actors, hanging and unpicklable ones and one that kills its
     process among them: those groups are named, all others are trained once"""
+    from ray import cloudpickle
+
     from llmpapers.rl.ray import RolloutPool
 
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     names = [*ways, "unpicklable", "hang", "kill"]
-    bad = {10 * i + 5: how for i, how in enumerate(names)}
+    bad = {25 * i + 5: how for i, how in enumerate(names)}
 
     async def play(client, group, index):
         how = bad.get(group.group_id)
@@ -211,15 +214,17 @@ def test_every_end_on_ray():
         return sample(c, value)
 
     m = lm()
-    pool = RolloutPool(lambda: HFEngine(lm()), 2, 4, dict(num_cpus=0.5), timeout_s=20.0)
-    c = AsyncController(source, play, trainer(m), pool, SampleBuffer(10, 1.0, 2))
-    steps = len(names)
+    pool = RolloutPool(lambda: HFEngine(lm()), 2, 4, dict(num_cpus=0.5), timeout_s=8.0)
+    c = AsyncController(source, play, trainer(m), pool, SampleBuffer(40, 1.0, 2))
+    steps = 25 * len(names) // 40
     c.run(steps)
     done = sorted(c.trained)
     failed = sorted(f["group_id"] for f in c.failed)
     assert len(c.rows) == steps
-    assert failed == sorted(g for g in bad if g in failed or g < max(done))
-    assert sorted(done + failed) == list(range(len(done) + len(failed)))
+    assert set(failed) <= set(bad) and len(failed) >= len(names) - 3
+    assert not set(done) & set(bad) and len(done) == 40 * steps
+    early = max(done) - 80  # what was admitted before the last two batches is done or failed
+    assert set(range(early)) <= set(done + failed)
 
 
 class Steps:
@@ -425,9 +430,12 @@ def test_two_controllers_do_not_share_a_pool():
 @pytest.mark.ray
 @pytest.mark.xdist_group("ray-faults")
 def test_resources_that_cannot_be_had_are_named():
+    from ray import cloudpickle
+
     from llmpapers.rl.pools import RolloutPoolError
     from llmpapers.rl.ray import RolloutPool
 
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     pool = RolloutPool(lambda: HFEngine(lm()), 2, ray_options=dict(num_gpus=1))
     m = lm()
     c = AsyncController(
