@@ -66,14 +66,19 @@ def topk(
         raise ValueError(f"k={k} must be between 1 and capacity={self.capacity}")
     if x.ndim != 2 or x.shape[1] != self.dim:
         raise ValueError(f"x has shape {tuple(x.shape)}; it needs (rows, {self.dim})")
-    scores = F.normalize(x.detach().to(self.u), dim=1) @ self.u[: self.n].T
+    x = x.detach().to(self.u)
+    if not torch.isfinite(x).all():
+        raise ValueError("x has NaN or infinite values")
+    scores = F.normalize(x, dim=1) @ self.u[: self.n].T
     room = self.n
     if exclude_ids is not None and self.n:
         own = self.ids[: self.n] == exclude_ids.to(self.ids)[:, None]
         scores, room = scores.masked_fill(own, -torch.inf), self.n - int(own.sum(1).max())
     k = min(k, room)
     best, at = (
-        scores.topk(k, dim=1) if k else (scores[:, :0], torch.zeros(len(x), 0, dtype=torch.long))
+        scores.topk(k, dim=1)
+        if k
+        else (scores[:, :0], scores.new_zeros(len(x), 0, dtype=torch.long))
     )
     return self.x[at], best, self.ids[at]
 
@@ -105,6 +110,11 @@ def restore(
     saved: dict,  # From `state`
 ) -> None:
     "Continue from a saved state"
+    x = saved["x"]
+    if x.ndim != 2 or x.shape[1] != self.dim or len(x) > self.capacity:
+        raise ValueError(
+            f"saved holds {tuple(x.shape)}; this memory has room for ({self.capacity}, {self.dim})"
+        )
     self.n, self.at, self.next_id = len(saved["x"]), saved["at"], saved["next_id"]
     self.x[: self.n], self.ids[: self.n] = saved["x"], saved["ids"]
     self.u[: self.n] = F.normalize(saved["x"], dim=1)
