@@ -302,7 +302,7 @@ def plot_metrics(
     keys: Iterable[str],  # Columns to draw
     ax=None,  # Axes; None makes some
     smooth: int = 1,  # Running mean over that many rows
-) -> "plt.Axes":  # The axes
+) -> "matplotlib.axes.Axes":  # The axes
     "Draw columns against the step; rows without a column are left out"
     plt = need("matplotlib.pyplot")
     rows = read_metrics(source) if isinstance(source, (str, os.PathLike)) else list(source)

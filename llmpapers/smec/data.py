@@ -437,7 +437,11 @@ def _grades(rows, asked, at, notes):
         row = res.setdefault(q, {})
         if d not in at:
             notes["judgements of absent or empty documents (left out)"] += 1
-        elif row.setdefault(at[d], g) != g:
+        elif at[d] not in row:
+            row[at[d]] = g
+        elif row[at[d]] == g:
+            notes["judgements that came twice (kept once)"] += 1
+        else:
             raise ValueError(
                 f"{place}, column score: document {d!r} came before for query {q!r} "
                 f"with grade {row[at[d]]:g}"
