@@ -49,7 +49,7 @@ def functions_of(module):
         if inspect.isfunction(f):
             yield name, f
         elif inspect.isclass(f):
-            yield name, f
+            yield name, type(name, (), dict(__annotations__=vars(f).get("__annotations__", {})))
             for part, m in vars(f).items():
                 m = getattr(m, "__func__", getattr(m, "fget", None) or m)
                 if inspect.isfunction(m) and not part.startswith("_"):

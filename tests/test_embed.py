@@ -1,5 +1,6 @@
 "Encoders as sentence-transformers means them, and a cache keyed by all that decides its content"
 
+import json
 import os
 import subprocess
 import sys
@@ -69,6 +70,44 @@ def test_own_pooling_and_layers_are_used(bert, tmp_path, pooling, dense, dtype):
     if not dense and dtype == torch.float32:
         raw = encode(enc, TEXTS, normalize=False)
         np.testing.assert_allclose(raw, by_hand(enc, pooling), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["max_tokens"],
+        ["weightedmean_tokens"],
+        ["mean_sqrt_len_tokens"],
+        ["mean_tokens", "cls_token"],
+        ["lasttoken", "max_tokens"],
+    ],
+    ids="+".join,
+)
+def test_flags_of_older_folders_mean_what_they_say(bert, tmp_path, flags):
+    "One flag is that pooling, two are joined; never the mean where they do not say so"
+    folder = saved(bert, tmp_path / "m", "mean")
+    (config,) = folder.glob("1_*/config.json")
+    names = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    names += ("weightedmean_tokens", "lasttoken")
+    settings = {f"pooling_mode_{name}": name in flags for name in names}
+    config.write_text(json.dumps(dict(word_embedding_dimension=16) | settings))
+    enc = load_encoder(str(folder), device="cpu")
+    with torch.inference_mode():
+        features = enc.model.tokenize(TEXTS)
+        h = enc.model[0](features)["token_embeddings"]
+    m = features["attention_mask"][..., None].float()
+    place = torch.arange(1.0, h.shape[1] + 1)[None, :, None] * m
+    ways = dict(
+        cls_token=h[:, 0],
+        max_tokens=h.masked_fill(m == 0, -1e9).amax(1),
+        mean_tokens=(h * m).sum(1) / m.sum(1),
+        mean_sqrt_len_tokens=(h * m).sum(1) / m.sum(1).sqrt(),
+        weightedmean_tokens=(h * place).sum(1) / place.sum(1),
+        lasttoken=h[range(4), m[..., 0].sum(1).long() - 1],
+    )
+    want = torch.cat([ways[name] for name in names if name in flags], 1)
+    assert enc.dim == 16 * len(flags)
+    np.testing.assert_allclose(encode(enc, TEXTS, normalize=False), want, atol=1e-5)
 
 
 def by_hand(enc, how):

@@ -462,7 +462,9 @@ def test_no_number_is_taken(name, bad):
                 aggregate(name, **x)
 
 
-@given(seeds, st.sampled_from(available()), st.integers(1, 5), st.sampled_from([1e-12, 1.0, 1e12]))
+@given(
+    seeds, st.sampled_from([*available()]), st.integers(1, 5), st.sampled_from([1e-12, 1.0, 1e12])
+)
 @settings(max_examples=150, deadline=None)
 def test_weights_are_finite_and_not_negative(seed, name, K, size):
     x = inputs(K, seed)

@@ -8,7 +8,6 @@ __all__ = ['Trained', 'MRL', 'MatryoshkaAdaptor', 'SearchAdaptor', 'SMEC']
 # %% ../../nbs/smec/06_compress.ipynb #637dbadf
 import hashlib
 import json
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -147,10 +146,10 @@ class _Run:
         where = f"out={self.file.parent.name!r}: {self.file.name}"
         try:
             s = torch.load(self.file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
+        except Exception as e:  # of any kind: what is in the file is not known
             raise ValueError(
                 f"{where} is damaged, or holds more than tensors and was not read; remove it "
-                f"({str(e).splitlines()[0]})"
+                f"({type(e).__name__}: {str(e).partition(chr(10))[0]})"
             ) from e
         shapes = [tuple(p.shape) for p in self.params]
         mine = isinstance(s, dict) and s.get("key") == self.key
@@ -180,7 +179,7 @@ def _optimise(run, loss_fn, steps, score=None, every=25, patience=4, on_step=Non
         run.opt.zero_grad()
         loss = loss_fn(step)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {float(loss)} in step {step + 1}; lower lr")
+            raise FloatingPointError(f"the loss is {loss.item()} in step {step + 1}; lower lr")
         loss.backward()
         run.opt.step()
         if on_step:

@@ -412,7 +412,7 @@ class MTLTrainer:
     ):
         if method not in _methods:
             raise ValueError(f"method={method!r} is not known; available: {', '.join(available())}")
-        if not 0 < lr < math.inf:
+        if not isinstance(lr, Real) or not 0 < lr < math.inf:
             raise ValueError(f"lr={lr} must be a positive number")
         _check_options(method, kw)
         if _library(method) and not any(isinstance(v, Tensor) for v in kw.values()):
@@ -490,6 +490,7 @@ def mtl_step(
             val = val_loss(t.model)
             gv = _flat(val, params)
         if t.method == "auto_lambda":
+            _finite("G", G)  # before a step along it
             w = G.new_full((len(G),), 1 / len(G)) if t.state is None else t.state.to(G)
             with _aside(t.model):
                 gv = _look_ahead(t.model, params, w @ G, t.lr, val_loss)
