@@ -625,8 +625,12 @@ def _columns_of(file):
 def _frames(file, columns, chunk):
     "Data frames of some columns as they are in the file, at most `chunk` rows each"
     if file.suffix == ".csv":
-        how = dict(usecols=columns, chunksize=chunk, encoding="utf-8-sig", low_memory=False)
-        yield from need("pandas").read_csv(file, **how)
+        # all columns are parsed: with `usecols` a row that is too long would pass
+        how = dict(chunksize=chunk, encoding="utf-8-sig", low_memory=False)
+        for frame in need("pandas").read_csv(file, **how):
+            if not isinstance(frame.index, need("pandas").RangeIndex):
+                raise ValueError("its rows have more fields than its header")
+            yield frame[columns]
         return
     first = 0
     for b in need("pyarrow.parquet").ParquetFile(file).iter_batches(chunk, columns=columns):
