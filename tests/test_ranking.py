@@ -267,6 +267,8 @@ def table(indptr, docs, grades):
         (lambda: exact_search(np.ones((1, 2)), np.ones((3, 2)), 0), "k=0"),
         (lambda: as_relevance([{0: -1.0}], 2), "not negative"),
         (lambda: mean_metric([np.nan]), "no query"),
+        (lambda: as_relevance([{0.5: 1}], 2), "document 0.5; documents are integers"),
+        (lambda: as_relevance([{"0": 1}], 2), "documents are integers"),
         (lambda: as_relevance(table([0, 2], [1, 0], [1, 1]), 3), "ascending order, once"),
         (lambda: as_relevance(table([0, 2], [1, 1], [1, 1]), 3), "ascending order, once"),
         (lambda: as_relevance(table([0, 1], [1], [0]), 3), "grades above 0"),

@@ -712,6 +712,12 @@ def test_logged_actions(tmp_path, kind):
         seen = torch.tensor([True, True, advertiser == 3, True])
         assert torch.allclose(action[seen], want[seen], rtol=1e-5) and action[~seen].isnan().all()
         assert left[seen].tolist() == (50.0 - 10 * torch.arange(4.0))[seen].tolist()
+        day = logs.replayed(1, task)
+        mine = df[(df.deliveryPeriodIndex == 8) & (df.advertiserNumber == advertiser)]
+        won = mine[mine.bid >= mine.leastWinningCost]
+        assert float(day.cost.sum()) == pytest.approx(won.leastWinningCost.sum(), rel=1e-3)
+        assert float(day.rewards.sum()) == pytest.approx(won.pValue.sum(), rel=1e-3)
+        assert day.states.shape == (1, 4, 8) and day.actions.isfinite().all()
     with pytest.raises(ValueError, match="read without bids"):
         plain.logged(0, 0)
     with pytest.raises(ValueError, match="day=2, task=0"):

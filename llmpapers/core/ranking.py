@@ -24,7 +24,12 @@ class Relevance(NamedTuple):
 # %% ../../nbs/core/10_ranking.ipynb #5fedc6df
 def _table(q, d, g, n_queries, n_docs):
     "A Relevance from triples, checked"
-    q, d, g = np.asarray(q, np.int64), np.asarray(d, np.int64), np.asarray(g, np.float64)
+    q, d, g = np.asarray(q, np.int64), np.asarray(d), np.asarray(g, np.float64)
+    if len(d) and d.dtype.kind not in "iu":
+        raise ValueError(
+            f"relevance names document {d[0].item()!r}; documents are integers from 0 on"
+        )
+    d = d.astype(np.int64)
     if (out := (d < 0) | (d >= n_docs)).any():
         raise ValueError(f"relevance names document {int(d[out][0])}, but there are {n_docs}")
     if not np.isfinite(g).all() or (g < 0).any():
@@ -70,6 +75,8 @@ def as_relevance(
             raise ValueError(f"relevance is about {relevance.n_docs} documents, there are {n_docs}")
         return _whole(relevance)
     if isinstance(relevance, Sequence) and len(relevance) and isinstance(relevance[0], Mapping):
+        if other := [q for q, row in enumerate(relevance) if not isinstance(row, Mapping)]:
+            raise TypeError(f"relevance[{other[0]}] is not a dictionary, as relevance[0] is")
         trip = [(q, d, g) for q, row in enumerate(relevance) for d, g in row.items()]
         return _table(*(zip(*trip) if trip else ([], [], [])), len(relevance), n_docs)
     if hasattr(relevance, "tocoo"):

@@ -133,5 +133,7 @@ def achievement_rate(
     index, importance = torch.as_tensor(np.asarray(index)), torch.as_tensor(np.asarray(importance))
     if len(set(index.tolist())) < len(index) or not len(index):
         raise ValueError("index must name different dimensions, at least one")
+    if importance.isnan().any():
+        raise ValueError("importance has NaN; a dimension without importance has no rank")
     best = importance.sort(descending=True, stable=True).indices[: len(index)]
     return len(set(best.tolist()) & set(index.tolist())) / len(index)

@@ -21,8 +21,8 @@ class CrossBatchMemory:
         dim: int,  # Width of a feature
         device="cpu",  # Where the features live
     ):
-        if capacity < 1 or dim < 1:
-            raise ValueError(f"capacity={capacity} and dim={dim} must be at least 1")
+        if not isinstance(capacity, int) or not isinstance(dim, int) or min(capacity, dim) < 1:
+            raise ValueError(f"capacity={capacity} and dim={dim} must be integers of at least 1")
         self.capacity, self.dim, self.n, self.at = int(capacity), int(dim), 0, 0
         self.x, self.u = (torch.zeros(capacity, dim, device=device) for _ in range(2))
         self.ids, self.next_id = torch.full((capacity,), -1, dtype=torch.long, device=device), 0
@@ -38,6 +38,7 @@ class CrossBatchMemory:
         "Append features, writing over the oldest"
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; it needs (rows, {self.dim})")
+        x = x.detach().to(self.x)
         if not torch.isfinite(x).all() or (x == 0).all(1).any():
             raise ValueError("x has NaN, infinite values or a zero vector")
         if ids is None:
@@ -48,7 +49,7 @@ class CrossBatchMemory:
                 f"it needs one id >= 0 for each of the {len(x)} rows"
             )
         self.next_id = max(self.next_id, int(ids.max()) + 1) if len(ids) else self.next_id
-        x, ids = x.detach()[-self.capacity :].to(self.x), ids[-self.capacity :].to(self.ids)
+        x, ids = x[-self.capacity :], ids[-self.capacity :].to(self.ids)
         place = (self.at + torch.arange(len(x), device=self.x.device)) % self.capacity
         self.x[place], self.u[place], self.ids[place] = x, F.normalize(x, dim=1), ids
         self.at, self.n = (self.at + len(x)) % self.capacity, min(self.capacity, self.n + len(x))

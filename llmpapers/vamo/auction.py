@@ -778,6 +778,24 @@ def splits(
 
     return [cut(i) for i in range(len(self.periods) - w + 1)]
 
+# %% ../../nbs/vamo/04_auction.ipynb #52153ef1
+@patch
+def replayed(
+    self: AuctionLogs,
+    d: int,  # Day, index into `periods`, at least 1
+    task: int,  # Advertiser, index into `tasks`
+) -> Trajectories:  # One day
+    "A logged day as a trajectory: what the advertiser did, over yesterday's reference"
+    multiplier, _ = self.logged(d, task)
+    budget = self.budget[d, task : task + 1]
+    ref = yesterday(self, d, task, budget)
+    ratio = (multiplier / ref.a).log().clamp(-20, 20).nan_to_num(0.0)  # no impressions: no matter
+
+    def policy(states, actions):
+        return ratio[actions.shape[1] :][:1].float()
+
+    return rollout(self, d, task, budget, policy, ref)
+
 # %% ../../nbs/vamo/04_auction.ipynb #461e724d
 def load_auctionnet(
     path: str | Path,  # A csv or parquet file of AuctionNet's logs, or a folder of them
