@@ -429,7 +429,7 @@ def _grades(rows, asked, at, notes):
         if not math.isfinite(g):
             raise ValueError(f"{place}, column score: {grade!r} is not a finite number")
         if g < 0:
-            notes["grades below 0 (read as 0, as trec_eval does)"] += 1
+            notes["grades below 0 (read as 0 as in trec_eval)"] += 1
             g = 0.0
         if q not in asked:
             notes["judgements of absent or empty queries (left out)"] += 1
