@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import nbs, root
-from llmpapers.core.claims import Claim, Gate, claims_in, claims_table, mime, tally, verdict
+from llmpapers.core.claims import (
+    Claim,
+    Gate,
+    _from_json,
+    claims_in,
+    claims_table,
+    mime,
+    tally,
+    verdict,
+)
 from llmpapers.core.cli import papers, series
 
 
@@ -255,3 +264,43 @@ def test_tables_inside_series_are_as_old_as_their_sources():
     parts = [c for p in series("roll_flash") if "01" <= p.stem[:2] <= "07" for c in claims_in(p)]
     shown = [t for t in outputs(flash, "text/plain") if t.startswith("{'reproduced'")]
     assert shown and ast.literal_eval(shown[0]) == tally(parts)
+
+
+# ---- what is saved comes back --------------------------------------------------------------------
+def back(c):
+    return _from_json(json.loads(json.dumps(claims_table([c]).json()[0], allow_nan=False)))
+
+
+@pytest.mark.parametrize(
+    "kw",
+    [
+        dict(high=math.inf),
+        dict(low=-math.inf, high=math.inf),
+        dict(measured=math.inf, high=math.inf),
+        dict(measured=-math.inf, low=-math.inf, high=-math.inf),
+        dict(low=math.inf, measured=math.inf, high=math.inf),
+        dict(published=math.inf),
+        dict(published=-math.inf, band=(-math.inf, 3.0)),
+        dict(published=2.0, band=(1.0, math.inf)),
+        dict(published=2.0, band=1.5),
+        dict(null=-math.inf),
+        dict(measured=None, low=None, high=None),
+        dict(gate=Gate("a > 1", (2.0, 3.0), True), simulated=1, sizes=dict(steps=3, rates=[0.1])),
+    ],
+    ids=str,
+)
+def test_a_claim_survives_its_table(kw):
+    c = claim("x", **kw)
+    assert back(c) == c and type(back(c).simulated) is bool
+
+
+@pytest.mark.parametrize("field", ["published", "measured", "low", "high", "null"])
+def test_nan_is_no_figure(field):
+    with pytest.raises(ValueError, match=f"{field}.* of the claim 'x' is NaN"):
+        claim("x", **{field: math.nan})
+
+
+@pytest.mark.parametrize("sizes", [{3: 1}, {"n": {1, 2}}, {"n": math.nan}, {"n": object()}])
+def test_sizes_that_json_does_not_have_are_refused(sizes):
+    with pytest.raises(TypeError, match="sizes of 'x'"):
+        claim("x", sizes=sizes)

@@ -390,6 +390,27 @@ def test_a_figure_cell_gets_label_and_caption_from_its_output():
     assert nb["cells"][1]["outputs"][1] == rest and len(nb["cells"][1]["outputs"]) == 2
 
 
+@pytest.mark.parametrize("magic", ["%%time", "%%capture out", "%matplotlib inline", "!ls", "", " "])
+@pytest.mark.parametrize("directive", ["hide", "default_exp a.b", "export", "echo: false"])
+def test_a_directive_counts_behind_magics_and_empty_lines(magic, directive):
+    source = f"{magic}\n#| {directive}\nsecret = 1"
+    name = directive.split()[0].rstrip(":")
+    assert nb_filter.directives(source) == [name]
+    assert nb_filter.body(source) == f"{magic}\nsecret = 1".strip("\n")
+    assert nb_filter.option(source, "echo") == ("false" if name == "echo" else None)
+    cell = dict(cell_type="code", metadata={}, source=source, outputs=[])
+    shown = nb_filter.convert(dict(cells=[cell]))["cells"]
+    assert len(shown) == (name in ("export", "echo"))
+    for c in shown:
+        assert "secret = 1" in "".join(c["source"])
+
+
+@pytest.mark.parametrize("first", ["x = 1", "# a remark", "f()  %2"])
+def test_a_directive_below_code_is_code(first):
+    source = f"{first}\n#| hide\ny = 2"
+    assert nb_filter.directives(source) == [] and nb_filter.body(source) == source
+
+
 def test_readme_has_words_again():
     given = "By @eq-1, @fig-2: $$ x $$ {#eq-1}"
     assert make_readme.as_words(given) == "By equation (1), Figure 2: $$ x \\tag{1} $$"

@@ -1,5 +1,6 @@
 "Encoders as sentence-transformers means them, and a cache keyed by all that decides its content"
 
+import json
 import os
 import subprocess
 import sys
@@ -69,6 +70,44 @@ def test_own_pooling_and_layers_are_used(bert, tmp_path, pooling, dense, dtype):
     if not dense and dtype == torch.float32:
         raw = encode(enc, TEXTS, normalize=False)
         np.testing.assert_allclose(raw, by_hand(enc, pooling), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["max_tokens"],
+        ["weightedmean_tokens"],
+        ["mean_sqrt_len_tokens"],
+        ["mean_tokens", "cls_token"],
+        ["lasttoken", "max_tokens"],
+    ],
+    ids="+".join,
+)
+def test_flags_of_older_folders_mean_what_they_say(bert, tmp_path, flags):
+    "One flag is that pooling, two are joined; never the mean where they do not say so"
+    folder = saved(bert, tmp_path / "m", "mean")
+    (config,) = folder.glob("1_*/config.json")
+    names = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    names += ("weightedmean_tokens", "lasttoken")
+    settings = {f"pooling_mode_{name}": name in flags for name in names}
+    config.write_text(json.dumps(dict(word_embedding_dimension=16) | settings))
+    enc = load_encoder(str(folder), device="cpu")
+    with torch.inference_mode():
+        features = enc.model.tokenize(TEXTS)
+        h = enc.model[0](features)["token_embeddings"]
+    m = features["attention_mask"][..., None].float()
+    place = torch.arange(1.0, h.shape[1] + 1)[None, :, None] * m
+    ways = dict(
+        cls_token=h[:, 0],
+        max_tokens=h.masked_fill(m == 0, -1e9).amax(1),
+        mean_tokens=(h * m).sum(1) / m.sum(1),
+        mean_sqrt_len_tokens=(h * m).sum(1) / m.sum(1).sqrt(),
+        weightedmean_tokens=(h * place).sum(1) / place.sum(1),
+        lasttoken=h[range(4), m[..., 0].sum(1).long() - 1],
+    )
+    want = torch.cat([ways[name] for name in names if name in flags], 1)
+    assert enc.dim == 16 * len(flags)
+    np.testing.assert_allclose(encode(enc, TEXTS, normalize=False), want, atol=1e-5)
 
 
 def by_hand(enc, how):
@@ -194,11 +233,71 @@ def test_pieces_are_joined_in_order(tmp_path, monkeypatch):
         (lambda: embed_texts([]), "texts is empty"),
         (lambda: embed_texts(["a", " "]), r"texts\[1\] is empty"),
         (lambda: embed_texts(["a"], type("M", (), dict(encode=len))(), prompt="q"), "prompt needs"),
+        (lambda: embed_texts(["a", "b \udc80"]), r"texts\[1\] has half a surrogate pair"),
+        (lambda: embed_texts(["a"], batch_size=-1), "batch_size=-1"),
+        (lambda: embed_texts(["a"], piece=0), "piece=0"),
     ],
 )
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+class Given:
+    "Returns the vectors it was made with"
+
+    def __init__(self, vectors, cache_key=None):
+        self.vectors, self.cache_key = vectors, cache_key
+
+    def encode(self, texts):
+        v, self.vectors = self.vectors[: len(texts)], self.vectors[len(texts) :]
+        return v
+
+
+@pytest.mark.parametrize("bad, what", [(0.0, "zero"), (np.nan, "not finite"), (np.inf, "not")])
+def test_a_vector_without_direction_is_refused_with_its_text(tmp_path, monkeypatch, bad, what):
+    "Directly and in a later piece of a long list; without normalising a zero row is a row"
+    monkeypatch.setenv("LLMPAPERS_CACHE", str(tmp_path))
+    v = np.ones((5, 4))
+    v[3] = bad
+    with pytest.raises(ValueError, match=rf"that is {what}.* for texts\[3\] \('c'\)"):
+        embed_texts(["a", "b", "x", "c", "d"], Given(v))
+    with pytest.raises(ValueError, match=r"piece from texts\[2\]: .*for texts\[1\] \('c'\)"):
+        embed_texts(["a", "b", "x", "c", "d"], Given(v, "v1"), piece=2)
+    if bad == 0:
+        assert embed_texts(["a"] * 5, Given(v), normalize=False)[3].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8, torch.float64])
+def test_vectors_of_any_type_become_single(dtype):
+    v = (torch.ones(2, 768) * 100).to(dtype)
+    e = embed_texts(["a", "b"], Given(v))
+    assert e.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(e, axis=1), 1, atol=1e-5)
+    with pytest.raises(ValueError, match=r"gave shape \(2, 768\) for 1 texts"):
+        embed_texts(["a"], type("M", (), dict(encode=lambda self, t: v))())
+
+
+def test_lists_of_different_length_anywhere_in_a_parquet_file(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    from llmpapers.core.embed import load_matrix
+
+    def file(rows):
+        parquet.write_table(pa.table(dict(v=rows)), tmp_path / "v.parquet")
+        return tmp_path / "v.parquet"
+
+    good = [[1.0, 2.0]] * 200
+    assert load_matrix(file(good)).shape == (200, 2)
+    for rows, message in (
+        ([*good, [3.0], [4.0, 5.0, 6.0]], "2 in row 0, 1 in row 200"),
+        ([[], *good], "has no numbers"),
+        ([*good, None], "1 empty rows"),
+        ([*good, [1.0, None]], "NaN or infinite values in row 200"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_matrix(file(rows))
 
 
 def test_an_id_that_is_not_cached_says_so_offline(tmp_path):

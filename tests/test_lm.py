@@ -12,7 +12,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from llmpapers.core.lm import (
     TinyLMConfig,
@@ -34,6 +36,7 @@ def tok():
     return word_tokenizer(words)
 
 
+GPT2 = ("unk_token", "eos_token", "bos_token", "pad_token")
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
 
@@ -258,3 +261,31 @@ def test_vllm_computes_the_same_numbers(tok, tmp_path):
                 ref.gather(-1, torch.tensor(ids)[:, None])[:, 0] - torch.tensor(logps)
             ).abs().max() < 1e-3, arch
         assert ref.std() > 0.3  # the comparison is not between two flat distributions
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_added_tokens_are_no_unknown_words(side):
+    "pad is unk, as after the usual repair of GPT-2; eos is unk and added to every text"
+    t = word_tokenizer(["a", "b"])
+    t.pad_token = t.unk_token
+    mask = encode_batch(t, ["a b a", "a"], side=side)["attention_mask"]
+    assert mask.sum(1).tolist() == [3, 1]
+    with pytest.raises(ValueError, match=r"texts\[1\].*'b zzz'"):
+        encode_batch(t, ["a", "b zzz"], side=side)
+    t.eos_token = t.unk_token
+    t.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <unk>", special_tokens=[("<unk>", t.unk_token_id)]
+    )
+    assert encode_batch(t, ["a b", "a"], side=side)["attention_mask"].sum(1).tolist() == [3, 2]
+    with pytest.raises(ValueError, match=r"texts\[0\]"):
+        encode_batch(t, ["zzz", "a"], side=side)
+    assert encode_batch(t, ["zzz"], side=side, allow_unk=True)["input_ids"].shape == (1, 2)
+
+
+def test_the_end_of_text_may_stand_in_a_text_of_gpt2():
+    "Byte-level: there is no unknown word, though an id for it is named"
+    bpe = Tokenizer(models.BPE({"a": 0, "b": 1, "<|endoftext|>": 2}, []))
+    t = PreTrainedTokenizerFast(tokenizer_object=bpe, **dict.fromkeys(GPT2, "<|endoftext|>"))
+    got = encode_batch(t, ["a<|endoftext|>b", "a"])
+    assert got["input_ids"].tolist() == [[0, 2, 1], [0, 2, 2]]
+    assert set(got) == {"input_ids", "attention_mask"}

@@ -1,6 +1,8 @@
 """Properties of the ranking metrics: against loops and references, under ties, permutations and
 blocks"""
 
+from contextlib import nullcontext as nothing
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from sklearn.metrics import ndcg_score
 
 from llmpapers.core.ranking import (
     Ranked,
+    Relevance,
     as_relevance,
     exact_search,
     hit_rate_at_k,
@@ -74,6 +77,38 @@ def test_equals_pytrec_eval(seed, ties):
         np.testing.assert_allclose(values[some], theirs, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.parametrize("seed", range(100))
+def test_equals_pytrec_eval_on_graded_sets(seed):
+    "Ties, grades below 0 read as 0, judged documents that are not found, lists cut short"
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    g = np.random.default_rng(seed)
+    q, c, k = int(g.integers(1, 6)), int(g.integers(2, 60)), int(g.integers(1, 30))
+    y = g.choice([-2, -1, 0, 1, 2, 3], (q, c), p=[0.05, 0.05, 0.6, 0.15, 0.1, 0.05])
+    s = g.integers(0, int(g.integers(2, 200)), (q, c)).astype(np.float32)
+    name = [f"d{99 - i:02d}" for i in range(c)]
+    qrel = {str(i): {n: int(v) for n, v in zip(name, y[i], strict=True)} for i in range(q)}
+    found = top_k(s, k)
+    run = {
+        str(i): {name[d]: float(v) for d, v in zip(found.ids[i], found.scores[i], strict=True)}
+        for i in range(q)
+    }
+    wanted = {"ndcg", "ndcg_cut.3,10", "recall.3,10", "recip_rank", "success.1,5,10"}
+    ref = pytrec_eval.RelevanceEvaluator(qrel, wanted).evaluate(run)
+    with pytest.raises(ValueError, match="set it to 0") if (y < 0).any() else nothing():
+        as_relevance(y, c)
+    rel = as_relevance(np.maximum(y, 0), c)
+    ours = {"recip_rank": mrr_at_k(found, rel, k), "success_1": hit_rate_at_k(found, rel, 1)}
+    for depth in (3, 10):
+        ours[f"ndcg_cut_{depth}"] = ndcg_at_k(found, rel, depth)
+        ours[f"recall_{depth}"] = recall_at_k(found, rel, depth)
+    ours["success_5"] = hit_rate_at_k(found, rel, 5)
+    some = [i for i in range(q) if (y[i] > 0).any()]
+    for key, values in ours.items():
+        theirs = [ref[str(i)][key] for i in some]
+        np.testing.assert_allclose(values[some], theirs, atol=1e-6, err_msg=key)
+        assert np.isnan(np.delete(values, some)).all(), key
+
+
 @given(seeds)
 @settings(max_examples=60, deadline=None)
 def test_top_k_is_a_stable_sort(seed):
@@ -102,6 +137,46 @@ def test_search_is_that_of_faiss(seed):
     found = exact_search(q, d, 10, 64)
     np.testing.assert_allclose(found.scores, scores, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(found.ids, ids)
+
+
+@given(seeds, st.integers(1, 12), st.integers(1, 30))
+@settings(max_examples=40, deadline=None)
+def test_search_leaves_out_what_a_query_must_not_find(seed, block, k):
+    g = np.random.default_rng(seed)
+    q, d = g.integers(-2, 3, (6, 3)).astype(float), g.integers(-2, 3, (20, 3)).astype(float)
+    own = g.integers(-1, 20, 6)
+    found = exact_search(q, d, k, block, exclude=own)
+    scores = q @ d.T
+    scores[np.arange(6)[own >= 0], own[own >= 0]] = -np.inf
+    order = np.argsort(-scores, 1, kind="stable")[:, :k]
+    order[np.take_along_axis(scores, order, 1) == -np.inf] = -1
+    np.testing.assert_array_equal(found.ids, order)
+    assert not (found.ids == own[:, None])[own >= 0].any()
+    for bad in (own[:5], own + 20.5, own + 100):
+        with pytest.raises(ValueError, match="exclude needs 6 document numbers"):
+            exact_search(q, d, k, exclude=bad)
+
+
+@pytest.mark.parametrize("value", [100.0, 1e-4])
+def test_half_precision_is_searched_in_single(value):
+    "Products of such vectors overflow or vanish in 16 bits; bfloat16, int8 codes and lists pass"
+    torch = pytest.importorskip("torch")
+    x = np.full((3, 768), value, np.float16) * np.array([[1], [2], [3]], np.float16)
+    right = exact_search(x.astype(np.float32), x.astype(np.float32), 3)
+    t = torch.from_numpy(x)
+    for q, d in ((x, x), (t, x), (x, t), (t.double(), t)):
+        found = exact_search(q, d, 3)
+        assert found.ids.tolist() == right.ids.tolist() == [[2, 1, 0]] * 3
+        np.testing.assert_allclose(found.scores, right.scores, rtol=1e-5)
+    assert exact_search(t.bfloat16(), t.bfloat16(), 1).ids.tolist() == [[2]] * 3
+    codes = np.array([[127, 127], [-128, -128], [1, 0]], np.int8)
+    assert exact_search(codes, codes, 1).scores[:2, 0].tolist() == [2 * 127**2, 2 * 128**2]
+    assert exact_search([[1.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]], 1).ids.tolist() == [[1]]
+    for bad in (x.astype(complex), np.array([["a"]])):
+        with pytest.raises(TypeError, match="queries has type"):
+            exact_search(bad, x)
+    with pytest.raises(ValueError, match="docs has NaN or infinite"):
+        exact_search(x, np.where(np.arange(768) == 5, np.inf, x))
 
 
 METRICS = (ndcg_at_k, mrr_at_k, hit_rate_at_k, recall_at_k)
@@ -174,6 +249,10 @@ def test_bounds_and_perfect_order(seed):
     assert np.allclose(perfect[~np.isnan(perfect)], 1)
 
 
+def table(indptr, docs, grades):
+    return Relevance(np.array(indptr), np.array(docs), np.array(grades, float), 3)
+
+
 @pytest.mark.parametrize(
     "bad, message",
     [
@@ -188,6 +267,15 @@ def test_bounds_and_perfect_order(seed):
         (lambda: exact_search(np.ones((1, 2)), np.ones((3, 2)), 0), "k=0"),
         (lambda: as_relevance([{0: -1.0}], 2), "not negative"),
         (lambda: mean_metric([np.nan]), "no query"),
+        (lambda: as_relevance([{0.5: 1}], 2), "document 0.5; documents are integers"),
+        (lambda: as_relevance([{"0": 1}], 2), "documents are integers"),
+        (lambda: as_relevance(table([0, 2], [1, 0], [1, 1]), 3), "ascending order, once"),
+        (lambda: as_relevance(table([0, 2], [1, 1], [1, 1]), 3), "ascending order, once"),
+        (lambda: as_relevance(table([0, 1], [1], [0]), 3), "grades above 0"),
+        (lambda: as_relevance(table([0, 1], [1], [np.nan]), 3), "grades above 0"),
+        (lambda: recall_at_k(Ranked(*np.ones((2, 1, 1), int)), table([0, 1], [7], [1])), "above 0"),
+        (lambda: as_relevance(table([0, 2], [1], [1]), 3), "indptr must run"),
+        (lambda: ndcg_at_k(np.ones((1, 2)), [{0: 2000}], gain="exponential"), "not finite"),
     ],
 )
 def test_bad_input(bad, message):

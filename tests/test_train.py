@@ -572,3 +572,30 @@ def test_history():
     assert (h.steps, h.losses, h.last["acc"], h.column("acc")) == ([1, 2], [2.0, 1.0], 0.5, [0.5])
     with pytest.raises(ValueError, match="rows"):
         _ = History([]).last
+
+
+def test_a_folder_is_that_of_one_run_at_a_time(tmp_path):
+    "A second run is refused at once, the first goes on undisturbed; afterwards it is free"
+    refused = []
+
+    def meanwhile(step, g):
+        if step == 2:
+            with pytest.raises(ValueError, match="is in use by another run") as e:
+                run(net(1), out=tmp_path, steps=4, save_every=1, log_every=1)
+            refused.append(e)
+        return data(step, g)
+
+    kw = dict(steps=4, save_every=1, log_every=1)
+    m = net()
+    first = run(m, meanwhile, tmp_path, **kw)
+    want = net()
+    run(want, data, tmp_path / "other", **kw)
+    assert len(refused) == 1 and torch.equal(flat(m), flat(want)) and first.steps == [1, 2, 3, 4]
+    assert run(net(1), data, tmp_path, **kw).rows == first.rows
+    with pytest.raises(RuntimeError, match="no batch"):
+        run(net(), lambda step, g: no_batch(), tmp_path, resume=False, **kw)
+    run(net(), data, tmp_path, resume=False, **kw)
+
+
+def no_batch():
+    raise RuntimeError("no batch")

@@ -753,3 +753,102 @@ def test_the_bounds_can_fail():
         2 * (L0 / (eta * 2000) + 1e-3 * math.log(3)) / a,
     )
     assert (mean > first)[ok].any() and (mean > second)[ok].any()
+
+
+# ---- a step that fails changes nothing -----------------------------------------------------------
+class Roots(nn.Module):
+    "Losses whose gradient is NaN although they are finite: the mask comes after the root"
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.2))
+        self.head = nn.Linear(6, 2)
+
+    def losses(self, x, broken=False):
+        off = self.head(self.body(x)).square().mean(0) + 0.1
+        root = (off - off.detach()).sqrt()
+        return off + torch.where(off < 0, root, torch.zeros_like(off)) if broken else off
+
+
+def state_of(net, weighter):
+    flags = torch.tensor([float(m.training) for m in net.modules()])
+    kept = weighter.state_dict()
+    score = torch.zeros(0) if kept["score"] is None else kept["score"]
+    own = torch.tensor([float(kept["n"]), float(kept["gval_sq"])])
+    return [v.clone() for v in net.state_dict().values()] + [
+        flags,
+        torch.get_rng_state(),
+        score,
+        own,
+    ]
+
+
+@pytest.mark.parametrize("method", ["auto", "jvp", "double", "stack", "vmap"])
+@pytest.mark.parametrize("where", ["train", "validation", "raises"])
+def test_a_failed_step_leaves_everything_as_it_was(method, where):
+    net, x = Roots(), torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+    opt, weighter = torch.optim.Adam(net.parameters(), 0.1), AlignedWeighter(0.5, "rms", ema=0.5)
+
+    def train(n, broken):
+        n.body[2].eval()
+        if broken and where == "raises":
+            raise RuntimeError("no batch")
+        return n.losses(x, broken and where == "train")
+
+    def val(n, broken):
+        n.eval()
+        return n.losses(x, broken and where == "validation").mean()
+
+    def step(broken):
+        return vamo_step(
+            net, opt, lambda n: train(n, broken), lambda n: val(n, broken), weighter, method=method
+        )
+
+    step(False)
+    before = state_of(net, weighter)
+    with pytest.raises((ValueError, RuntimeError), match="NaN|not finite|no batch"):
+        step(True)
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(net, weighter), strict=True))
+    assert all(p.grad is None for p in net.parameters())
+    step(False)
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("nan")])
+def test_a_clip_that_is_not_positive_is_refused(clip):
+    net, x = Roots(), torch.ones(3, 4)
+    opt = torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.raises(ValueError, match="clip="):
+        vamo_step(
+            net,
+            opt,
+            lambda n: n.losses(x),
+            lambda n: n.losses(x).mean(),
+            AlignedWeighter(0.5),
+            clip=clip,
+        )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_norms_that_are_no_numbers_are_refused(bad):
+    m = torch.tensor([1.0, 2.0])
+    for kw in (dict(gval_sq=bad), dict(gval_sq=1.0, norms=torch.tensor([1.0, bad]))):
+        weighter = AlignedWeighter(0.5, "cos")
+        with pytest.raises(ValueError, match="must be finite and not negative"):
+            weighter.update(m, **({"norms": torch.ones(2)} | kw))
+        assert weighter.n == 0 and weighter.score is None
+
+
+@pytest.mark.parametrize("method", ["stack", "vmap"])
+def test_inner_products_of_half_precision_are_taken_in_single(method):
+    "Gradients of size 100 in 4,000 numbers: their inner product is beyond 16 bits"
+    theta = {"t": torch.zeros(4000, dtype=torch.float16)}
+    slopes = torch.full((2, 4000), 100.0, dtype=torch.float16)
+    slopes[1] *= 0.5
+
+    def losses(p):
+        return (slopes * p["t"]).sum(1)
+
+    _, m = task_alignments(losses, theta, {"t": slopes[0]}, method)
+    assert m.dtype == torch.float32 and m.tolist() == [4e7, 2e7]

@@ -624,6 +624,164 @@ def test_logs_refuse(tmp_path):
     assert len(auctionnet_columns) == 18
 
 
+def write(df, path):
+    df.to_csv(path, index=False) if path.suffix == ".csv" else df.to_parquet(path)
+    return path
+
+
+def test_derived_files_beside_the_logs(tmp_path):
+    "As published: trajectories for training agents in a folder of their own, notes, hidden files"
+    df = log_frame()
+    write(df, tmp_path / "period-7.csv")
+    derived = tmp_path / "training_data_rlData_folder"
+    derived.mkdir()
+    columns = "deliveryPeriodIndex,advertiserNumber,budget,CPAConstraint,state,action,reward\n"
+    (derived / "period-7-rlData.csv").write_text(columns + '7,3,53,13,"(0.1, 0.2)",8.0,1\n')
+    (tmp_path / "sizes.csv").write_text("name,rows\na,1\n")
+    (tmp_path / "._period-7.csv").write_bytes(b"\x00\xff")
+    with pytest.warns(
+        UserWarning, match=r"2 file\(s\) are no logs.*sizes.csv, period-7-rlData.csv"
+    ):
+        logs = load_auctionnet(tmp_path)
+    assert len(logs.values) == len(df)
+    write(df.drop(columns="pValue"), tmp_path / "period-9.csv")
+    with pytest.raises(ValueError, match="period-9.csv lacks the columns pValue"):
+        load_auctionnet(tmp_path)
+    with pytest.raises(ValueError, match="period-7-rlData.csv lacks the columns"):
+        load_auctionnet(derived / "period-7-rlData.csv")
+
+
+@pytest.mark.parametrize("second", ["copy.csv", "copy.parquet"])
+def test_a_period_in_two_files_is_refused(tmp_path, second):
+    df = log_frame()
+    write(df, tmp_path / "period-7.csv")
+    write(df[df.deliveryPeriodIndex == 8], tmp_path / second)
+    with pytest.raises(ValueError, match=f"period 8 is in {second} and in period-7.csv"):
+        load_auctionnet(tmp_path)
+    assert load_auctionnet(tmp_path, periods=[7]).periods == [7]
+
+
+def test_an_impression_twice_is_refused(tmp_path):
+    df = log_frame()
+    path = write(pd.concat([df, df.iloc[[30]]]), tmp_path / "a.csv")
+    row = df.iloc[30]
+    place = f"impression {row.pvIndex:.0f} of advertiser {row.advertiserNumber:.0f} is twice"
+    with pytest.raises(ValueError, match=place):
+        load_auctionnet(path)
+
+
+def test_limits_belong_to_their_period(tmp_path):
+    "Budget and largest cost per conversion change from day to day, and every rule takes today's"
+    df = log_frame(periods=(7, 8))
+    later = df.deliveryPeriodIndex == 8
+    df.loc[later, "CPAConstraint"] = 0.5
+    df.loc[later, "budget"] = 7.0
+    logs = load_auctionnet(write(df, tmp_path / "a.csv"))
+    assert logs.cpa.tolist() == [[13.0, 15.0], [0.5, 0.5]]
+    assert logs.budget.tolist() == [[53.0, 55.0], [7.0, 7.0]]
+    only = load_auctionnet(tmp_path / "a.csv", periods=[8])
+    money = torch.tensor([1.0, 5.0])
+    assert torch.equal(hindsight(logs, 1, 0, money)[1], hindsight(only, 0, 0, money)[1])
+    assert (hindsight(logs, 1, 0, money)[1] < hindsight(logs, 1, 0, money, cpa=13.0)[1]).any()
+    t = rollout(logs, 1, 0, torch.tensor([5.0]), lambda s, a: torch.zeros(len(s)))
+    value, kept = final_value(logs, t)
+    cost, won = t.cost.sum(1).double(), t.rewards.sum(1).double()
+    assert not kept and cost > 0.5 * won
+    assert torch.allclose(value, won * (0.5 * won / cost) ** 2, rtol=1e-5)
+    both = Trajectories.cat([t, replace(t, day=torch.tensor([0]))])
+    assert final_value(logs, both)[1].tolist() == [False, True]
+    df.loc[0, "CPAConstraint"] = 1.0
+    with pytest.raises(ValueError, match="advertiser 3 has two .*in period 7"):
+        load_auctionnet(write(df, tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_logged_actions(tmp_path, kind):
+    "Multipliers are bids over values; money left is that of the first impression of a step"
+    df = log_frame()
+    step = df.timeStepIndex
+    df["bid"] = (5.0 + step + df.advertiserNumber) * df.pValue
+    df["remainingBudget"] = 50.0 - 10 * step - 0.5 * df.pvIndex
+    df = df[~((df.advertiserNumber == 5) & (step == 2))]
+    path = write(df.sample(frac=1.0, random_state=2), tmp_path / f"a.{kind}")
+    plain, logs = load_auctionnet(path), load_auctionnet(path, chunk=11, actions=True)
+    assert plain.bids is None and np.array_equal(plain.values, logs.values)
+    for task, advertiser in enumerate((3, 5)):
+        action, left = logs.logged(1, task)
+        want = 5.0 + torch.arange(4.0).double() + advertiser
+        seen = torch.tensor([True, True, advertiser == 3, True])
+        assert torch.allclose(action[seen], want[seen], rtol=1e-5) and action[~seen].isnan().all()
+        assert left[seen].tolist() == (50.0 - 10 * torch.arange(4.0))[seen].tolist()
+        day = logs.replayed(1, task)
+        mine = df[(df.deliveryPeriodIndex == 8) & (df.advertiserNumber == advertiser)]
+        won = mine[mine.bid >= mine.leastWinningCost]
+        assert float(day.cost.sum()) == pytest.approx(won.leastWinningCost.sum(), rel=1e-3)
+        assert float(day.rewards.sum()) == pytest.approx(won.pValue.sum(), rel=1e-3)
+        assert day.states.shape == (1, 4, 8) and day.actions.isfinite().all()
+    with pytest.raises(ValueError, match="read without bids"):
+        plain.logged(0, 0)
+    with pytest.raises(ValueError, match="day=2, task=0"):
+        logs.logged(2, 0)
+
+
+@pytest.mark.parametrize(
+    "column, value, what",
+    [
+        ("leastWinningCost", "", "finite, and not negative"),
+        ("leastWinningCost", "cheap", "finite, and not negative"),
+        ("leastWinningCost", -0.5, "finite, and not negative"),
+        ("pValue", "inf", "finite, and not negative"),
+        ("pValue", 1e300, "finite, and not negative"),
+        ("budget", "NaN", "finite, and not negative"),
+        ("CPAConstraint", 0.0, "finite, and positive"),
+        ("timeStepIndex", 1.5, "whole, from 0 to 32767"),
+        ("timeStepIndex", -1, "whole, from 0 to 32767"),
+        ("advertiserNumber", 70_000, "whole, from 0 to 32767"),
+        ("deliveryPeriodIndex", "seven", "whole, from 0 to 32767"),
+        ("isExposed", "yes", "whole, from 0 to 32767"),
+        ("pvIndex", 2**40, "whole, from 0 to 2147483647"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_values_that_cannot_be_are_refused_with_their_place(tmp_path, column, value, what, kind):
+    df = log_frame()
+    if kind == "parquet":
+        if isinstance(value, str) and value not in ("", "NaN", "inf"):
+            df[column] = df[column].astype(str)
+        else:
+            value = float(value or "nan")
+            df[column] = df[column].astype(float)
+    else:
+        df[column] = df[column].astype(object)
+    df.loc[20, column] = value
+    path = write(df, tmp_path / f"a.{kind}")
+    place = "line 22" if kind == "csv" else "row 20"
+    for chunk in (7, 10**6):
+        with pytest.raises(ValueError, match=f"a.{kind}, {place}, column {column}: .*{what}"):
+            load_auctionnet(path, chunk)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    text = log_frame().to_csv(index=False).splitlines()
+    path = tmp_path / "a.csv"
+    for lines, message in (
+        ([], "a.csv cannot be read"),
+        ([*text[:9], text[9] + ",1,2", *text[10:]], "a.csv cannot be read: .*line 10"),
+        ([text[0], *(x + ",1" for x in text[1:])], "more fields than its header"),
+        ([*text[:9], text[9][:30]], "a.csv, line 10, column"),
+    ):
+        path.write_text("\n".join(lines))
+        with pytest.raises(ValueError, match=message):
+            load_auctionnet(path)
+    path.write_text("\ufeff" + "\r\n".join(text))
+    assert len(load_auctionnet(path).values) == len(text) - 1
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(ValueError, match="a.parquet cannot be read"):
+        load_auctionnet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"no rows of the periods \[9, 10\]"):
+        load_auctionnet(path, periods=np.array([7, 9, 10]))
+
+
 @few
 @given(seeds, st.integers(0, 3), st.integers(1, 20), st.sampled_from(behaviours))
 def test_states_do_not_see_later_prices(seed, task, t, kind):

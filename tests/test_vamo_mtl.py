@@ -394,3 +394,271 @@ def test_cagrad_stays_at_its_distance_from_the_mean(seed, K, c):
     G = normal(K, 12, seed=seed)
     g0 = G.mean(0)
     assert abs(float((aggregate("cagrad", G, c=c)[0] - g0).norm() / g0.norm()) - c) < 0.1 * c
+
+
+# ---- outside of their domain ---------------------------------------------------------------------
+signed = ("imtl_g", "aligned_mtl")  # negative weights belong to their definition
+ratios = ("gls", "famo", "dwa", "gradnorm", "db_mtl")  # logarithms or ratios of losses
+
+
+def weights_or_refusal(name, state=None, steps=4, **x):
+    "Weights of several steps, or the message of the error that names the method"
+    found = []
+    for _ in range(steps):
+        try:
+            _, w, state = aggregate(name, state=state, **x)
+        except ValueError as e:
+            assert name in str(e), e
+            return str(e)
+        assert torch.isfinite(w).all(), (name, w)
+        assert name in signed or (w >= 0).all(), (name, w)
+        found.append(w)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("losses", [(0.0, 1.0, 2.0), (-1.0, 2.0, 1.0), (-3.0, -2.0, -1.0)])
+def test_losses_that_are_not_positive(name, losses):
+    x = inputs(3, 5) | dict(losses=torch.tensor(losses, dtype=torch.float64))
+    got = weights_or_refusal(name, **x)
+    assert isinstance(got, str) == (name in ratios), got
+    if name in ratios:
+        assert f"{name} needs positive losses" in got and "task 0 has" in got
+
+
+def test_the_bound_of_famo_moves_its_domain():
+    low = torch.full((2,), -5.0)
+    x = dict(losses=torch.tensor([-1.0, 2.0]), min_losses=low)
+    assert weights_or_refusal("famo", **x).shape == (4, 2)
+    with pytest.raises(ValueError, match="famo needs positive after.*task 0 has -6"):
+        aggregate("famo", **x, after=torch.tensor([-6.0, 1.0]))
+
+
+@pytest.mark.parametrize("name", available())
+def test_one_task(name):
+    "Alone, with a gradient and without one"
+    for scale in (1.0, 0.0):
+        x = inputs(1, 7)
+        x = x | dict(G=scale * x["G"], m=scale * x["m"])
+        got = weights_or_refusal(name, **x)
+        assert not isinstance(got, str) and got.shape == (4, 1), got
+    assert float(aggregate("nash_mtl", torch.tensor([[3.0, 4.0]]))[1]) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_no_number_is_taken(name, bad):
+    "A NaN in a gradient, a loss, an agreement or a norm is refused where it enters"
+    needs = available()[name].split()
+    for what in ("G", "losses", "m", "gval_sq"):
+        x = inputs(3, 9)
+        if what == "gval_sq":
+            x["gval_sq"] = bad
+        else:
+            x[what][-1] = bad
+        used = what in needs or (what == "G" and {"gram", "m"} & set(needs))
+        if used or what in ("G", "losses", "m", "gval_sq"):
+            with pytest.raises(ValueError, match=what if what != "G" else r"(G|gram) of task 2"):
+                aggregate(name, **x)
+
+
+@given(
+    seeds, st.sampled_from([*available()]), st.integers(1, 5), st.sampled_from([1e-12, 1.0, 1e12])
+)
+@settings(max_examples=150, deadline=None)
+def test_weights_are_finite_and_not_negative(seed, name, K, size):
+    x = inputs(K, seed)
+    x |= dict(G=size * x["G"], m=size * x["m"])
+    if seed % 3 == 0:
+        x["G"][0] = 0
+    got = weights_or_refusal(name, **x, seed=seed % 100)
+    assert not isinstance(got, str), got
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", available())
+def test_half_precision_is_widened(name, dtype):
+    "Gradients whose inner products overflow in 16 bits"
+    x = inputs(3, 11)
+    G = (100 * x["G"]).to(dtype)
+    big = torch.cat([G] * 20, 1)
+    g, w, _ = aggregate(name, big, losses=x["losses"].to(dtype), m=x["m"].float(), gval_sq=1e4)
+    wide = aggregate(name, big.float(), losses=x["losses"].to(dtype), m=x["m"].float(), gval_sq=1e4)
+    assert g.dtype == w.dtype == dtype and torch.isfinite(g).all()
+    torch.testing.assert_close(w.double(), wide[1].double(), rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", available())
+def test_misspelt_options_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name} has no option 'alhpa'; it has: "):
+        aggregate(name, **inputs(3, 1), alhpa=0.5)
+    with pytest.raises(ValueError, match=f"{name} has no option 'alhpa'"):
+        MTLTrainer(nn.Linear(1, 1), name, alhpa=0.5)
+
+
+@pytest.mark.parametrize(
+    "name, option, value",
+    [
+        ("single", "task", -1),
+        ("single", "task", 1.0),
+        ("uw", "lr", float("nan")),
+        ("dwa", "every", 0),
+        ("dwa", "temperature", 0.0),
+        ("gradnorm", "alpha", -1.0),
+        ("gradnorm", "lr", "fast"),
+        ("db_mtl", "beta", 1.5),
+        ("doge", "eta", -0.1),
+        ("auto_lambda", "init", float("inf")),
+        ("famo", "lr", -1.0),
+        ("stch", "mu", 0.0),
+        ("cagrad", "c", -0.5),
+        ("vamo", "lam", -1.0),
+        ("vamo", "normalize", "l2"),
+    ],
+)
+def test_options_out_of_their_domain(name, option, value):
+    "When the trainer is made, not in the first step"
+    with pytest.raises(ValueError, match=option):
+        MTLTrainer(nn.Linear(1, 1), name, **{option: value})
+
+
+def test_other_bad_input_is_named():
+    x = inputs(3, 2)
+    with pytest.raises(ValueError, match="different numbers of tasks: .*G 3.*losses 2"):
+        aggregate("gradnorm", x["G"], losses=x["losses"][:2])
+    with pytest.raises(ValueError, match="task=3 of single must be below"):
+        aggregate("single", x["G"], task=3)
+    with pytest.raises(ValueError, match="lr=-0.1"):
+        MTLTrainer(nn.Linear(1, 1), "uniform", lr=-0.1)
+    t = MTLTrainer(nn.Linear(1, 1), "uniform")
+    with pytest.raises(ValueError, match="every=0"):
+        t.fit(None, 3, every=0)
+
+
+# ---- a step that fails changes nothing -----------------------------------------------------------
+class Body(nn.Module):
+    "Two tasks over one layer, batch norm and dropout"
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.3))
+        self.heads = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.heads(self.body(x))
+
+
+def everything(n, trainer=None):
+    "Parameters, buffers, flags and the state of the generator"
+    flags = torch.tensor([float(m.training) for m in n.modules()])
+    return [v.clone() for v in n.state_dict().values()] + [flags, torch.get_rng_state()]
+
+
+def same(a, b):
+    return all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
+
+
+data = torch.randn(8, 4, generator=rng(0, "body"))
+
+
+def two_losses(n):
+    return n(data).square().mean(0) + 0.1
+
+
+def held_out(n):
+    return two_losses(n).mean()
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_look_ahead_that_raises_puts_the_parameters_back(at):
+    "The validation loss fails at the point itself, or one step ahead"
+    n, calls = Body(), []
+
+    def fails(n):
+        calls.append(1)
+        if len(calls) == at:
+            raise RuntimeError("no validation data")
+        return held_out(n)
+
+    t = MTLTrainer(n, "auto_lambda", lr=0.3)
+    before = [p.detach().clone() for p in n.parameters()]
+    with pytest.raises(RuntimeError, match="no validation data"):
+        mtl_step(t, two_losses, fails)
+    assert same(before, n.parameters()) and len(calls) == at
+    calls[:] = [0] * 9
+    mtl_step(t, two_losses, fails)
+    assert not same(before, n.parameters())
+
+
+def test_a_look_ahead_is_exact():
+    "A thousand parameters of any size come back to the bit; adding what was taken off rounds"
+    n = nn.Linear(50, 20, bias=False)
+    with torch.no_grad():
+        n.weight.copy_(torch.randn(20, 50, generator=rng(0, "w")).exp())
+    seen, before = [], n.weight.detach().clone()
+
+    def val(m):
+        seen.append(m.weight.detach().clone())
+        return m.weight.square().mean()
+
+    t = MTLTrainer(n, "auto_lambda", torch.optim.SGD(n.parameters(), 0.0), lr=5e4)
+    mtl_step(t, lambda m: (m.weight**2).mean(1), val)
+    assert len(seen) == 2 and not torch.equal(seen[1], before) and torch.equal(n.weight, before)
+
+
+def root_of_nothing(n):
+    "Finite losses whose gradient is NaN: the mask comes after the root"
+    off = two_losses(n)
+    root = (off - off.detach()).sqrt()
+    return off + torch.where(off < 0, root, torch.zeros_like(off))
+
+
+@pytest.mark.parametrize("name", available())
+def test_a_gradient_that_is_no_number_is_refused(name):
+    n = Body()
+    t = MTLTrainer(n, name)
+    before = [p.detach().clone() for p in n.parameters()]
+    assert torch.isfinite(root_of_nothing(n)).all()
+    with pytest.raises(ValueError, match="NaN or infinite|not finite"):
+        mtl_step(t, root_of_nothing, held_out)
+    assert same(before, n.parameters())
+    assert all(p.grad is None for p in n.parameters())
+    mtl_step(t, two_losses, held_out)
+    assert all(torch.isfinite(p).all() for p in n.parameters())
+
+
+@pytest.mark.parametrize("name", ["l2rw", "auto_lambda", "cosine_gate", "famo"])
+def test_looking_at_validation_leaves_the_model_alone(name):
+    "Batch norm is not fed by it, and the draws of dropout are those of training alone"
+
+    def run(val):
+        n = Body()
+        t = MTLTrainer(n, name)
+        torch.manual_seed(5)
+        for _ in range(2):
+            mtl_step(t, two_losses, val)
+        return [n.body[1].num_batches_tracked.clone(), torch.get_rng_state()]
+
+    def noisy(n):
+        return held_out(n) + 0 * torch.rand(())
+
+    def twice(n):
+        return (held_out(n) + held_out(n.train())) / 2
+
+    assert (
+        run(held_out)[0] == 2 and same(run(held_out), run(noisy)) and same(run(noisy), run(twice))
+    )
+
+
+def test_the_best_checkpoint_is_chosen_in_evaluation_mode():
+    n, modes = Body(), []
+
+    def valid(m):
+        modes.append(m.training)
+        return float("nan") if len(modes) == 3 else held_out(m)
+
+    t = MTLTrainer(n, "uniform")
+    with pytest.raises(ValueError, match="valid gave NaN after 4 steps"):
+        t.fit(lambda i: (two_losses,), 6, valid, every=2)
+    assert modes == [False] * 3 and n.training

@@ -1,6 +1,7 @@
 """Invariants of the planners: schedule, conditions, loss, in-painting, guidance, inverse dynamics,
 policies"""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -869,3 +870,34 @@ def test_task_linear_is_one_layer_per_task():
     for i in range(4):
         assert torch.allclose(f(x, k)[i], x[i] @ f.weight[k[i]] + f.bias[k[i]], atol=1e-12)
     assert torch.allclose(f(x[:, 0], k), f(x, k)[:, 0], atol=1e-12)
+
+
+class Command:
+    "Leaves a folder wherever it is unpickled without care"
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_planner_from_elsewhere_runs_nothing_and_is_named(tmp_path):
+    torch.save(dict(kind=Command(tmp_path / "ran"), config={}, state={}), tmp_path / "p.pt")
+    whole = save_planner(planner(), tmp_path / "whole.pt").read_bytes()
+    for data in ((tmp_path / "p.pt").read_bytes(), b"", b"text", whole[:-200]):
+        (tmp_path / "p.pt").write_bytes(data)
+        with pytest.raises(ValueError, match="path='p.pt' is damaged, or holds more than tensors"):
+            load_planner(tmp_path / "p.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_cannot_be_read_back_is_not_saved(tmp_path):
+    p = planner()
+    save_planner(p, tmp_path / "p.pt")
+    before = (tmp_path / "p.pt").read_bytes()
+    p.config["blocks"] = Command(tmp_path / "ran")
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        save_planner(p, tmp_path / "p.pt")
+    assert [f.name for f in tmp_path.iterdir()] == ["p.pt"]
+    assert (tmp_path / "p.pt").read_bytes() == before

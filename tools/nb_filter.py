@@ -44,21 +44,27 @@ def text(src):  # A cell's or output's text, stored as one string or as a list o
     return src if isinstance(src, str) else "".join(src)
 
 
+def _head(src: str):  # Numbers of the lines that are directives
+    "Places of the `#|` lines that open a cell; magics and empty lines may stand before them"
+    found = []
+    for i, line in enumerate(src.split("\n")):
+        if _directive.match(line):
+            found.append(i)
+        elif found or (line.strip() and not line.lstrip().startswith(("%", "!"))):
+            break
+    return found
+
+
 def directives(src: str):  # Names of the `#|` lines that open a code cell
     "Names of the directives at the head of a code cell"
-    names = []
-    for line in src.splitlines():
-        m = _directive.match(line)
-        if not m:
-            break
-        names.append(m[1])
-    return names
+    lines = src.split("\n")
+    return [_directive.match(lines[i])[1] for i in _head(src)]
 
 
 def option(src: str, key: str):  # Value of `#| key: value`, or None
     "Value of one cell option"
-    head = src.splitlines()[: len(directives(src))]
-    for line in head:
+    lines = src.split("\n")
+    for line in (lines[i] for i in _head(src)):
         m = re.match(rf"^\s*#\s*\|\s*{re.escape(key)}\s*:\s*(.+?)\s*$", line)
         if m:
             val = m[1]
@@ -70,7 +76,9 @@ def option(src: str, key: str):  # Value of `#| key: value`, or None
 
 def body(src: str):  # The code below the directives
     "A code cell without its directives"
-    return "\n".join(src.splitlines()[len(directives(src)) :]).strip("\n").rstrip()
+    head = _head(src)
+    rest = [line for i, line in enumerate(src.split("\n")) if i not in head]
+    return "\n".join(rest).strip("\n").rstrip()
 
 
 def title_cell(src: str):  # (title, description, rest) or None
@@ -161,7 +169,8 @@ def convert(nb: dict):  # Notebook as read by `json`; changed in place and retur
             names = directives(src)
             if not body(src).strip() or DROP & set(names) or "injected-parameters" in tags:
                 continue
-            head = [line for line, name in zip(src.splitlines(), names) if name not in OURS]
+            lines = [src.split("\n")[i] for i in _head(src)]
+            head = [line for line, name in zip(lines, names) if name not in OURS]
             if EXPORT & set(names):
                 head.append("#| classes: exported")
             code, outputs = body(src), _outputs(c.get("outputs", []))

@@ -341,7 +341,7 @@ def record(
         name,
         scale,
         command,
-        list(seeds),
+        _plain(list(seeds), "seeds"),
         _plain(sizes, "sizes"),
         _plain(results, "results"),
         _commit(),
@@ -371,7 +371,10 @@ def load_record(
     if not path.exists():
         there = ", ".join(recorded_names(paper)) or "none"
         raise ValueError(f"{paper} has no record {name!r}; it has: {there}")
-    data = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        data = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as e:
+        raise ValueError(f"the record {path.name} of {paper} is damaged ({e})") from e
     if missing := [f.name for f in dataclasses.fields(Record) if f.name not in data]:
         raise ValueError(f"the record {name!r} of {paper} lacks {', '.join(missing)}")
     return Record(**{f.name: data[f.name] for f in dataclasses.fields(Record)})

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .claims import read_cells
+
 # %% ../../nbs/core/09_bench.ipynb #3385322c
 def race(
     ours: Callable[[], object],  # Our side, called without arguments
@@ -245,6 +247,6 @@ def bench_in(
     path: str | Path,  # An executed notebook
 ) -> BenchTable:  # The measurements in its outputs
     "Measurements found in an executed notebook"
-    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    rows = [d for c in cells for o in c.get("outputs", []) for d in o.get("data", {}).get(mime, [])]
+    outputs = [o for c in read_cells(path) for o in c.get("outputs", [])]
+    rows = [d for o in outputs for d in o.get("data", {}).get(mime, [])]
     return BenchTable(Bench(**{k: v for k, v in d.items() if k != "ratio"}) for d in rows)

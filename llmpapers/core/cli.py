@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import llmpapers
 from .artifacts import notebooks_dir
-from .claims import claims_in, columns, tally
+from .claims import claims_in, columns, read_cells, tally
 from .scale import scale_names
 
 # %% ../../nbs/core/12_cli.ipynb #b40ee62f
@@ -125,7 +125,12 @@ def _minutes_file():
     path = notebooks_dir() / "minutes.json"
     if not path.exists():
         return {}
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(
+            f"{path} is damaged ({e}); remove it, it holds measured minutes only"
+        ) from e
 
 
 def minutes_of(
@@ -159,10 +164,10 @@ def keep_minutes(
 # %% ../../nbs/core/12_cli.ipynb #e9415d32
 def _first_cells(path):
     "Title and module of a notebook; the module is None where nothing is exported"
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"][:3]
-    texts = ["".join(c["source"]) for c in cells]
+    texts = [c["source"] for c in read_cells(path)[:3]]
     exported = [t.split()[-1] for t in texts if t.startswith("#| default_exp")]
-    return texts[0].splitlines()[0].lstrip("# "), exported[0] if exported else None
+    title = texts[0].lstrip("# \n").partition("\n")[0] if texts else path.stem
+    return title, exported[0] if exported else None
 
 
 def _minutes_text(path, scale="laptop"):
@@ -193,18 +198,33 @@ def series_table(
     return Markdown("\n".join(f"| {line} |" for line in lines))
 
 # %% ../../nbs/core/12_cli.ipynb #4543d419
+def _assignments(source):
+    "Names and values of a cell; lines of IPython and imports are passed over"
+    lines = ["" if x.lstrip().startswith(("%", "!")) else x for x in source.splitlines()]
+    for node in ast.parse("\n".join(lines)).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        plain = isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None
+        if not plain or not all(isinstance(t, ast.Name) for t in targets):
+            raise ValueError(f"`{ast.unparse(node)}` is not of the form name = value")
+        try:
+            value = ast.literal_eval(node.value)
+        except ValueError:
+            raise ValueError(f"the value of `{ast.unparse(node)}` is not a literal") from None
+        yield from ((t.id, value) for t in targets)
+
+
 def parameters_of(
     path: Path,  # A notebook
 ) -> dict:  # Name -> default value
     "The parameters of a notebook and their defaults"
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+    for cell in read_cells(path):
         if "parameters" in cell["metadata"].get("tags", []):
-            tree = ast.parse("".join(cell["source"]))
-            return {
-                n.targets[0].id: ast.literal_eval(n.value)
-                for n in tree.body
-                if isinstance(n, ast.Assign)
-            }
+            try:
+                return dict(_assignments(cell["source"]))
+            except (SyntaxError, ValueError) as e:
+                raise ValueError(f"{path.name}, cell of the parameters: {e}") from e
     raise ValueError(f"{path.name} has no cell tagged 'parameters'")
 
 
@@ -217,7 +237,7 @@ def parse_parameter(
         raise ValueError(f"-p {text!r} is not of the form key=value")
     try:
         return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return key, value
 
 # %% ../../nbs/core/12_cli.ipynb #9b344fde
@@ -233,10 +253,7 @@ def fingerprint(
     params: dict,  # Parameters that are passed to it
 ) -> str:  # Hash of its cells, the parameters and the package
     "Everything that determines what running a notebook gives"
-    cells = [
-        ["".join(c["source"]), c["metadata"].get("tags", [])]
-        for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
-    ]
+    cells = [[c["source"], c["metadata"].get("tags", [])] for c in read_cells(path)]
     return hashlib.sha256(
         json.dumps([cells, params, _package_hash()], sort_keys=True).encode()
     ).hexdigest()
@@ -358,6 +375,16 @@ def _telling_engine():
     return "llmpapers"
 
 # %% ../../nbs/core/12_cli.ipynb #1ed2b983
+def _literal(path):
+    "A path in which papermill sees no placeholders"
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _first_of(error):
+    lines = str(error or "").strip().splitlines()
+    return lines[0] if lines else "no message"
+
+
 def execute(
     path: Path,  # Notebook to run
     out: Path,  # Where the executed notebook goes
@@ -365,17 +392,18 @@ def execute(
     kernel: str,  # Name of the kernel, from `this_kernel`
     every: float = 20.0,  # Seconds between lines that say what runs
 ) -> str | None:  # None, or the error as one line
-    "Run a notebook; on failure it is kept, with its traceback, as `<name>.failed.ipynb`"
+    "Run a notebook; if a cell fails it is kept, with its traceback, as `<name>.failed.ipynb`"
     import papermill as pm
 
     tmp = out.with_name(f".{out.name}")
-    cells = len(json.loads(path.read_text(encoding="utf-8"))["cells"]) + bool(params)
+    cells = len(read_cells(path)) + bool(params)
     expected = minutes_of(path, params.get("scale", "laptop"))
+    progress = Progress(path.stem, cells, expected, every)
     try:
-        with Progress(path.stem, cells, expected, every) as progress:
+        with progress:
             pm.execute_notebook(
-                path,
-                tmp,
+                _literal(path),
+                _literal(tmp),
                 parameters=params,
                 kernel_name=kernel,
                 language="python",
@@ -386,11 +414,15 @@ def execute(
                 engine_name=_telling_engine(),
                 progress=progress,
             )
+        os.replace(tmp, out)
     except pm.PapermillExecutionError as e:
         os.replace(tmp, failed := out.with_suffix(".failed.ipynb"))
-        first = str(e.evalue).splitlines()[0] if e.evalue else ""
-        return f"{e.ename}: {first} (cell {e.cell_index} of {failed})"
-    os.replace(tmp, out)
+        return f"{e.ename}: {_first_of(e.evalue)} (cell {e.cell_index} of {failed})"
+    except Exception as e:  # a kernel that died, a notebook that nbformat refuses, a full disk
+        where = f"at cell {progress.index + 1} of {path.name}"
+        return f"{type(e).__name__}: {_first_of(e)} ({where}; nothing was kept of it)"
+    finally:
+        tmp.unlink(missing_ok=True)
     out.with_suffix(".failed.ipynb").unlink(missing_ok=True)
     return None
 
@@ -401,21 +433,42 @@ def _record(out, done):
     os.replace(tmp, out / "run.json")
 
 
-def _known(out):
+def _known(out, room):
+    "What a folder holds: its room, and the fingerprint of each finished notebook"
     try:
-        return json.loads((out / "run.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
+        done = dict(json.loads((out / "run.json").read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        done = {}
+    if done.setdefault("room", room) != room:
+        raise ValueError(f"--out {out} holds a run of {done['room']}; name another folder")
+    return done
+
+
+def _check_kind(name, value, default):
+    "Text stays text, a number a number, a whole number whole"
+    kinds = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+    kind = type(default)
+    fine = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    fine |= kind is float and type(value) is int
+    fine |= kind is str and value is None
+    if kind in kinds and not fine:
+        quote = f"; write {name}=\"'{value}'\"" if kind is str else ""
+        raise ValueError(f"-p {name}={value} must be {kinds[kind]}, as {default!r} is{quote}")
 
 
 def _params_for(nbs, scale, given):
     "Parameters for each notebook; a key that no notebook has is an error"
     defaults = {p: parameters_of(p) for p in nbs}
+    if "scale" in given:
+        raise ValueError(f"-p scale={given['scale']} is not how to set it; use --scale")
     there = sorted({k for d in defaults.values() for k in d})
     if bad := sorted(set(given) - set(there)):
         raise ValueError(
             f"-p {bad[0]}=... is not a parameter of these notebooks; they have {', '.join(there)}"
         )
+    for d in defaults.values():
+        for k in set(d) & set(given):
+            _check_kind(k, given[k], d[k])
     return {
         p: {k: v for k, v in (given | dict(scale=scale)).items() if k in d}
         for p, d in defaults.items()
@@ -434,7 +487,7 @@ def run_series(
     "Execute notebooks in order, keeping those that are finished and unchanged"
     from filelock import FileLock, Timeout
 
-    params = _params_for(nbs, scale, given or {})
+    params, room = _params_for(nbs, scale, given or {}), nbs[0].parent.name
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -444,9 +497,11 @@ def run_series(
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"--out {out} is in use by another run") from None
+    except OSError as e:
+        raise ValueError(f"--out {out} cannot be written: {e.strerror}") from e
     with contextlib.ExitStack() as stack:
         stack.callback(lock.release)
-        kernel, done = stack.enter_context(this_kernel()), _known(out)
+        done, kernel = _known(out, room), stack.enter_context(this_kernel())
         for p in nbs:
             dst, print_ = out / p.name, fingerprint(p, params[p])
             if not fresh and done.get(p.stem) == print_ and dst.exists():
@@ -552,13 +607,22 @@ def _list(args):
     return 0
 
 
+def _given(texts):
+    "The `-p` options as a dictionary"
+    pairs = [*map(parse_parameter, texts)]
+    for i, (key, _) in enumerate(pairs):
+        if key in dict(pairs[:i]):
+            raise ValueError(f"-p {key}=... is given twice")
+    return dict(pairs)
+
+
 def _run(args):
     room, out = _room(args.paper), Path(args.out or f"_runs/{args.paper}-{args.scale}").absolute()
     error = run_series(
         series(room, args.nb),
         out,
         args.scale,
-        dict(map(parse_parameter, args.p)),
+        _given(args.p),
         args.fresh,
         lambda s: print(s, flush=True),
         args.every,
@@ -767,6 +831,9 @@ def main(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        print(f"llmpapers: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(
             "llmpapers: interrupted; what was finished is kept, run the same command to go on",

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .artifacts import artifact
+from .ranking import as_array
 from .scale import need, pick_device
 
 # %% ../../nbs/core/11_embed.ipynb #df7ed8d3
@@ -126,7 +127,31 @@ def _checked(texts):
             raise TypeError(f"texts[{i}] is a {type(t).__name__}, not a string")
         if not t.strip():
             raise ValueError(f"texts[{i}] is empty; an empty text has no embedding")
+        if not t.isascii() and any("\ud800" <= c <= "\udfff" for c in t):
+            raise ValueError(f"texts[{i}] has half a surrogate pair, which is no character")
     return list(texts)
+
+
+def _at_least_one(**numbers):
+    for name, v in numbers.items():
+        if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+            raise ValueError(f"{name}={v!r} must be a positive integer")
+
+
+def _rows(vectors, texts, name, nonzero):
+    "What an encoder gave as float32, one finite row per text"
+    e = as_array(vectors, f"what {name} gave").astype(np.float32, copy=False)
+    if e.ndim != 2 or len(e) != len(texts):
+        raise ValueError(f"{name} gave shape {e.shape} for {len(texts)} texts")
+    size = np.abs(e).max(1, initial=0)
+    for wrong, what in ((~np.isfinite(size), "not finite"), (nonzero & (size == 0), "zero")):
+        if wrong.any():
+            i = int(np.argmax(wrong))
+            raise ValueError(
+                f"{name} gave a vector that is {what} for texts[{i}] ({texts[i][:40]!r}); "
+                "it has no direction"
+            )
+    return e
 
 
 def prompt_of(
@@ -159,17 +184,16 @@ def encode(
     prompt: str | None = None,  # Words of one's own instead
 ) -> np.ndarray:  # (n,D) float32
     "Embeddings of a list of texts, in its order"
+    _at_least_one(batch_size=batch_size)
+    texts = _checked(texts)
     out = enc.model.encode(
-        _checked(texts),
+        texts,
         prompt=prompt_of(enc, prompt_name, prompt),
         batch_size=batch_size,
         normalize_embeddings=normalize,
         show_progress_bar=False,
     )
-    out = np.asarray(out, np.float32)
-    if not np.isfinite(out).all():
-        raise RuntimeError(f"{enc.name} gave values that are not finite; try dtype=torch.float32")
-    return out
+    return _rows(out, texts, enc.name, normalize)
 
 # %% ../../nbs/core/11_embed.ipynb #1b864d3d
 def _identity(model):
@@ -184,12 +208,16 @@ def _identity(model):
 def _run(model, texts, batch_size, normalize, prompt):
     if isinstance(model, Encoder):
         return encode(model, texts, batch_size, normalize, prompt=prompt)
-    e = np.asarray(model.encode(texts), np.float32)
-    if e.ndim != 2 or len(e) != len(texts) or not np.isfinite(e).all():
-        raise ValueError(
-            f"model.encode gave shape {e.shape} for {len(texts)} texts, or infinite values"
-        )
+    e = _rows(model.encode(texts), texts, "model.encode", normalize)
     return e / np.linalg.norm(e, axis=1, keepdims=True) if normalize else e
+
+
+def _piece(first, model, texts, *settings):
+    "One piece of a longer list; an error says where it begins"
+    try:
+        return _run(model, texts, *settings)
+    except ValueError as e:
+        raise ValueError(f"in the piece from texts[{first}]: {e}") from e
 
 
 def _join(parts, path):
@@ -219,6 +247,7 @@ def embed_texts(
     dtype=None,  # torch type of the weights, where `model` is a name
 ) -> np.ndarray:  # (n,D) float32; a read-only memory map when it comes from the cache
     "Embeddings of texts, computed once"
+    _at_least_one(batch_size=batch_size, piece=piece)
     texts = _checked(texts)
     if isinstance(model, str):
         model = load_encoder(model, device=device, dtype=dtype, max_length=max_length)
@@ -241,7 +270,7 @@ def embed_texts(
                 continue
             tmp = folder / "piece.tmp"
             with open(tmp, "wb") as f:
-                np.save(f, _run(model, texts[i : i + piece], batch_size, normalize, words))
+                np.save(f, _piece(i, model, texts[i : i + piece], batch_size, normalize, words))
             os.replace(tmp, parts[-1])
         _join(parts, folder / "embeddings.npy")
         for p in parts:
@@ -310,7 +339,13 @@ def _parquet(path, column):
     col = pq.read_table(path, columns=[name])[name].combine_chunks()
     if col.null_count:
         raise ValueError(f"column={name!r} has {col.null_count} empty rows")
-    flat, n = col.flatten().to_numpy(zero_copy_only=False), len(col)
-    if len(flat) % n or len({len(r) for r in col[:64].to_pylist()}) > 1:
-        raise ValueError(f"column={name!r} has lists of different lengths")
-    return flat.reshape(n, -1)
+    sizes = need("pyarrow.compute").list_value_length(col).to_numpy(zero_copy_only=False)
+    if not len(col) or not sizes[0]:
+        raise ValueError(f"column={name!r} of path={path.name!r} has no numbers")
+    if (other := sizes != sizes[0]).any():
+        row = int(np.argmax(other))
+        raise ValueError(
+            f"column={name!r} has lists of different lengths: {sizes[0]} in row 0, "
+            f"{sizes[row]} in row {row}"
+        )
+    return col.flatten().to_numpy(zero_copy_only=False).reshape(len(col), -1)

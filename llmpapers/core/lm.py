@@ -111,13 +111,20 @@ def encode_batch(
         raise ValueError(
             "tokenizer: has no pad token; set tokenizer.pad_token = tokenizer.eos_token"
         )
-    out = tokenizer(list(texts), padding=True, padding_side=side, return_tensors="pt")
+    out = tokenizer(
+        list(texts),
+        padding=True,
+        padding_side=side,
+        return_tensors="pt",
+        return_special_tokens_mask=True,
+    )
     if tokenizer.unk_token_id is not None and not allow_unk:
-        bad = (out["input_ids"] == tokenizer.unk_token_id).any(1).nonzero()
-        if len(bad):
-            raise ValueError(
-                f"texts[{int(bad[0])}]: has tokens outside the vocabulary: {texts[int(bad[0])]!r}"
-            )
+        # of the text itself: not padding and not what the tokenizer adds, which may share the id
+        own = (out["attention_mask"] == 1) & (out["special_tokens_mask"] == 0)
+        found = ((out["input_ids"] == tokenizer.unk_token_id) & own).sum(1).tolist()
+        for i, (n, t) in enumerate(zip(found, texts)):
+            if n > t.count(tokenizer.unk_token):
+                raise ValueError(f"texts[{i}]: has tokens outside the vocabulary: {t!r}")
     dev = torch.device("cpu" if device is None else device)
     return {k: out[k].to(dev) for k in ("input_ids", "attention_mask")}
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from .scale import need, pick_device, rng, set_seed
@@ -644,6 +645,21 @@ def loop(self: _Run, stop):
         raise KeyboardInterrupt(f"stopped after the last step, {self.step}")
 
 # %% ../../nbs/core/05_train.ipynb #dab8f143
+@contextmanager
+def _claimed(out, main):
+    "The folder of a run is that of one run at a time"
+    if out is None or not main:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(out / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"out: {out} is in use by another run; name another folder") from None
+    with lock:
+        yield
+
+
 @patch
 def close(self: _Run, was_training):
     "Give the model back as it came: without hooks of the accelerator, in its old mode"
@@ -678,8 +694,9 @@ def train(
     )
     with _own_randomness(), _Stop() as stop:
         try:
-            run.start(resume)
-            run.loop(stop)
+            with _claimed(out, run.main):
+                run.start(resume)
+                run.loop(stop)
         finally:
             run.close(was)
     return History(run.rows)

@@ -15,6 +15,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from fastcore.basics import patch
 
 from ..core.scale import need
 from ..core.train import _fsync, _replace_text, _sha, _steps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # %% ../../nbs/rl/13_checkpoint.ipynb #9a9fe80e
 def random_state() -> dict:  # Tensors and plain values
@@ -339,7 +343,7 @@ def plot_metrics(
     keys: Iterable[str],  # Columns to draw
     ax=None,  # Axes; None makes some
     smooth: int = 1,  # Running mean over that many rows
-) -> "plt.Axes":  # The axes
+) -> "Axes":  # The axes
     "Draw columns against the step; rows without a column are left out"
     plt = need("matplotlib.pyplot")
     rows = read_metrics(source) if isinstance(source, (str, os.PathLike)) else list(source)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .losses import at_least_float32
+
 # %% ../../nbs/smec/04_ads.ipynb #25ca9ea3
 def gumbel_noise(
     dim: int,  # How many
@@ -29,8 +31,10 @@ def gumbel_topk_mask(
     "Keep the k largest, with a straight-through gradient; ties by the lower index"
     if logits.ndim != 1 or not 1 <= k <= len(logits):
         raise ValueError(f"k={k} must be between 1 and the number of logits, {tuple(logits.shape)}")
-    if tau <= 0:
+    if not tau > 0:
         raise ValueError(f"tau={tau} must be positive")
+    if not torch.isfinite(logits).all():
+        raise ValueError("logits has NaN or infinite values")
     noisy = logits if noise is None else logits + noise
     index = noisy.detach().sort(descending=True, stable=True).indices[:k].sort().values
     hard = torch.zeros_like(logits).scatter(0, index, 1.0)
@@ -54,6 +58,8 @@ class DimensionSelector(nn.Module):
             raise ValueError(f"keep={keep} must be between 1 and dim={dim}")
         if prior is not None and prior.shape != (dim,):
             raise ValueError(f"prior has shape {tuple(prior.shape)}; it needs ({dim},)")
+        if len(tau) != 2 or not min(tau) > 0:
+            raise ValueError(f"tau={tau} needs two positive temperatures, at the start and the end")
         self.dim, self.keep, self.tau = dim, keep, tau
         self.logits = nn.Parameter(torch.zeros(dim) if prior is None else prior.clone().float())
 
@@ -107,6 +113,7 @@ def ware(
         raise ValueError(
             f"x {tuple(x.shape)} and y {tuple(y.shape)} need one shape (M, D) with D >= 2"
         )
+    x, y = at_least_float32(x, "x"), at_least_float32(y, "y")
     uv = (x * y).sum(1, keepdim=True)
     uu = (x * x).sum(1, keepdim=True)
     vv = (y * y).sum(1, keepdim=True)
@@ -126,5 +133,7 @@ def achievement_rate(
     index, importance = torch.as_tensor(np.asarray(index)), torch.as_tensor(np.asarray(importance))
     if len(set(index.tolist())) < len(index) or not len(index):
         raise ValueError("index must name different dimensions, at least one")
+    if importance.isnan().any():
+        raise ValueError("importance has NaN; a dimension without importance has no rank")
     best = importance.sort(descending=True, stable=True).indices[: len(index)]
     return len(set(best.tolist()) & set(index.tolist())) / len(index)

@@ -8,7 +8,6 @@ __all__ = ['Trained', 'MRL', 'MatryoshkaAdaptor', 'SearchAdaptor', 'SMEC']
 # %% ../../nbs/smec/06_compress.ipynb #637dbadf
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,15 +17,19 @@ from fastcore.basics import patch
 from torch.nn import functional as F
 
 from ..core.ranking import as_relevance, exact_search, mean_metric, ndcg_at_k
-from ..core.scale import need, rng
+from ..core.scale import need, pick_device, rng
 from .ads import DimensionSelector, decreasing_prior
 from llmpapers.smec.compressor import (
     Compressor,
     PCACompressor,
+    _appearing,
     check_dims,
     evaluate,
     kinds,
     load_compressor,
+    real_number,
+    switch,
+    whole_number,
 )
 from .data import unit
 from llmpapers.smec.losses import (
@@ -41,9 +44,10 @@ from .memory import CrossBatchMemory
 class _Data:
     "Training queries, documents and labels as tensors"
 
-    def __init__(self, queries, docs, relevance, batch, seed):
-        self.q = torch.from_numpy(np.array(unit(queries, "queries"), np.float32))
-        self.d = torch.from_numpy(np.array(unit(docs, "docs"), np.float32))
+    def __init__(self, queries, docs, relevance, batch, seed, device="cpu"):
+        self.q = torch.tensor(unit(queries, "queries"), dtype=torch.float32, device=device)
+        self.d = torch.tensor(unit(docs, "docs"), dtype=torch.float32, device=device)
+        self.device = device
         if self.q.shape[1] != self.d.shape[1]:
             raise ValueError(f"queries have width {self.q.shape[1]} and docs {self.d.shape[1]}")
         rel = as_relevance(relevance, len(self.d))
@@ -75,12 +79,12 @@ def batch(self: _Data, step):
     first, end = self.rel.indptr[query], self.rel.indptr[query + 1]
     if self.plain:
         doc = self.rel.docs[first]
-        return self.q[query], self.d[doc], None, torch.from_numpy(doc)
+        return self.q[query], self.d[doc], None, torch.from_numpy(doc).to(self.device)
     g = rng(self.seed, "positive", step)
     share = torch.rand(len(query), generator=g).numpy()
     doc = self.rel.docs[first + (share * (end - first)).astype(int)]  # one of each query's own
-    labels = torch.from_numpy(self.table[query][:, doc].toarray())
-    return self.q[query], self.d[doc], labels, torch.from_numpy(doc)
+    labels = torch.from_numpy(self.table[query][:, doc].toarray()).to(self.device)
+    return self.q[query], self.d[doc], labels, torch.from_numpy(doc).to(self.device)
 
 # %% ../../nbs/smec/06_compress.ipynb #94804a03
 class _Valid:
@@ -95,7 +99,8 @@ class _Valid:
         self.d = torch.from_numpy(np.array(np.asarray(docs)[keep], np.float32))
 
     def __call__(self, A):
-        z = [F.normalize(v @ torch.as_tensor(A).T, dim=1).numpy() for v in (self.q, self.d)]
+        A = torch.as_tensor(A).cpu()
+        z = [F.normalize(v @ A.T, dim=1).numpy() for v in (self.q, self.d)]
         return mean_metric(ndcg_at_k(exact_search(*z, 10), self.rel)).value
 
 
@@ -115,6 +120,7 @@ def _hold_back(queries, docs, relevance, valid, seed):
         return [dict(zip(of(rel.docs, i), of(rel.grades, i))) for i in at]
 
     if valid is not None:
+        unit(valid[0], "the queries of valid")
         return queries, rel, _Valid(valid[0], docs, valid[1], seed)
     order = np.random.default_rng(seed).permutation(len(queries))
     n = max(len(queries) // 10, 1)
@@ -126,17 +132,29 @@ def _hold_back(queries, docs, relevance, valid, seed):
 class _Run:
     "An optimisation that can be stored and continued"
 
-    def __init__(self, params, lr, file=None, extra=None):
+    def __init__(self, params, lr, file=None, extra=None, key=None):
         self.params = params
         self.opt = torch.optim.Adam(params, lr)
         self.file = file
         self.extra = extra
+        self.key = key
         self.step, self.best, self.wait, self.log = 0, (-np.inf, None), 0, []
         if file is not None and file.exists():
             self.load()
 
     def load(self):
-        s = torch.load(self.file, weights_only=False)
+        where = f"out={self.file.parent.name!r}: {self.file.name}"
+        try:
+            s = torch.load(self.file, map_location="cpu", weights_only=True)
+        except Exception as e:  # of any kind: what is in the file is not known
+            raise ValueError(
+                f"{where} is damaged, or holds more than tensors and was not read; remove it "
+                f"({type(e).__name__}: {str(e).partition(chr(10))[0]})"
+            ) from e
+        shapes = [tuple(p.shape) for p in self.params]
+        mine = isinstance(s, dict) and s.get("key") == self.key
+        if not mine or [tuple(p.shape) for p in s["params"]] != shapes:
+            raise ValueError(f"{where} belongs to another fit; name an empty folder")
         with torch.no_grad():
             for p, v in zip(self.params, s["params"]):
                 p.copy_(v)
@@ -146,12 +164,11 @@ class _Run:
             self.extra.restore(s["extra"])
 
     def save(self):
-        tmp = self.file.with_suffix(".tmp")
         state = dict(params=[p.detach() for p in self.params], opt=self.opt.state_dict())
-        state |= dict(step=self.step, best=self.best, wait=self.wait, log=self.log)
+        state |= dict(step=self.step, best=self.best, wait=self.wait, log=self.log, key=self.key)
         state["extra"] = None if self.extra is None else self.extra.state()
-        torch.save(state, tmp)
-        os.replace(tmp, self.file)
+        with _appearing(self.file) as part:
+            torch.save(state, part)
 
 # %% ../../nbs/smec/06_compress.ipynb #b0c99b56
 def _optimise(run, loss_fn, steps, score=None, every=25, patience=4, on_step=None):
@@ -161,6 +178,8 @@ def _optimise(run, loss_fn, steps, score=None, every=25, patience=4, on_step=Non
             break
         run.opt.zero_grad()
         loss = loss_fn(step)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} in step {step + 1}; lower lr")
         loss.backward()
         run.opt.step()
         if on_step:
@@ -198,18 +217,15 @@ class Trained(Compressor):
         super().__init__(dims)
         if init not in ("identity", "pca", "normal"):
             raise ValueError(f"init={init!r} must be 'identity', 'pca' or 'normal'")
-        for n, v in dict(steps=steps, batch_size=batch_size, lr=lr, scale=scale).items():
-            if not v > 0:
-                raise ValueError(f"{n}={v} must be positive")
         self.options = dict(
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            scale=scale,
+            steps=whole_number("steps", steps),
+            batch_size=whole_number("batch_size", batch_size),
+            lr=real_number("lr", lr),
+            scale=real_number("scale", scale),
             init=init,
-            seed=seed,
-            fallback=fallback,
-            early_stop=early_stop,
+            seed=whole_number("seed", seed, 0),
+            fallback=switch("fallback", fallback),
+            early_stop=switch("early_stop", early_stop),
         )
 
     def config(self) -> dict:  # Keyword arguments of the constructor
@@ -227,11 +243,13 @@ def _start(self: Trained, docs):
     return torch.from_numpy(pca.copy()) if o["init"] == "pca" else torch.eye(D), pca
 
 
-def _digest(config, queries, docs):
-    h = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for v in (queries, docs):
-        h.update(str(v.shape).encode())
-        h.update(np.ascontiguousarray(v[:: max(len(v) // 100, 1)]).tobytes())
+def _digest(method, arrays):
+    "Hash of a method with its options and of everything that it learns from"
+    h = hashlib.sha256(json.dumps(method, sort_keys=True).encode())
+    for v in map(np.asarray, arrays):
+        h.update(f"{v.dtype}{v.shape}".encode())
+        for row in range(0, len(v), 65536):
+            h.update(np.ascontiguousarray(v[row : row + 65536]).data)
     return h.hexdigest()
 
 # %% ../../nbs/smec/06_compress.ipynb #a60686e1
@@ -245,32 +263,40 @@ def fit(
     valid=None,
     out=None,  # Folder for checkpoints; a fit that was interrupted goes on from there
     on_step: Callable | None = None,  # Called with (stage, step, loss)
+    device=None,  # Torch device of the training; None takes a GPU if there is one
 ) -> Trained:  # Itself
     "Learn the matrix of every width"
     q, d = unit(queries, "queries").astype(np.float32), unit(docs, "docs").astype(np.float32)
     check_dims(self.dims, d.shape[1])
     q, rel, score = _hold_back(q, d, relevance, valid, self.options["seed"])
-    self.folder, self.on_step, self.history = self._claim(out, q, d), on_step, []
+    self.on_step, self.history = on_step, []
+    self._claim(out, [q, d, *rel[:3], *([score.q, score.d, *score.rel[:3]] if score else ())])
     W, pca = self._start(d)
-    data = _Data(q, d, rel, self.options["batch_size"], self.options["seed"])
-    maps = self._learn(data, W, score)
+    device = pick_device(device)
+    data = _Data(q, d, rel, self.options["batch_size"], self.options["seed"], device)
+    maps = self._learn(data, W.to(device), score)
     self.maps = {k: (np.ascontiguousarray(A, np.float32), None) for k, A in maps.items()}
     self._select(score, pca)
     return self
 
 # %% ../../nbs/smec/06_compress.ipynb #fb338606
 @patch
-def _claim(self: Trained, out, queries, docs):
-    "The folder for checkpoints, made or found again"
+def _claim(self: Trained, out, arrays):
+    "The folder for checkpoints, made or found again, and the key of this fit"
+    self.folder, self.key = None, None
     if out is None:
-        return None
-    folder, key = Path(out), _digest(self.config(), queries, docs)
-    folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / "fit.json"
-    if mark.exists() and json.loads(mark.read_text())["key"] != key:
-        raise ValueError(f"out={folder.name!r} holds another fit; name an empty folder")
-    mark.write_text(json.dumps(dict(key=key)))
-    return folder
+        return
+    self.folder, self.key = Path(out), _digest([type(self).__name__, self.config()], arrays)
+    self.folder.mkdir(parents=True, exist_ok=True)
+    mark = self.folder / "fit.json"
+    try:
+        known = json.loads(mark.read_text(encoding="utf-8"))["key"] if mark.exists() else self.key
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"out={self.folder.name!r} has a damaged fit.json; remove it") from e
+    if known != self.key:
+        raise ValueError(f"out={self.folder.name!r} holds another fit; name an empty folder")
+    with _appearing(mark) as part:
+        part.write_text(json.dumps(dict(key=self.key)), encoding="utf-8")
 
 # %% ../../nbs/smec/06_compress.ipynb #32a7d73f
 @patch
@@ -291,7 +317,7 @@ def _run(self: Trained, stage, params, loss, steps, score, extra=None, every=25)
     file = self.folder / f"stage{stage}.pt" if self.folder else None
     hook = (lambda s, v: self.on_step(stage, s, v)) if self.on_step else None
     stop = score if self.options["early_stop"] else None
-    run = _Run(params, self.options["lr"], file, extra)
+    run = _Run(params, self.options["lr"], file, extra, self.key)
     best = _optimise(run, loss, steps, stop, every, on_step=hook)
     for step, value, ndcg in run.log:
         self.history.append(dict(stage=stage, step=step, loss=value, ndcg=ndcg))
@@ -318,7 +344,7 @@ class MRL(Trained):
             return np.mean([score(W.detach()[:k]) for k in self.dims[1:] or self.dims])
 
         best = self._run(0, [W], loss, o["steps"], score and mean_score, every=100)[0]
-        return {k: best[:k].numpy() for k in self.dims}
+        return {k: best[:k].cpu().numpy() for k in self.dims}
 
 # %% ../../nbs/smec/06_compress.ipynb #ccf9c0aa
 class MatryoshkaAdaptor(MRL):
@@ -352,7 +378,7 @@ class SearchAdaptor(Trained):
             return score(W.detach())
 
         best = self._run(stage, [W], loss, o["steps"], score and own_score, every=100)
-        return best[0].numpy()
+        return best[0].cpu().numpy()
 
 # %% ../../nbs/smec/06_compress.ipynb #3eb03664
 class SMEC(Trained):
@@ -383,22 +409,20 @@ class SMEC(Trained):
         for (n, ok), v in zip(allowed.items(), (mode, selection, consistency)):
             if v not in ok:
                 raise ValueError(f"{n}={v!r} must be one of {ok}")
-        if consistency and topk > memory:
-            raise ValueError(f"topk={topk} neighbours cannot come from memory={memory} entries")
-        if not supervised and not consistency:
-            raise ValueError("supervised=False needs a consistency term")
+        counts = dict(memory=memory, topk=topk, sample=sample, anchors=anchors)
         self.options |= dict(
             mode=mode,
             selection=selection,
             consistency=consistency,
-            memory=memory,
-            topk=topk,
-            sample=sample,
-            anchors=anchors,
-            alpha=alpha,
-            supervised=supervised,
-            polish=polish,
+            **{name: whole_number(name, v) for name, v in counts.items()},
+            alpha=real_number("alpha", alpha, zero=True),
+            supervised=switch("supervised", supervised),
+            polish=switch("polish", polish),
         )
+        if consistency and topk > memory:
+            raise ValueError(f"topk={topk} neighbours cannot come from memory={memory} entries")
+        if not supervised and not consistency:
+            raise ValueError("supervised=False needs a consistency term")
 
 # %% ../../nbs/smec/06_compress.ipynb #a8e6d580
 @patch
@@ -475,16 +499,16 @@ def _transitions(self: SMEC, data, dims, rows, score, first):
     steps = max(o["steps"] // len(pairs), 1)
     for s, (a, b) in enumerate(pairs, first):
         full, index = self._stage(s, data, rows, b, score, steps)
-        maps[a] = full.numpy()
+        maps[a] = full.cpu().numpy()
         rows = full[index]
         if o["mode"] == "nested":  # one matrix: the kept rows move to the front of all wider ones
-            rest = torch.ones(a).index_fill(0, index, 0).nonzero().squeeze(1)
-            front = full[torch.cat([index, rest])].numpy()
+            rest = torch.ones_like(full[:, 0]).index_fill(0, index, 0).nonzero().squeeze(1)
+            front = full[torch.cat([index, rest])].cpu().numpy()
             for width in maps:
                 if width >= a:
                     maps[width] = np.concatenate([front, maps[width][a:]])
     if dims[-1] not in maps:
-        maps[dims[-1]] = rows.numpy()
+        maps[dims[-1]] = rows.cpu().numpy()
     return maps
 
 # %% ../../nbs/smec/06_compress.ipynb #e0df5cd7
@@ -492,7 +516,9 @@ def _transitions(self: SMEC, data, dims, rows, score, first):
 def _stage(self: SMEC, s, data, rows, short, score, steps):
     "Train one transition; the matrix of the wider vector, and the rows kept for the shorter"
     o, a = self.options, len(rows)
-    base, V = (rows, torch.eye(a)) if o["mode"] == "cascade" else (None, rows.clone())
+    base, V = None, rows.clone()
+    if o["mode"] == "cascade":
+        base, V = rows, torch.eye(a, device=data.device)
     V.requires_grad_()
 
     def matrix():
@@ -501,13 +527,15 @@ def _stage(self: SMEC, s, data, rows, short, score, steps):
     sel = None
     if o["selection"] == "ads" and short < a:
         prior = decreasing_prior(a) if o["init"] == "pca" else None
-        sel = DimensionSelector(a, short, prior)
+        sel = DimensionSelector(a, short, prior).to(data.device)
 
     def index():
-        return sel.index if sel else torch.arange(short)
+        return sel.index if sel else torch.arange(short, device=data.device)
 
     params = [V] + ([sel.logits] if sel else [])
-    memory = CrossBatchMemory(o["memory"], data.d.shape[1]) if o["consistency"] else None
+    memory = None
+    if o["consistency"]:
+        memory = CrossBatchMemory(o["memory"], data.d.shape[1], data.device)
 
     def loss(step):
         return self._stage_loss(step, s, data, base, V, short, sel, memory, steps)
@@ -534,6 +562,7 @@ def extend(
     docs,  # As in `fit`
     relevance=None,  # As in `fit`
     valid=None,  # As in `fit`
+    device=None,  # As in `fit`
 ) -> SMEC:  # Itself, with the new widths
     "Add smaller widths; every present width stays as it is, to the bit"
     if self.options["mode"] == "nested":
@@ -544,9 +573,10 @@ def extend(
     new = check_dims([*self.dims, *dims])
     q, d = unit(queries, "queries").astype(np.float32), unit(docs, "docs").astype(np.float32)
     q, rel, score = _hold_back(q, d, relevance, valid, self.options["seed"])
-    self.folder = self.on_step = None
-    data = _Data(q, d, rel, self.options["batch_size"], self.options["seed"])
-    last = torch.from_numpy(self.maps[self.dims[-1]][0])
+    self.folder = self.key = self.on_step = None
+    device = pick_device(device)
+    data = _Data(q, d, rel, self.options["batch_size"], self.options["seed"], device)
+    last = torch.from_numpy(self.maps[self.dims[-1]][0]).to(device)
     before, report = dict(self.maps), dict(self.report)
     n = len(self.dims)
     maps = self._transitions(data, (self.dims[-1], *new[n:]), last, score, n)

@@ -9,14 +9,15 @@ __all__ = ['cosine_scores', 'unit', 'Retrieval', 'split_queries', 'make_retrieva
 
 # %% ../../nbs/smec/01_data.ipynb #1b71f299
 import ast
-import csv
 import hashlib
 import importlib.resources
 import importlib.util
 import json
+import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +29,7 @@ from ..core.artifacts import artifact
 from ..core.embed import embed_texts, load_matrix
 from llmpapers.core.ranking import (
     Relevance,
+    as_array,
     as_relevance,
     exact_search,
     mean_metric,
@@ -45,12 +47,12 @@ def cosine_scores(
 
 
 def unit(
-    x,  # (n,d) vectors, floating point
+    x,  # (n,d) vectors, floating point; a NumPy array or a torch tensor
     name: str = "x",  # What to call them in an error
-) -> np.ndarray:  # (n,d) the same directions with length one
+) -> np.ndarray:  # (n,d) the same directions with length one; float32, or float64 for float64
     "Vectors of length one, or an error that says which cannot have it"
-    x = np.asarray(x)
-    if not np.issubdtype(x.dtype, np.floating):
+    x = as_array(x, name)
+    if x.dtype.kind != "f":
         raise TypeError(f"{name} has type {x.dtype}; embeddings must be floating point")
     if x.ndim != 2:
         raise ValueError(f"{name} has shape {x.shape}; it needs (rows, width)")
@@ -77,6 +79,7 @@ class Retrieval:
     train: np.ndarray  # Numbers of the training queries
     valid: np.ndarray  # Numbers of the validation queries
     test: np.ndarray  # Numbers of the test queries
+    same: np.ndarray | None = None  # (Q,) document that a query itself is, -1 for none; None: none
 
     def part(
         self,
@@ -128,10 +131,13 @@ def make_retrieval(
     sizes: Sequence = (0.6, 0.1, 0.3),  # Shares of train, validation, test
     seed: int = 0,  # Seed of the split
     by_document: bool = True,  # As in `split_queries`
+    # (train, validation, test) numbers of queries, as published; None splits by chance
+    parts: Iterable | None = None,
+    same=None,  # (Q,) document that a query itself is and must not find, -1 for none
 ) -> Retrieval:  # The problem, checked
     "A retrieval problem from embeddings and judgements"
-    q = np.ascontiguousarray(queries, dtype=np.float32)
-    d = np.ascontiguousarray(docs, dtype=np.float32)
+    q = np.ascontiguousarray(as_array(queries, "queries"), dtype=np.float32)
+    d = np.ascontiguousarray(as_array(docs, "docs"), dtype=np.float32)
     unit(q, "queries")
     unit(d, "docs")
     if q.shape[1] != d.shape[1]:
@@ -139,7 +145,23 @@ def make_retrieval(
     rel = as_relevance(relevance, len(d))
     if len(rel.indptr) - 1 != len(q):
         raise ValueError(f"relevance has {len(rel.indptr) - 1} rows for {len(q)} queries")
-    return Retrieval(q, d, rel, name, *split_queries(rel, sizes, seed, by_document))
+    if parts is None:
+        parts = split_queries(rel, sizes, seed, by_document)
+    same = None if same is None else np.asarray(same)
+    if same is not None and (same.shape != (len(q),) or (same >= len(d)).any()):
+        raise ValueError(f"same needs {len(q)} document numbers below {len(d)}, -1 for none")
+    return Retrieval(q, d, rel, name, *_checked_parts(parts, len(q)), same)
+
+
+def _checked_parts(parts, n):
+    "Three arrays of query numbers without a query in two of them"
+    parts = [np.asarray(p, np.int64) for p in parts]
+    every = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    if len(parts) != 3 or (every < 0).any() or (every >= n).any():
+        raise ValueError(f"parts must be three lists of query numbers below {n}")
+    if len(np.unique(every)) < len(every):
+        raise ValueError("parts has a query twice; training and test must not share one")
+    return parts
 
 # %% ../../nbs/smec/01_data.ipynb #c31960a4
 def docstring_pair(
@@ -324,68 +346,188 @@ class TextRetrieval(NamedTuple):
     queries: list  # Query texts
     docs: list  # Document texts, title and body
     relevance: list  # {document number: grade} of each query
+    query_ids: list  # Id of each query
+    doc_ids: list  # Id of each document
+    splits: dict  # Split -> numbers of its queries
+
+    @property
+    def same(self) -> np.ndarray:  # (Q,) document numbers, -1 for none
+        "The document that each query itself is: of the same id, and one text within the other"
+        at = {d: i for i, d in enumerate(self.doc_ids)}
+        res = np.array([at.get(q, -1) for q in self.query_ids], dtype=np.int64)
+        for n, d in enumerate(res):
+            q, t = (" ".join(v.split()) for v in (self.queries[n], self.docs[d]))
+            if q not in t and t not in q:  # two tables that both count from one
+                res[n] = -1
+        return res
 
 
 def load_beir(
     name: str,  # BEIR folder, folder or hub id in MTEB's format, e.g. "mteb/nfcorpus"
-    split: str = "test",  # Judgements to read
+    split: str | Sequence[str] = "test",  # Judgements to read, e.g. ("train", "dev", "test")
 ) -> TextRetrieval:  # Texts and judgements; only queries that have judgements
-    "A data set in BEIR's or MTEB's format"
-    corpus, queries, qrels = (
-        _beir_files(Path(name), split)
-        if (Path(name) / "corpus.jsonl").is_file()
-        else _mteb(name, split)
-    )
-    at = {str(r["_id"]): i for i, r in enumerate(corpus)}
-    if len(at) < len(corpus):
-        raise ValueError(f"name={name!r} has a document id twice")
-    by_query = {}
-    for q, c, g in qrels:
-        if c not in at:
+    "A data set in BEIR's or MTEB's format, with a warning that counts what had to be left out"
+    wanted = [split] if isinstance(split, str) else list(split)
+    read = _beir_files if (Path(name) / "corpus.jsonl").is_file() else _mteb
+    corpus, queries, judged = read(name, wanted)
+    notes = Counter()
+    docs = _by_id(corpus, ("title", "text"), "documents", notes)
+    asked = _by_id(queries, ("text",), "queries", notes)
+    at = {d: i for i, d in enumerate(docs)}
+    ids, rel, splits = [], [], {}
+    for s in wanted:
+        grades = _grades(judged[s], asked, at, notes)
+        splits[s] = np.arange(len(ids), len(ids) + len(grades))
+        ids += grades
+        rel += grades.values()
+    if notes:
+        told = ", ".join(f"{count} {what}" for what, count in notes.items())
+        warnings.warn(f"name={name!r}: {told}", stacklevel=2)
+    if not any(rel):
+        raise ValueError(f"name={name!r} has no judgement of a document in split={split!r}")
+    return TextRetrieval([asked[q] for q in ids], [*docs.values()], rel, ids, [*docs], splits)
+
+# %% ../../nbs/smec/01_data.ipynb #a67b2160
+def _text(place, row, column):
+    "One field; half a surrogate pair becomes the sign for an unknown character"
+    v = row.get(column)
+    if v is not None and not isinstance(v, str):
+        raise ValueError(f"{place}, column {column}: {v!r} is not text")
+    return (v or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _by_id(rows, columns, what, notes):
+    "{id: text} in the order of the file, without empty texts"
+    texts = {}
+    for place, row in rows:
+        key = next((k for k in ("_id", "id") if row.get(k) is not None), "_id")
+        for column in (key, "text"):
+            if column not in row:
+                raise ValueError(f"{place} lacks the column {column}")
+        text = " ".join(v for v in (_text(place, row, c) for c in columns) if v)
+        i = str(row[key])
+        if i not in texts:
+            texts[i] = text
+        elif texts[i] == text:
+            notes[f"{what} that came twice (kept once)"] += 1
+        else:
+            raise ValueError(f"{place}, column {key}: {i!r} came before with another text")
+    full = {i: t for i, t in texts.items() if t.strip()}
+    if len(full) < len(texts):
+        notes[f"{what} without text (left out)"] += len(texts) - len(full)
+    return full
+
+
+def _grades(rows, asked, at, notes):
+    "{query id: {document number: grade}} in the order of the file"
+    res = {}
+    for place, q, d, grade in rows:
+        try:
+            g = float(grade)
+        except (TypeError, ValueError):
+            g = math.nan
+        if not math.isfinite(g):
+            raise ValueError(f"{place}, column score: {grade!r} is not a finite number")
+        if g < 0:
+            notes["grades below 0 (read as 0 as in trec_eval)"] += 1
+            g = 0.0
+        if q not in asked:
+            notes["judgements of absent or empty queries (left out)"] += 1
+            continue
+        row = res.setdefault(q, {})
+        if d not in at:
+            notes["judgements of absent or empty documents (left out)"] += 1
+        elif at[d] not in row:
+            row[at[d]] = g
+        elif row[at[d]] == g:
+            notes["judgements that came twice (kept once)"] += 1
+        else:
             raise ValueError(
-                f"name={name!r}: the judgements name document {c!r}, which the corpus lacks"
+                f"{place}, column score: document {d!r} came before for query {q!r} "
+                f"with grade {row[at[d]]:g}"
             )
-        by_query.setdefault(q, {})[at[c]] = float(g)
-    text = {str(r["_id"]): r["text"] for r in queries}
-    if lost := [q for q in by_query if q not in text]:
-        raise ValueError(
-            f"name={name!r}: the judgements name query {lost[0]!r}, which the queries lack"
-        )
-    docs = [" ".join(v for v in (r.get("title"), r["text"]) if v) for r in corpus]
-    return TextRetrieval([text[q] for q in by_query], docs, list(by_query.values()))
+    return res
 
 # %% ../../nbs/smec/01_data.ipynb #0998d5a3
-def _beir_files(folder, split):
-    def rows(f):
-        lines = (folder / f).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
-
-    file = folder / "qrels" / f"{split}.tsv"
-    for f in (folder / "queries.jsonl", file):
-        if not f.is_file():
-            raise ValueError(f"name={folder.name!r} has no {f.relative_to(folder)}")
-    with open(file, encoding="utf-8", newline="") as f:
-        table = list(csv.reader(f, delimiter="\t"))
-    if not table or any(len(r) != 3 for r in table):
-        raise ValueError(f"qrels/{split}.tsv must have three columns: query, document, grade")
-    has_header = not table[0][2].lstrip("-").isdigit()
-    return rows("corpus.jsonl"), rows("queries.jsonl"), table[1:] if has_header else table
+def _lines(file):
+    "Text of each line that is not empty, with its place; only a newline ends a line"
+    with open(file, "rb") as f:
+        for number, raw in enumerate(f, 1):
+            place = f"{file.name}, line {number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{place} is not UTF-8 ({e.reason})") from e
+            if line.strip():
+                yield place, line
 
 
-def _mteb(name, split):
-    load = need("datasets").load_dataset
+def _objects(file):
+    for place, line in _lines(file):
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"{place} is not JSON ({e})") from e
+        if not isinstance(row, dict):
+            raise ValueError(f"{place} is not a JSON object")
+        yield place, row
+
+
+def _judgements(file):
+    for i, (place, line) in enumerate(_lines(file)):
+        row = line.split("\t") if "\t" in line else line.split()
+        row = row if len(row) != 4 else [row[0], *row[2:]]  # trec_eval has a column of zeros
+        if len(row) != 3:
+            raise ValueError(f"{place} has {len(row)} columns; it needs query, document, grade")
+        if i or row[2].strip().lower() not in ("score", "relevance", "rel", "grade", "label"):
+            yield place, *row
+
+
+def _beir_files(name, splits):
+    folder = Path(name)
+    there = {p.stem: p for p in sorted((folder / "qrels").glob("*.tsv"))}
+    if not (folder / "queries.jsonl").is_file():
+        raise ValueError(f"name={folder.name!r} has no queries.jsonl")
+    if lost := [s for s in splits if s not in there]:
+        raise ValueError(
+            f"split={lost[0]!r} has no judgements in qrels/; there are {', '.join(there) or 'none'}"
+        )
+    tables = (_objects(folder / f"{t}.jsonl") for t in ("corpus", "queries"))
+    return *tables, {s: _judgements(there[s]) for s in splits}
+
+# %% ../../nbs/smec/01_data.ipynb #b2eea834
+def _mteb(name, splits):
+    datasets = need("datasets")
     try:
-        corpus, queries, qrels = (load(name, c) for c in ("corpus", "queries", "default"))
-    except (OSError, ValueError) as e:
+        configs = datasets.get_dataset_config_names(name)
+        folders = {p.name: (str(p),) for p in Path(name).glob("*/")}
+        args = {c: (name, c) for c in configs} if "corpus" in configs else folders
+        judged = "default" if "default" in args else "qrels"
+        tables = [datasets.load_dataset(*args[c]) for c in ("corpus", "queries", judged)]
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as e:
         raise ValueError(
             f"name={name!r} is neither a BEIR folder nor a data set with the configurations "
-            f"corpus, queries and default ({type(e).__name__})"
+            f"corpus, queries and default or qrels ({type(e).__name__})"
         ) from e
 
-    def only(d):
-        return next(iter(d.values()))
+    def rows(table, of):
+        "All rows of the splits that were asked for, of all splits if it has none of them"
+        for s in [s for s in splits if s in of] or list(of):
+            for i, row in enumerate(of[s]):
+                yield f"{table} of {name!r}, split {s}, row {i}", row
 
-    if split not in qrels:
-        raise ValueError(f"split={split!r} has no judgements; there are {', '.join(qrels)}")
-    judged = [(str(r["query-id"]), str(r["corpus-id"]), r["score"]) for r in qrels[split]]
-    return list(only(corpus)), list(only(queries)), judged
+    return *map(rows, ("corpus", "queries"), tables), {s: _pairs(tables[2], s) for s in splits}
+
+
+def _pairs(of, split):
+    "Judgements of one split; `datasets` calls a file that is named dev validation"
+    also = dict(dev="validation", validation="dev").get(split)
+    found = split if split in of else also
+    if found not in of:
+        raise ValueError(f"split={split!r} has no judgements; there are {', '.join(of)}")
+    columns = ("query-id", "corpus-id", "score")
+    if lost := [c for c in columns if c not in of[found].column_names]:
+        raise ValueError(f"the judgements of split {found!r} lack the column {lost[0]}")
+    for i, row in enumerate(of[found]):
+        q, d, grade = (row[c] for c in columns)
+        yield f"judgements of split {found}, row {i}", str(q), str(d), grade

@@ -21,8 +21,8 @@ class CrossBatchMemory:
         dim: int,  # Width of a feature
         device="cpu",  # Where the features live
     ):
-        if capacity < 1 or dim < 1:
-            raise ValueError(f"capacity={capacity} and dim={dim} must be at least 1")
+        if not isinstance(capacity, int) or not isinstance(dim, int) or min(capacity, dim) < 1:
+            raise ValueError(f"capacity={capacity} and dim={dim} must be integers of at least 1")
         self.capacity, self.dim, self.n, self.at = int(capacity), int(dim), 0, 0
         self.x, self.u = (torch.zeros(capacity, dim, device=device) for _ in range(2))
         self.ids, self.next_id = torch.full((capacity,), -1, dtype=torch.long, device=device), 0
@@ -38,6 +38,7 @@ class CrossBatchMemory:
         "Append features, writing over the oldest"
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; it needs (rows, {self.dim})")
+        x = x.detach().to(self.x)
         if not torch.isfinite(x).all() or (x == 0).all(1).any():
             raise ValueError("x has NaN, infinite values or a zero vector")
         if ids is None:
@@ -48,7 +49,7 @@ class CrossBatchMemory:
                 f"it needs one id >= 0 for each of the {len(x)} rows"
             )
         self.next_id = max(self.next_id, int(ids.max()) + 1) if len(ids) else self.next_id
-        x, ids = x.detach()[-self.capacity :].to(self.x), ids[-self.capacity :].to(self.ids)
+        x, ids = x[-self.capacity :], ids[-self.capacity :].to(self.ids)
         place = (self.at + torch.arange(len(x), device=self.x.device)) % self.capacity
         self.x[place], self.u[place], self.ids[place] = x, F.normalize(x, dim=1), ids
         self.at, self.n = (self.at + len(x)) % self.capacity, min(self.capacity, self.n + len(x))
@@ -66,14 +67,19 @@ def topk(
         raise ValueError(f"k={k} must be between 1 and capacity={self.capacity}")
     if x.ndim != 2 or x.shape[1] != self.dim:
         raise ValueError(f"x has shape {tuple(x.shape)}; it needs (rows, {self.dim})")
-    scores = F.normalize(x.detach().to(self.u), dim=1) @ self.u[: self.n].T
+    x = x.detach().to(self.u)
+    if not torch.isfinite(x).all():
+        raise ValueError("x has NaN or infinite values")
+    scores = F.normalize(x, dim=1) @ self.u[: self.n].T
     room = self.n
     if exclude_ids is not None and self.n:
         own = self.ids[: self.n] == exclude_ids.to(self.ids)[:, None]
         scores, room = scores.masked_fill(own, -torch.inf), self.n - int(own.sum(1).max())
     k = min(k, room)
     best, at = (
-        scores.topk(k, dim=1) if k else (scores[:, :0], torch.zeros(len(x), 0, dtype=torch.long))
+        scores.topk(k, dim=1)
+        if k
+        else (scores[:, :0], scores.new_zeros(len(x), 0, dtype=torch.long))
     )
     return self.x[at], best, self.ids[at]
 
@@ -105,6 +111,11 @@ def restore(
     saved: dict,  # From `state`
 ) -> None:
     "Continue from a saved state"
+    x = saved["x"]
+    if x.ndim != 2 or x.shape[1] != self.dim or len(x) > self.capacity:
+        raise ValueError(
+            f"saved holds {tuple(x.shape)}; this memory has room for ({self.capacity}, {self.dim})"
+        )
     self.n, self.at, self.next_id = len(saved["x"]), saved["at"], saved["next_id"]
     self.x[: self.n], self.ids[: self.n] = saved["x"], saved["ids"]
     self.u[: self.n] = F.normalize(saved["x"], dim=1)

@@ -7,6 +7,7 @@ __all__ = ['methods', 'entropy_weights', 'project_simplex', 'alignment_report', 
            'StepInfo', 'vamo_step']
 
 # %% ../../nbs/vamo/01_alignment.ipynb #e630575e
+import contextlib
 import math
 import warnings
 import weakref
@@ -133,6 +134,11 @@ def _by_double(losses_fn, params, direction):
     return losses, m.detach(), None
 
 # %% ../../nbs/vamo/01_alignment.ipynb #24b787bf
+def _wide(x):
+    "Half precision as float32: sums of products overflow in it, or lose all but three digits"
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
 def _by_stack(losses_fn, params, direction):
     losses = _check_losses(losses_fn(params))
     m, sq, zero = [], [], losses.new_zeros(())
@@ -141,7 +147,7 @@ def _by_stack(losses_fn, params, direction):
     moving = [params[k] for k in direction]
     for loss in losses:
         G = torch.autograd.grad(loss, moving, retain_graph=True, allow_unused=True)
-        used = [(x, d) for x, d in zip(G, direction.values()) if x is not None]
+        used = [(_wide(x), d) for x, d in zip(G, direction.values()) if x is not None]
         m.append(sum(((x * d).sum() for x, d in used), zero))
         sq.append(sum((x.square().sum() for x, _ in used), zero))
     return losses, torch.stack(m), torch.stack(sq).sqrt()
@@ -160,7 +166,11 @@ def _by_vmap(losses_fn, params, direction):
         retain_graph=True,
         allow_unused=True,
     )
-    used = [(x.flatten(1), d.flatten()) for x, d in zip(G, direction.values()) if x is not None]
+    used = [
+        (_wide(x).flatten(1), _wide(d).flatten())
+        for x, d in zip(G, direction.values())
+        if x is not None
+    ]
     if not used:
         raise _unused()
     return losses, sum(x @ d for x, d in used), sum(x.square().sum(1) for x, _ in used).sqrt()
@@ -421,6 +431,10 @@ def update(
         raise ValueError(
             f"m has {K} tasks, earlier steps had {len(self.score)}; use a new weighter"
         )
+    for name, v in (("gval_sq", gval_sq), ("norms", norms)):
+        x = torch.as_tensor(0.0 if v is None else v)
+        if not torch.isfinite(x).all() or (x < 0).any():
+            raise ValueError(f"{name}={v} must be finite and not negative; look at its gradients")
     now = self._normalized(m.double(), gval_sq, norms)
     self.score = (
         self.ema * (torch.zeros_like(now) if self.score is None else self.score.to(now))
@@ -522,10 +536,37 @@ def _val_gradient(model, val_loss, params, kept):
     g = torch.autograd.grad(loss.reshape(()), list(params.values()), allow_unused=True)
     kept.rewind()
     kept.reset_flags()
-    return loss.detach(), {k: x for k, x in zip(params, g) if x is not None}
+    g = {k: x for k, x in zip(params, g) if x is not None}
+    _check_gradients(g, "validation loss")
+    return loss.detach(), g
+
+
+def _check_gradients(grads, of):
+    "Refuse NaN and infinite gradients by the name of their parameter"
+    fine = [torch.isfinite(x).all() for x in grads.values()]
+    if fine and not torch.stack(fine).all():
+        name = next(k for k, ok in zip(grads, fine) if not ok)
+        raise ValueError(
+            f"the gradient of the {of} by {name} is NaN or infinite although the loss is finite; "
+            "nothing was updated. Mask before the operation that gives it, not after"
+        )
 
 # %% ../../nbs/vamo/01_alignment.ipynb #11936185
 _fallback = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _undone_on_error(kept, weighter, optimizer):
+    "Model, random state, weighter and gradients as they were if the block fails"
+    before = weighter.state_dict()
+    try:
+        yield
+    except BaseException:
+        kept.rewind()
+        kept.reset_flags()
+        weighter.load_state_dict(before)
+        optimizer.zero_grad(set_to_none=True)
+        raise
 
 
 def vamo_step(
@@ -538,7 +579,7 @@ def vamo_step(
     # "all", "shared" (uses `model.shared_parameters()`), name prefixes, or name -> bool
     scope="all",
     method: str = "auto",  # As in `task_alignments`
-    clip: float = None,  # Largest gradient norm
+    clip: float = None,  # Largest gradient norm, positive
     train_ids: Iterable = None,  # Ids of the training samples, to warn of overlap
     val_ids: Iterable = None,  # Ids of the validation samples
 ) -> StepInfo:  # What was measured and done
@@ -549,31 +590,35 @@ def vamo_step(
             "their noise counts as agreement; validate on held-out samples",
             stacklevel=2,
         )
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip} must be positive; None does not clip")
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     kept = _Kept(model, params.values())
-    val, g = _val_gradient(model, val_loss, params, kept)
-    used = {k: g[k] for k in _in_scope(model, params, scope) if k in g}
-    if not used:
-        raise ValueError(
-            f"the validation loss does not depend on the parameters of scope={scope!r}"
-        )
-    call = _Call(model, train_losses)
+    with _undone_on_error(kept, weighter, optimizer):
+        val, g = _val_gradient(model, val_loss, params, kept)
+        used = {k: g[k] for k in _in_scope(model, params, scope) if k in g}
+        if not used:
+            raise ValueError(
+                f"the validation loss does not depend on the parameters of scope={scope!r}"
+            )
+        call = _Call(model, train_losses)
 
-    def run(p):
-        if p is params:
-            return train_losses(model)
-        return functional_call(call, {f"model.{k}": v for k, v in p.items()}, ())
+        def run(p):
+            if p is params:
+                return train_losses(model)
+            return functional_call(call, {f"model.{k}": v for k, v in p.items()}, ())
 
-    cos = weighter.normalize == "cos"
-    remember = method == "auto" and not cos
-    first = _fallback.get(model, "auto") if remember else method
-    losses, m, norms, how = _align(run, params, used, first, model, cos)
-    if remember and how != "jvp":
-        _fallback[model] = how
-    kept.reset_flags()
-    gval_sq = float(torch.stack(torch._foreach_norm(list(used.values()))).square().sum())
-    w = weighter.update(m, gval_sq, norms)
-    return _update(optimizer, params, losses, val, m, w, g, clip, how)
+        cos = weighter.normalize == "cos"
+        remember = method == "auto" and not cos
+        first = _fallback.get(model, "auto") if remember else method
+        losses, m, norms, how = _align(run, params, used, first, model, cos)
+        if remember and how != "jvp":
+            _fallback[model] = how
+        kept.reset_flags()
+        sizes = torch._foreach_norm([_wide(x) for x in used.values()])
+        gval_sq = float(torch.stack(sizes).square().sum())
+        w = weighter.update(m, gval_sq, norms)
+        return _update(optimizer, params, losses, val, m, w, g, clip, how)
 
 # %% ../../nbs/vamo/01_alignment.ipynb #5f5042bf
 def _update(optimizer, params, losses, val, m, w, g, clip, how):
@@ -583,6 +628,7 @@ def _update(optimizer, params, losses, val, m, w, g, clip, how):
     if not w.any():
         return StepInfo(losses.detach(), val, m, w, 0.0, H, True, how)
     losses.backward(w.to(losses))
+    _check_gradients({k: p.grad for k, p in params.items() if p.grad is not None}, "mixed loss")
     if clip is not None:
         nn.utils.clip_grad_norm_(list(params.values()), clip, error_if_nonfinite=True)
     now = [params[k].detach() for k in g]

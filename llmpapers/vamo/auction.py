@@ -10,6 +10,7 @@ __all__ = ['kinds', 'default_tasks', 'state_names', 'behaviours', 'auctionnet_co
 
 # %% ../../nbs/vamo/04_auction.ipynb #ba7711bb
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -282,6 +283,12 @@ def _feasible(spec, x, cpa, slack=1e-12):
     return ok
 
 
+def _spec_of(market, day, task):
+    "A task with its limits of one day; logs state them for every period"
+    spec, stated = market.tasks[task], getattr(market, "cpa", None)
+    return spec if stated is None else replace(spec, cpa=float(stated[day, task]))
+
+
 def _whole_day(market, day, task):
     "Thresholds and totals of a day under a constant multiplier"
     curves = market.curves(day, task)
@@ -306,7 +313,7 @@ def hindsight(
         return torch.zeros_like(budget), torch.zeros_like(budget)
     last = torch.ones(len(theta), dtype=torch.bool)
     last[:-1] = theta[1:] > theta[:-1]  # equal thresholds are won together
-    ok = _feasible(market.tasks[task], table, cpa) & last
+    ok = _feasible(_spec_of(market, day, task), table, cpa) & last
     best = torch.where(ok, torch.arange(len(theta)), -1).cummax(0).values
     at = torch.searchsorted(table[:, 0].cummax(0).values, budget * (1 + 1e-12), right=True) - 1
     at = torch.where(at >= 0, best[at.clamp(min=0)], -1)
@@ -415,7 +422,7 @@ def rollout(
     if budget.ndim != 1 or not (budget > 0).all() or not torch.isfinite(budget).all():
         raise ValueError("budget must be a vector (B,) of positive numbers")
     ref = ref or yesterday(market, day, task, budget)
-    spec = market.tasks[task]
+    spec = _spec_of(market, day, task)
     T = market.T
     B = len(budget)
     curves = market.curves(day, task)
@@ -469,9 +476,13 @@ def final_value(
     "Value of each day after the penalty for broken limits"
     if len(traj.task.unique()) != 1:
         raise ValueError("traj mixes tasks; take those of one task")
-    spec = market.tasks[int(traj.task[0])]
     x = torch.stack([traj.cost.sum(1), traj.rewards.sum(1), traj.worth.sum(1)], -1)
-    return _penalised(spec, x, beta), _feasible(spec, x, None, 1e-9)
+    value, kept = x.new_zeros(len(x), dtype=torch.double), x.new_zeros(len(x), dtype=torch.bool)
+    for day in traj.day.unique().tolist():
+        at, spec = traj.day == day, _spec_of(market, day, int(traj.task[0]))
+        value[at] = _penalised(spec, x[at], beta).double()
+        kept[at] = _feasible(spec, x[at], None, 1e-9)
+    return value, kept
 
 # %% ../../nbs/vamo/04_auction.ipynb #ff0bf2d5
 def ratio_to_hindsight(
@@ -484,7 +495,7 @@ def ratio_to_hindsight(
         raise ValueError("traj mixes days; take those of one day")
     day, task = int(traj.day[0]), int(traj.task[0])
     theta, table = _whole_day(market, day, task)
-    value = _penalised(market.tasks[task], table, beta).cummax(0).values
+    value = _penalised(_spec_of(market, day, task), table, beta).cummax(0).values
     cost = table[:, 0].cummax(0).values
     affordable = torch.searchsorted(cost, traj.budget * (1 + 1e-12), right=True)
     best = torch.cat([torch.zeros(1, dtype=torch.double), value])[affordable]
@@ -595,27 +606,100 @@ auctionnet_columns = dict(
     leastWinningCost="float32",
     isEnd="int16",
 )
-_unread = ("remainingBudget", "pvIndex", "pValueSigma", "bid", "xi", "adSlot", "isEnd")
-_kept = [c for c in auctionnet_columns if c not in _unread]
+_actions = ("remainingBudget", "bid")  # Kept where they are asked for
+_unread = ("pValueSigma", "xi", "adSlot", "isEnd")
 
 
-def _pieces(file, chunk):
-    "Data frames of the needed columns, at most `chunk` rows each"
-    pd, types = need("pandas"), {k: auctionnet_columns[k] for k in _kept}
-    if file.suffix == ".csv":
-        head = list(pd.read_csv(file, nrows=0).columns)
-    elif file.suffix == ".parquet":
-        table = need("pyarrow.parquet").ParquetFile(file)
-        head = table.schema_arrow.names
-    else:
+def _columns_of(file):
+    "Names of the columns of a csv or parquet file"
+    if file.suffix not in (".csv", ".parquet"):
         raise ValueError(f"{file.name} is neither csv nor parquet")
-    if missing := [c for c in auctionnet_columns if c not in head]:
-        raise ValueError(f"{file.name} lacks the columns {', '.join(missing)} of AuctionNet's logs")
+    try:
+        if file.suffix == ".parquet":
+            return need("pyarrow.parquet").read_schema(file).names
+        return list(need("pandas").read_csv(file, nrows=0, encoding="utf-8-sig").columns)
+    except ValueError as e:
+        raise ValueError(f"{file.name} cannot be read: {e}") from e
+
+
+def _frames(file, columns, chunk):
+    "Data frames of some columns as they are in the file, at most `chunk` rows each"
     if file.suffix == ".csv":
-        yield from pd.read_csv(file, usecols=_kept, dtype=types, chunksize=chunk)
-    else:
-        for b in table.iter_batches(batch_size=chunk, columns=_kept):
-            yield b.to_pandas().astype(types)
+        # all columns are parsed: with `usecols` a row that is too long would pass
+        how = dict(chunksize=chunk, encoding="utf-8-sig", low_memory=False)
+        for frame in need("pandas").read_csv(file, **how):
+            if not isinstance(frame.index, need("pandas").RangeIndex):
+                raise ValueError("its rows have more fields than its header")
+            yield frame[columns]
+        return
+    first = 0
+    for b in need("pyarrow.parquet").ParquetFile(file).iter_batches(chunk, columns=columns):
+        frame = b.to_pandas()
+        frame.index += first
+        first += len(frame)
+        yield frame
+
+# %% ../../nbs/vamo/04_auction.ipynb #29d14ba6
+def _typed(frame, file):
+    "The columns of a frame in the types of `auctionnet_columns`, or an error with its place"
+    pd, res = need("pandas"), {}
+    for column, kind in ((c, auctionnet_columns[c]) for c in frame):
+        given = frame[column]
+        is_number = pd.api.types.is_numeric_dtype(given)
+        numbers = given if is_number else pd.to_numeric(given, errors="coerce")
+        v = numbers.to_numpy(np.float64, na_value=np.nan)
+        if kind.startswith("int"):
+            most = np.iinfo(kind).max
+            fine, what = (v == np.rint(v)) & (v >= 0) & (v <= most), f"whole, from 0 to {most}"
+        else:
+            least = dict(remainingBudget=-np.inf, CPAConstraint=np.finfo(np.float32).tiny)
+            low = least.get(column, 0.0)
+            fine, what = (v >= low) & (np.abs(v) <= np.finfo(np.float32).max), "finite"
+            what += "" if low < 0 else ", and not negative" if low == 0 else ", and positive"
+        if not fine.all():
+            i = int(np.argmin(fine))
+            at = frame.index[i]
+            place = f"line {at + 2}" if file.suffix == ".csv" else f"row {at}"
+            raise ValueError(
+                f"{file.name}, {place}, column {column}: {given.iloc[i]!r} must be a number, {what}"
+            )
+        res[column] = v.astype(kind)
+    return pd.DataFrame(res)
+
+# %% ../../nbs/vamo/04_auction.ipynb #cac8ecbe
+def _pieces(file, columns, chunk):
+    "Checked data frames of some columns"
+    if missing := [c for c in auctionnet_columns if c not in _columns_of(file)]:
+        raise ValueError(f"{file.name} lacks the columns {', '.join(missing)} of AuctionNet's logs")
+    frames = _frames(file, columns, chunk)
+    while True:
+        try:
+            frame = next(frames, None)
+        except ValueError as e:  # of the parser: a row too long, no text, a damaged file
+            raise ValueError(f"{file.name} cannot be read: {e}") from e
+        if frame is None:
+            return
+        yield _typed(frame, file)
+
+
+def _logs_in(path):
+    "Files of a folder that hold impressions; hidden ones are not looked at"
+    if not path.is_dir():
+        return [path]
+    files = sorted(
+        f
+        for f in path.rglob("*")
+        if f.suffix in (".csv", ".parquet") and not f.name.startswith(".")
+    )
+    logs = [f for f in files if {"pValue", "leastWinningCost"} & set(_columns_of(f))]
+    if logs and len(logs) < len(files):
+        others = ", ".join(f.name for f in files if f not in logs)
+        warnings.warn(
+            f"path={path.name!r}: {len(files) - len(logs)} file(s) are no logs of impressions and "
+            f"were left out: {others}",
+            stacklevel=3,
+        )
+    return logs
 
 # %% ../../nbs/vamo/04_auction.ipynb #b5bf8f77
 @dataclass
@@ -625,6 +709,7 @@ class AuctionLogs:
     tasks: tuple  # One `TaskSpec` of kind `cpa` per advertiser
     category: Tensor  # (A,) category of each advertiser
     budget: Tensor  # (days,A) budget of each advertiser and period; 0 where it is absent
+    cpa: Tensor  # (days,A) largest cost per conversion of each advertiser and period
     periods: list  # Period number of each day
     T: int  # Steps of a day
     # Data frame, a row per period, advertiser and step: impressions, cost, exposures, conversions
@@ -632,6 +717,8 @@ class AuctionLogs:
     values: np.ndarray  # (rows,) float32 predicted values, sorted by period, advertiser, step
     prices: np.ndarray  # (rows,) float32 least winning costs, in the same order
     starts: np.ndarray  # (days*A*T+1,) where each step begins
+    bids: np.ndarray | None = None  # (rows,) float32 bids, in the same order, if asked for
+    left: np.ndarray | None = None  # (rows,) float32 money left, in the same order, if asked for
 
     def curves(
         self,
@@ -639,17 +726,34 @@ class AuctionLogs:
         task: int,  # Advertiser, index into `tasks`
     ) -> list:  # T response curves with one slot that is always seen
         "Response curves of an advertiser in a period"
+        return [
+            ResponseCurve(torch.from_numpy(v), torch.from_numpy(p)[:, None], (1.0,))
+            for v, p in zip(self._steps(self.values, d, task), self._steps(self.prices, d, task))
+        ]
+
+    def _steps(self, x, d, task):
+        "One column of an advertiser in a period, cut into its T steps"
         if not (0 <= d < len(self.periods) and 0 <= task < len(self.tasks)):
             raise ValueError(f"day={d}, task={task}: there are {tuple(self.budget.shape)}")
         first = (d * len(self.tasks) + task) * self.T
+        ends = self.starts[first : first + self.T + 1]
+        return [x[a:b] for a, b in zip(ends, ends[1:])]
 
-        def part(x, i):
-            return torch.from_numpy(x[self.starts[i] : self.starts[i + 1]])
-
-        return [
-            ResponseCurve(part(self.values, i), part(self.prices, i)[:, None], (1.0,))
-            for i in range(first, first + self.T)
+    def logged(
+        self,
+        d: int,  # Day, index into `periods`
+        task: int,  # Advertiser, index into `tasks`
+    ) -> tuple[Tensor, Tensor]:  # (T,) multiplier of each step; (T,) money left when it began
+        "What an advertiser did: bids over predicted values; NaN in steps without impressions"
+        if self.bids is None:
+            raise ValueError("the logs were read without bids; use load_auctionnet(actions=True)")
+        bids, values, left = (self._steps(x, d, task) for x in (self.bids, self.values, self.left))
+        nan = np.nan
+        multiplier = [
+            b.sum(dtype=np.float64) / s if (s := v.sum(dtype=np.float64)) > 0 else nan
+            for b, v in zip(bids, values)
         ]
+        return torch.tensor(multiplier), torch.tensor([x.max() if len(x) else nan for x in left])
 
 # %% ../../nbs/vamo/04_auction.ipynb #b96e628d
 @patch
@@ -674,38 +778,59 @@ def splits(
 
     return [cut(i) for i in range(len(self.periods) - w + 1)]
 
+# %% ../../nbs/vamo/04_auction.ipynb #52153ef1
+@patch
+def replayed(
+    self: AuctionLogs,
+    d: int,  # Day, index into `periods`, at least 1
+    task: int,  # Advertiser, index into `tasks`
+) -> Trajectories:  # One day
+    "A logged day as a trajectory: what the advertiser did, over yesterday's reference"
+    multiplier, _ = self.logged(d, task)
+    budget = self.budget[d, task : task + 1]
+    ref = yesterday(self, d, task, budget)
+    ratio = (multiplier / ref.a).log().clamp(-20, 20).nan_to_num(0.0)  # no impressions: no matter
+
+    def policy(states, actions):
+        return ratio[actions.shape[1] :][:1].float()
+
+    return rollout(self, d, task, budget, policy, ref)
+
 # %% ../../nbs/vamo/04_auction.ipynb #461e724d
 def load_auctionnet(
     path: str | Path,  # A csv or parquet file of AuctionNet's logs, or a folder of them
     chunk: int = 2_000_000,  # Rows read at a time
     periods: Sequence[int] | None = None,  # Periods to keep; None keeps all
+    actions: bool = False,  # Keep bids and money left, for `AuctionLogs.logged`
 ) -> AuctionLogs:  # The logs as a market
     "Read AuctionNet's 18-column logs"
     pd, path = need("pandas"), Path(path)
+    periods = None if periods is None else [int(p) for p in periods]
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
-    files = (
-        sorted(f for f in path.rglob("*") if f.suffix in (".csv", ".parquet"))
-        if path.is_dir()
-        else [path]
-    )
+    files = _logs_in(path)
     if not files or not all(f.is_file() for f in files):
         raise ValueError(
             f"path={path.name!r} has no logs; get the public data set of alimama-tech/AuctionNet "
             "(period-7.csv and on) and name its folder"
         )
-    parts = [
-        p[p.deliveryPeriodIndex.isin(periods)] if periods is not None else p
-        for f in files
-        for p in _pieces(f, chunk)
-    ]
-    df = pd.concat(parts, ignore_index=True)
-    if df.empty:
-        raise ValueError("the logs have no rows of the periods asked for")
-    needed = df[["pValue", "leastWinningCost", "budget", "CPAConstraint"]]
-    if not np.isfinite(needed).all(axis=None) or (needed < 0).any(axis=None):
-        raise ValueError(f"{', '.join(needed)} must be finite and not negative")
-    return _assemble(pd, df)
+    left_out = _unread + (() if actions else _actions)
+    columns = [c for c in auctionnet_columns if c not in left_out]
+    parts, owner = [], {}
+    for f in files:
+        for p in _pieces(f, columns, chunk):
+            p = p if periods is None else p[p.deliveryPeriodIndex.isin(periods)]
+            for period in p.deliveryPeriodIndex.unique().tolist():
+                if owner.setdefault(period, f) != f:
+                    raise ValueError(
+                        f"period {period} is in {owner[period].name} and in {f.name} of "
+                        f"path={path.name!r}; keep one copy of it"
+                    )
+            parts.append(p)
+    lost = sorted(set(periods or ()) - set(owner))
+    if lost or not owner:
+        raise ValueError(f"the logs have no rows of the periods {lost or 'asked for'}")
+    return _assemble(pd, pd.concat(parts, ignore_index=True))
 
 # %% ../../nbs/vamo/04_auction.ipynb #41c74dd2
 def _assemble(pd, df):
@@ -716,9 +841,17 @@ def _assemble(pd, df):
     row = np.searchsorted(days, period).astype(np.int64) * len(ads)
     cell = (row + np.searchsorted(ads, advertiser)) * T + step
     order = np.argsort(cell, kind="stable")
+    _refuse_twice(df, cell)
     starts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=len(days) * len(ads) * T))])
     firsts = dict(category="advertiserCategoryIndex", budget="budget", cpa="CPAConstraint")
-    who = df.groupby(keys[:2], sort=True).agg(**{k: (v, "first") for k, v in firsts.items()})
+    groups = df.groupby(keys[:2], sort=True)[[*firsts.values()]]
+    who = groups.min()
+    if (differ := (who != groups.max()).any(axis=1)).any():
+        period, advertiser = differ.idxmax()
+        raise ValueError(
+            f"advertiser {advertiser} has two budgets, constraints or categories in period {period}"
+        )
+    who.columns = [*firsts]
     one = who.groupby(level=1).first()
     tasks = tuple(
         TaskSpec(f"advertiser {i}", 0, "cpa", cpa=float(c)) for i, c in zip(ads, one.cpa.loc[ads])
@@ -730,14 +863,35 @@ def _assemble(pd, df):
         .reset_index()
     )
     budget = who.budget.unstack().reindex(index=days, columns=ads).fillna(0.0)
+    cpa = who.cpa.unstack().reindex(index=days, columns=ads).fillna(one.cpa)
+
+    def column(name):
+        return df[name].to_numpy()[order] if name in df else None
+
     return AuctionLogs(
         tasks=tasks,
         category=torch.tensor(one.category.loc[ads].to_numpy()),
         budget=torch.tensor(budget.to_numpy(), dtype=torch.double),
+        cpa=torch.tensor(cpa.to_numpy(), dtype=torch.double),
         periods=days.tolist(),
         T=T,
         summary=summary,
-        values=df.pValue.to_numpy()[order],
-        prices=df.leastWinningCost.to_numpy()[order],
+        values=column("pValue"),
+        prices=column("leastWinningCost"),
         starts=starts,
+        bids=column("bid"),
+        left=column("remainingBudget"),
     )
+
+
+def _refuse_twice(df, cell):
+    "An impression counts once: no row of a step has the number of another"
+    key = cell * (int(df.pvIndex.max()) + 1) + df.pvIndex.to_numpy()
+    ordered = np.sort(key)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        row = df.iloc[int(np.argmax(key == twice[0]))]
+        raise ValueError(
+            f"impression {int(row.pvIndex)} of advertiser {int(row.advertiserNumber)} is twice in "
+            f"period {int(row.deliveryPeriodIndex)}, step {int(row.timeStepIndex)}"
+        )

@@ -219,16 +219,33 @@ def save_planner(
     path = Path(path)
     part = path.with_name(path.name + ".part")
     kind = type(planner).__name__
-    torch.save(dict(kind=kind, config=planner.config, state=planner.state_dict()), part)
-    os.replace(part, path)
+    try:
+        torch.save(dict(kind=kind, config=planner.config, state=planner.state_dict()), part)
+        _contents(part)  # what cannot be read back is not saved
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
+
+
+def _contents(path):
+    "A file of tensors and plain values; anything else could run code and is not read"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as e:  # of any kind: what is in the file is not known
+        raise ValueError(
+            f"path={path.name!r} is damaged, or holds more than tensors and plain values of Python "
+            f"({type(e).__name__}: {str(e).partition(chr(10))[0]})"
+        ) from e
 
 # %% ../../nbs/vamo/07_causal.ipynb #0cc27a04
 def load_planner(
     path: str | Path,  # From `save_planner`
 ) -> nn.Module:  # `MultiTaskPlanner` or `CausalPlanner` in evaluation mode, on the CPU
     "Read a planner"
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = _contents(Path(path))
     if not isinstance(saved, dict) or not {"kind", "config", "state"} <= saved.keys():
         raise ValueError(f"path={str(path)!r} holds no planner; write it with save_planner")
     if saved["kind"] == "MultiTaskPlanner":

@@ -8,10 +8,13 @@ __all__ = ['from_gram', 'from_losses', 'task_gradients', 'available', 'aggregate
 
 # %% ../../nbs/vamo/02_mtl.ipynb #09bbc4e5
 import contextlib
+import inspect
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -20,7 +23,15 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from ..core.scale import need, rng
-from .alignment import AlignedWeighter, StepInfo, _check_losses, vamo_step
+from llmpapers.vamo.alignment import (
+    AlignedWeighter,
+    StepInfo,
+    _check_gradients,
+    _check_losses,
+    _Kept,
+    _wide,
+    vamo_step,
+)
 
 # %% ../../nbs/vamo/02_mtl.ipynb #7d503c86
 def task_gradients(
@@ -105,31 +116,43 @@ def _drawing(seed, n):
         yield
 
 
-def _tool(given: _Given, module, name, defaults, *args):
+def _library(name):
+    "Class of a rule that TorchJD has, its defaults, and whether it is made for a number of tasks"
+    nash = ("NashMTL", dict(max_norm=0.0, update_weights_every=1))
+    found = (from_gram | from_losses | dict(nash_mtl=nash)).get(name)
+    if found is None:
+        return None
+    module = "scalarization" if name in from_losses else "aggregation"
+    make = getattr(need(f"torchjd.{module}", "mtl"), found[0])
+    return make, found[1], name in ("uw", "famo", "nash_mtl")
+
+
+def _make(name, K, kw):
+    "The library's object for K tasks"
+    make, defaults, sized = _library(name)
+    kw = {k: v for k, v in kw.items() if k not in _own_options.get(name, {})}
+    return make(*([K] if sized else []), **(defaults | kw))
+
+
+def _tool(given: _Given):
     "The library's object, made once and kept in the state"
     if given.state is None:
-        make = getattr(need(f"torchjd.{module}", "mtl"), name)
-        given.state = dict(n=0, tool=make(*args, **(defaults | given.kw)))
+        given.state = dict(n=0, tool=_make(given.name, given.K, given.kw))
     given.state["n"] += 1
     return given.state["tool"]
 
 
 def _gram_weights(given: _Given):
-    name, defaults = from_gram[given.name]
     with _drawing(given.seed, given.state["n"] if given.state else 0):
-        return _tool(given, "aggregation", name, defaults)(given.gram)
+        return _tool(given)(given.gram)
 
 # %% ../../nbs/vamo/02_mtl.ipynb #2577e30d
 def _loss_weights(given: _Given):
     "Weights of a scalarisation: its gradient with respect to the losses"
-    name, defaults = from_losses[given.name]
-    lr = given.kw.pop("lr", 0.025)  # of FAMO's weights and of the uncertainties
-    every = given.kw.pop("every", 10)  # steps between two updates of DWA
-    if given.name == "famo":
-        defaults = defaults | dict(lr=lr)
-    args = [given.K] if given.name in ("uw", "famo") else []
+    lr = given.kw.get("lr", 0.025)  # of the uncertainties
+    every = given.kw.get("every", 10)  # steps between two updates of DWA
     with torch.enable_grad(), _drawing(given.seed, given.state["n"] if given.state else 0):
-        tool = _tool(given, "scalarization", name, defaults, *args)
+        tool = _tool(given)
         step = given.state["n"]
         if given.name == "famo" and step > 1:
             tool.update((given.losses if given.after is None else given.after).float())
@@ -151,13 +174,14 @@ def _nash(given: _Given):
     gram, K = given.gram, given.K
     if not gram.any():
         return torch.full_like(gram[0], 1 / K)
+    if K == 1:  # the solver needs two; alone, M alpha = 1 / alpha says it
+        return gram[0].rsqrt()
     ridge = 1e-6 * gram.trace() / K * torch.eye(K)  # a task without a gradient cannot bargain
     d, U = torch.linalg.eigh(gram + ridge)
     root = U * d.clamp_min(0).sqrt()  # any root has the geometry of the gradients
-    defaults = dict(max_norm=0.0, update_weights_every=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*not DPP")
-        return _tool(given, "aggregation", "NashMTL", defaults, K).weighting(root)
+        return _tool(given).weighting(root)
 
 # %% ../../nbs/vamo/02_mtl.ipynb #4a63c427
 def _gradnorm(given: _Given):
@@ -233,7 +257,10 @@ def _uniform(given: _Given):
 
 
 def _single(given: _Given):
-    return torch.eye(given.K, dtype=given.like.dtype)[given.kw.get("task", 0)]
+    task = given.kw.get("task", 0)
+    if task >= given.K:
+        raise ValueError(f"task={task} of single must be below the number of tasks, {given.K}")
+    return torch.eye(given.K, dtype=given.like.dtype)[task]
 
 
 _methods = {k: (_gram_weights, "gram") for k in from_gram}
@@ -255,6 +282,60 @@ _methods |= dict(
 def available() -> dict:  # Name -> what it needs, of "G", "gram", "losses", "m" and "gval_sq"
     "All weightings by name: gradients, their Gramian, losses, agreements, squared norm"
     return {k: need_ for k, (_, need_) in sorted(_methods.items())}
+
+
+_signed = ("imtl_g", "aligned_mtl")  # may weigh a task negatively, by definition
+_positive = ("gls", "famo", "dwa", "gradnorm", "db_mtl")  # logarithms or ratios of losses
+# Options that TorchJD does not have, with the smallest and the largest value
+_own_options = dict(
+    single=dict(task=(0, math.inf)),
+    uw=dict(lr=(0, math.inf)),
+    dwa=dict(every=(1, math.inf)),
+    gradnorm=dict(alpha=(0, math.inf), lr=(0, math.inf)),
+    db_mtl=dict(beta=(0, 1)),
+    doge=dict(eta=(0, math.inf)),
+    auto_lambda=dict(lr=(0, math.inf), init=(0, math.inf)),
+)
+
+
+@cache
+def _options(name):
+    "Names of all options of a rule"
+    found = AlignedWeighter if name == "vamo" else (_library(name) or [None])[0]
+    taken = [] if found is None else inspect.signature(found).parameters.values()
+    names = {p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return sorted((names | set(_own_options.get(name, {}))) - {"shape", "n_tasks"})
+
+
+def _check_options(name, kw):
+    if bad := sorted(set(kw) - set(_options(name))) if kw else []:
+        raise ValueError(
+            f"{name} has no option {bad[0]!r}; it has: {', '.join(_options(name)) or 'none'}"
+        )
+    for k, (low, high) in _own_options.get(name, {}).items():
+        v = kw.get(k, low)
+        kind = Integral if k in ("task", "every") else Real
+        if isinstance(v, bool) or not isinstance(v, kind) or not low <= v <= high or math.isinf(v):
+            what = "an integer" if kind is Integral else "a finite number"
+            raise ValueError(f"{k}={v!r} of {name} must be {what} between {low} and {high}")
+
+
+def _check_domain(name, given, kw):
+    "Shapes that agree, and losses that a logarithm or a ratio is defined for"
+    sizes = {k: len(v) for k, v in given.items() if v is not None}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{k} {n}" for k, n in sizes.items())
+        raise ValueError(f"{name} got different numbers of tasks: {told}")
+    if name not in _positive:
+        return
+    least = torch.as_tensor(kw.get("min_losses", 0.0))
+    for k in ("losses", "after"):
+        if given[k] is not None and (bad := given[k] <= least.to(given[k])).any():
+            at = int(bad.nonzero()[0, 0])
+            raise ValueError(
+                f"{name} needs positive {k}, it takes their logarithm or ratio; "
+                f"task {at} has {float(given[k][at]):g}"
+            )
 
 
 def _finite(name, x):
@@ -281,28 +362,39 @@ def aggregate(
     if name not in _methods:
         raise ValueError(f"name={name!r} is not known; available: {', '.join(available())}")
     rule, needs = _methods[name]
-    given = dict(G=G, gram=gram if gram is not None or G is None else G @ G.T, losses=losses, m=m)
+    _check_options(name, kw)
+    if gram is None and G is not None:
+        gram = _wide(G) @ _wide(G).T
+    given = dict(G=G, gram=gram, losses=losses, m=m, after=after)
     for what in needs.split():
         if (gval_sq if what == "gval_sq" else given[what]) is None:
             raise ValueError(f"{name} needs {what}")
+    if gval_sq is not None and not 0 <= gval_sq < math.inf:
+        raise ValueError(f"gval_sq={gval_sq} must be finite and not negative")
     like = next((v for v in (G, gram, losses, m) if v is not None), None)
     if like is None:
         raise ValueError(f"{name} needs one of G, gram, losses, m to know the number of tasks")
+    given = {k: None if v is None else _finite(k, v) for k, v in given.items()}
+    _check_domain(name, given, kw)
     given = _Given(
         name=name,
         K=len(like),
         like=like.detach().double(),
         gval_sq=gval_sq,
-        after=after,
         seed=seed,
         kw=dict(kw),
         state=state,
-        **{k: None if v is None else _finite(k, v) for k, v in given.items()},
+        **given,
     )
     w = torch.as_tensor(rule(given)).double()
+    least = 0.0 if name not in _signed else -math.inf
+    if not torch.isfinite(w).all() or (w < least - 1e-9 * w.abs().max()).any():
+        raise ValueError(f"{name} gives the weights {w.tolist()}; it is not defined for its input")
+    w = w.clamp_min(least)
     g = None
     if G is not None:
-        g = w.to(G) @ G.detach() if given.g is None else given.g.to(G)
+        g = w.to(_wide(G)) @ _wide(G.detach()) if given.g is None else given.g
+        g = g.to(G)
     return g, w.to(like.dtype), given.state
 
 # %% ../../nbs/vamo/02_mtl.ipynb #e0b9ee83
@@ -320,6 +412,11 @@ class MTLTrainer:
     ):
         if method not in _methods:
             raise ValueError(f"method={method!r} is not known; available: {', '.join(available())}")
+        if not isinstance(lr, Real) or not 0 < lr < math.inf:
+            raise ValueError(f"lr={lr} must be a positive number")
+        _check_options(method, kw)
+        if _library(method) and not any(isinstance(v, Tensor) for v in kw.values()):
+            _make(method, 2, kw)  # the library looks at the values of its options
         self.model = model
         self.method = method
         self.lr = lr
@@ -335,22 +432,35 @@ class MTLTrainer:
 
 # %% ../../nbs/vamo/02_mtl.ipynb #ee4bed00
 def _flat(losses, params, keep=True):
-    "Gradients [K,P] of losses [K], or of one loss [P]"
+    "Gradients [K,P] of losses [K], or of one loss [P]; float32 at least"
     how = dict(retain_graph=keep, materialize_grads=True, allow_unused=True)
     rows = [torch.autograd.grad(loss, params, **how) for loss in losses.reshape(-1)]
-    G = torch.stack([torch.cat([g.flatten() for g in r]) for r in rows])
+    G = _wide(torch.stack([torch.cat([g.flatten() for g in r]) for r in rows]))
     return G if losses.ndim else G[0]
 
 
 def _look_ahead(model, params, d, lr, val_loss):
-    "Validation gradient at the point one plain step ahead"
-    parts = [x.view_as(p) for x, p in zip(d.split([p.numel() for p in params]), params)]
-    with torch.no_grad():
-        torch._foreach_sub_(params, parts, alpha=lr)
-    g = _flat(val_loss(model), params)
-    with torch.no_grad():
-        torch._foreach_add_(params, parts, alpha=lr)
-    return g
+    "Validation gradient at the point one plain step ahead; the parameters are put back exactly"
+    parts = [x.view_as(p).to(p) for x, p in zip(d.split([p.numel() for p in params]), params)]
+    before = [p.detach().clone() for p in params]
+    try:
+        with torch.no_grad():
+            torch._foreach_sub_(params, parts, alpha=lr)
+        return _flat(val_loss(model), params)
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(params, before)
+
+
+@contextlib.contextmanager
+def _aside(model):
+    "A look at the model that leaves its buffers, flags and the random state alone"
+    kept = _Kept(model, model.parameters())
+    try:
+        yield
+    finally:
+        kept.rewind()
+        kept.reset_flags()
 
 # %% ../../nbs/vamo/02_mtl.ipynb #3b0af9ef
 def mtl_step(
@@ -366,18 +476,24 @@ def mtl_step(
         raise ValueError(f"method={t.method!r} needs val_loss")
     if t.method == "vamo":
         return vamo_step(t.model, t.optimizer, train_losses, val_loss, t.state)
-    after = t.last(t.model).detach() if t.method == "famo" and t.last is not None else None
+    after = None
+    if t.method == "famo" and t.last is not None:
+        with _aside(t.model), torch.no_grad():
+            after = t.last(t.model)
     t.last = train_losses
     losses = _check_losses(train_losses(t.model))
     G, m, sq, val = None, None, None, losses.new_tensor(float("nan"))
     if set(needs) & {"G", "gram", "m"}:
         G = _flat(losses, params)
     if "m" in needs:
-        val = val_loss(t.model)
-        gv = _flat(val, params)
+        with _aside(t.model):
+            val = val_loss(t.model)
+            gv = _flat(val, params)
         if t.method == "auto_lambda":
+            _finite("G", G)  # before a step along it
             w = G.new_full((len(G),), 1 / len(G)) if t.state is None else t.state.to(G)
-            gv = _look_ahead(t.model, params, w @ G, t.lr, val_loss)
+            with _aside(t.model):
+                gv = _look_ahead(t.model, params, w @ G, t.lr, val_loss)
         m, sq = G @ gv, float(gv.square().sum())
     g, w, t.state = aggregate(
         t.method, G, losses=losses, state=t.state, m=m, gval_sq=sq, after=after, seed=t.seed, **t.kw
@@ -387,7 +503,13 @@ def mtl_step(
         losses.backward(w.to(losses))
     else:
         for p, x in zip(params, g.split([p.numel() for p in params])):
-            p.grad = x.view_as(p).clone()
+            p.grad = x.view_as(p).to(p, copy=True)
+    grads = {k: p.grad for k, p in t.model.named_parameters() if p.grad is not None}
+    try:
+        _check_gradients(grads, "mixed loss")
+    except ValueError:
+        t.optimizer.zero_grad(set_to_none=True)
+        raise
     t.optimizer.step()
     return StepInfo(losses.detach(), val.detach(), m, w, float("nan"), method=t.method)
 
@@ -397,16 +519,20 @@ def fit(
     self: MTLTrainer,
     batches: Callable,  # Step -> (closure of the training losses, closure of the validation loss)
     steps: int,  # Steps to train
-    # Model -> loss [] that picks the checkpoint; None keeps the last parameters
+    # Model in evaluation mode -> loss [] that picks the checkpoint; None keeps the last parameters
     valid: Callable = None,
     every: int = 10,  # Steps between two looks at `valid`
 ) -> list[StepInfo]:  # One entry a step; the model ends with the best parameters
     "Train, and end at the best checkpoint"
+    if steps < 0 or every < 1:
+        raise ValueError(f"steps={steps} must be at least 0 and every={every} at least 1")
     infos = []
     for i in range(steps + 1):
         if valid is not None and (i % every == 0 or i == steps):
-            with torch.no_grad():
-                v = float(valid(self.model))
+            with _aside(self.model), torch.no_grad():
+                v = float(valid(self.model.eval()))
+            if math.isnan(v):
+                raise ValueError(f"valid gave NaN after {i} steps; the best one cannot be told")
             if v < self.best_val:
                 self.best_val = v
                 self.best = {k: x.detach().clone() for k, x in self.model.state_dict().items()}
