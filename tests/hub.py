@@ -20,7 +20,7 @@ sizes = dict(
     intermediate_size=96,
     num_hidden_layers=2,
     num_attention_heads=2,
-    max_position_embeddings=512,
+    max_position_embeddings=1024,
     initializer_range=0.2,
 )
 grouped = sizes | dict(num_key_value_heads=1, head_dim=32)

@@ -3,15 +3,16 @@ in place of the hub's, and small numbers in place of large ones. Snippets are co
 themselves"""
 
 import ast
-import builtins
+import functools
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from hub import hub_folder, text, tokenizer
+from hub import hub_folder, tokenizer
 from llmpapers.core.lm import load_lm
 
 root = Path(__file__).resolve().parents[1]
@@ -43,6 +44,7 @@ smaller = [
     (r"\bgroup_size=\d+", "group_size=2"),
     (r"\bgrad_accum=\d+", "grad_accum=1"),
     (r"\bsteps=\d+", "steps=2"),
+    (r"\bTrainConfig\(", "TrainConfig(steps=2, "),
     (r"\bsave_every=\d+", "save_every=1"),
     (r"\bslots=\d+", "slots=4"),
     (r"\bmax_(active|inflight_per_actor)=\d+", r"max_\1=4"),
@@ -50,7 +52,7 @@ smaller = [
     (r"\bgpus_per_actor=1", "gpus_per_actor=0"),
     (r"\bnum_gpus=1", "num_cpus=.5"),
     (r"\bmax_model_len=\d+", "max_model_len=64"),
-    (r"\bgpu_memory_utilization=\.\d+", "max_model_len=64"),
+    (r",\s*gpu_memory_utilization=\.\d+", ""),
     (r"SampleBuffer\(\d+", "SampleBuffer(2"),
     (r"controller\.run\(\d+\)", "controller.run(2)"),
     (r"reward, \d+, cfg", "reward, 2, cfg"),
@@ -90,25 +92,31 @@ def imported(path):
     return names
 
 
-def free_names(code):
-    "Names that a snippet uses and nobody has made"
-    made = {
-        n.id
-        for n in ast.walk(ast.parse(code))
-        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-    }
-    made |= {
-        a.arg for n in ast.walk(ast.parse(code)) if isinstance(n, ast.arguments) for a in n.args
-    }
-    used = {n.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name)}
-    return used - made - set(vars(builtins))
+def loaded_names(code):
+    "Names that a snippet reads"
+    nodes = (n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name))
+    return {n.id for n in nodes if isinstance(n.ctx, ast.Load)}
 
 
 class Ready:
     "What a snippet takes for granted, by its name"
 
-    model = property(lambda s: load_lm("hub", dtype=torch.float32, device="cpu").model)
-    policy = model
+    @functools.cached_property
+    def model(self):
+        return load_lm("hub", dtype=torch.float32, device="cpu").model
+
+    policy = property(lambda s: s.model)
+    optimizer = property(lambda s: torch.optim.AdamW(s.model.parameters(), lr=1e-3))
+    batches = property(lambda s: [s.input_ids + k for k in range(3)])
+    held_out_later_batch = property(lambda s: s.input_ids + 9)
+    task_loss = property(lambda s: lambda m, b: m(input_ids=b, labels=b).loss)
+    states = property(lambda s: torch.randn(12, 48, 8))
+    actions = property(lambda s: torch.randn(12, 48))
+    returns = property(lambda s: torch.rand(12))
+    budget = property(lambda s: 1 + torch.rand(12))
+    task = property(lambda s: torch.arange(12) % 6)
+    cond = property(lambda s: torch.rand(12, 3))
+    context = property(lambda s: torch.rand(12, 3 * 48, 3))
     tok = tokenizer = property(lambda s: tokenizer())
     input_ids = property(lambda s: torch.arange(3, 43).view(2, 20))
     attention_mask = property(lambda s: torch.ones(2, 20, dtype=torch.long))
@@ -137,11 +145,7 @@ class Ready:
         m = load_lm("hub", device="cpu").model
         return PolicyTrainer(m, torch.optim.AdamW(m.parameters(), lr=1e-6), PolicyLossConfig())
 
-    @property
-    def dataset(self):
-        from llmpapers.core.train import SupervisedDataset
-
-        return SupervisedDataset(tokenizer(), [text[:40]] * 8)
+    dataset = property(lambda s: [dict(input_ids=torch.arange(3, 15) + k) for k in range(8)])
 
 
 def _reward(prompt, response, info):
@@ -157,7 +161,9 @@ def test_snippet_runs(where, path, code, tmp_path, monkeypatch):
     code = shrunk(code)
     names = imported(path)
     ready = Ready()
-    for name in sorted(free_names(code) - set(names)):
+    for name in sorted(loaded_names(code) - set(names)):
         if hasattr(Ready, name):
             names[name] = getattr(ready, name)
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     exec(compile(code, where, "exec"), names)
