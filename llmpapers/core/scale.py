@@ -7,8 +7,10 @@ __all__ = ['scale_names', 'pick_device', 'Scale', 'set_seed', 'rng', 'determinis
 
 # %% ../../nbs/core/02_scale.ipynb #50e875ed
 import contextlib
+import dataclasses
 import hashlib
 import importlib
+import os
 import random
 from collections.abc import Mapping
 
@@ -56,8 +58,13 @@ class Scale:
 
     @property
     def is_smoke(self) -> bool:  # True when the run only proves that every line works
-        "Is this the smallest size, at which nothing about learning may be asserted?"
-        return self.name == "smoke"
+        "Is this the smallest size, or a rehearsal? Nothing about learning may be asserted then"
+        return self.name == "smoke" or self.rehearsal
+
+    @property
+    def rehearsal(self) -> bool:  # True if the sizes of a larger scale are cut down to smoke's
+        "Is only the recipe of a larger scale tried, with `LLMPAPERS_REHEARSE=1`?"
+        return self.at_least("desk") and os.environ.get("LLMPAPERS_REHEARSE") == "1"
 
     def at_least(
         self,
@@ -69,6 +76,22 @@ class Scale:
         return scale_names.index(self.name) >= scale_names.index(name)
 
 # %% ../../nbs/core/02_scale.ipynb #229144ae
+def _no_larger(x, small):
+    "A recipe whose numbers are no larger than those of a small one; what is no number stays"
+    if dataclasses.is_dataclass(x) and type(x) is type(small):
+        cut = {
+            f.name: _no_larger(getattr(x, f.name), getattr(small, f.name))
+            for f in dataclasses.fields(x)
+        }
+        return dataclasses.replace(x, **cut)
+    if isinstance(x, dict) and isinstance(small, dict):
+        return {k: _no_larger(v, small[k]) if k in small else v for k, v in x.items()}
+    if isinstance(x, list | tuple) and isinstance(small, list | tuple):
+        return type(x)(map(_no_larger, x, small)) if len(x) == len(small) else small
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (x, small))
+    return min(x, small) if numbers else x
+
+
 @patch
 def pick(
     self: Scale,
@@ -84,6 +107,8 @@ def pick(
     if self.name not in given:
         there = ", ".join(name for name in scale_names if name in given) or "none"
         raise ValueError(f"scale={self.name!r} has no recipe here; there are recipes for: {there}")
+    if self.rehearsal and "smoke" in given:
+        return _no_larger(given[self.name], given["smoke"])
     return given[self.name]
 
 # %% ../../nbs/core/02_scale.ipynb #088e3058
