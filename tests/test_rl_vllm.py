@@ -72,6 +72,45 @@ if __name__ == "__main__":
         out["old_passes"] = True
     except WeightSyncError:
         out["old_passes"] = False
+    # what cannot be taken is refused before anything is overwritten, and costs one request
+    from dataclasses import replace
+
+    def refused(fn, *args):
+        try:
+            fn(*args)
+        except ValueError as err:
+            return str(err)
+        return "accepted"
+
+    w = a.state_dict()
+    wrong = [
+        {k: v for k, v in w.items() if "layers.1." not in k},
+        w | {"model.norm.weight": torch.ones(3)},
+        w | {"model.layers.7.norm.weight": torch.ones(64)},
+    ]
+    out["refused"] = [refused(e.load_weights, x, 9) for x in wrong]
+    out["still_b"] = gap(b, ask(1.0), generate(e, ask(1.0)))
+    odd = [
+        Request("o1", [4, 10**6], SamplingConfig(4)),
+        Request("o2", [4] * 250, SamplingConfig(9)),
+    ]
+    out["requests"] = [refused(e.add, r) for r in odd]
+
+    class Wild:
+        def allowed(self, ids):
+            if len(ids) > 2:
+                raise KeyError("no such item")
+            return None
+
+    e.add(replace(ask(1.0, name="w")[0], constraint=Wild()))
+    for r in ask(1.0, name="v"):
+        e.add(r)
+    fine = []
+    while e.num_active:
+        fine += e.step()
+    worst = gap(b, ask(1.0, name="v"), sorted(fine, key=lambda c: c.request_id))
+    out["beside"] = [len(c.token_ids) for c in fine], list(e.errors), worst
+    e.errors.clear()
     e._forget = lambda: True  # the reset taken out
     generate(e, ask(0.0))
     e.load_weights(a.state_dict(), 2)
@@ -221,6 +260,40 @@ if __name__ == "__main__":
 """
 
 
+experts = (
+    common
+    + r"""
+if __name__ == "__main__":
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from llmpapers.rl.weights import checkpoint_weights, hub_names, read_weights
+
+    sizes = dict(hidden_size=128, intermediate_size=96, num_hidden_layers=2, head_dim=32)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+    moe = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    config = Qwen3MoeConfig(vocab_size=97, initializer_range=0.1, **sizes, **heads, **moe)
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(Qwen3MoeForCausalLM(config).eval())
+    folder = Path(sys.argv[1], "moe")
+    models[0].save_pretrained(folder)
+    e = VLLMEngine(folder, max_len=64, block_size=32)
+    rs = [Request(f"r{i}", [5, 6, 7], SamplingConfig(20, seed=i)) for i in range(3)]
+    gaps = [gap(models[0], rs, generate(e, rs))]
+    mine, files = hub_names(checkpoint_weights(models[0]), config), read_weights(folder)
+    same = set(mine) == set(files) and all(torch.equal(mine[k], files[k]) for k in files)
+    try:
+        e.load_weights(checkpoint_weights(models[1]), 1)
+        refused = ""
+    except ValueError as x:
+        refused = str(x)
+    gaps.append(gap(models[0], rs, generate(e, rs)))
+    found = dict(gaps=gaps, same=same, refused=refused, version=e.version)
+    Path(sys.argv[1], "out.json").write_text(json.dumps(found))
+"""
+)
+
+
 def vllm_or_skip():
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed: its engine is left out")
@@ -298,3 +371,26 @@ def test_token_credit_trains_through_vllm(tmp_path, loop):
     first = o["rows"][0] if loop == "async" else max(o["rows"], key=lambda r: r["kl/behavior"])
     assert first["kl/behavior"] < 1e-6 and abs(first["ratio/mean"] - 1) < 1e-3
     assert all(0 < r["rhythm/coverage"] < 1 for r in o["rows"])
+
+
+def test_what_does_not_fit_is_refused_whole(out):
+    """Names that are missing or unknown and wrong shapes: the engine keeps the weights it had"""
+    missing, shape, extra = out["refused"]
+    assert "there is no" in missing and "has shape (3,)" in shape and "the model has no" in extra
+    assert out["still_b"] < 1e-4
+
+
+def test_one_bad_request_costs_one_request(out):
+    """Unknown tokens and too long requests are refused; a constraint that fails ends its own"""
+    assert "is none of the" in out["requests"][0] and "the engine takes 256" in out["requests"][1]
+    lengths, errors, worst = out["beside"]
+    assert lengths == [10] * 4 and errors == ["w1"] and worst < 1e-4
+
+
+def test_experts_that_would_not_arrive_are_refused(tmp_path):
+    """transformers fuses the experts of a layer, the hub has them one by one, and vLLM on a CPU
+    keeps a packed copy that no reload replaces: the names are undone, the reload is refused"""
+    vllm_or_skip()
+    out = run(tmp_path, experts)
+    assert max(out["gaps"]) < 1e-4 and out["same"] and out["version"] == 0
+    assert "routed experts" in out["refused"]

@@ -265,6 +265,13 @@ def abort(
     return [self._leave(i).done("abort") for i in ids]
 
 # %% ../../nbs/rl/09_vllm.ipynb #a193db20
+def _experts(config):
+    "Number of routed experts of a layer"
+    text = config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return max(getattr(text, k, None) or 0 for k in names)
+
+
 def _checked(weights, folder, config):
     "Weights under the names of the folder the engine was made from; nothing missing or left over"
     files = sorted(folder.glob("*.safetensors"))
@@ -299,6 +306,11 @@ def load_weights(
 ) -> None:
     "Replace the weights in place, and everything that was computed with the old ones"
     config = self.llm.model_config.hf_config
+    if _experts(config) and not torch.cuda.is_available():
+        raise ValueError(
+            f"weights: {type(config).__name__} has routed experts, of which vLLM on a CPU keeps a "
+            "packed copy that a reload leaves as it was; use HFEngine, or a GPU"
+        )
     w = untied(_checked(read_weights(weights), self.folder, config), config)
     self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(w.items())))
     if not self._forget():
