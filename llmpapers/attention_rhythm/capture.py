@@ -16,8 +16,11 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from contextvars import ContextVar
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -53,24 +56,50 @@ def middle_layers(
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #7c55d55a
 def _base(
-    model: nn.Module,  # A Hugging Face causal model
+    model: nn.Module,  # A Hugging Face causal model, perhaps inside adapters or another wrapper
 ) -> nn.Module:  # Its transformer without the language-model head
     "The part of the model that computes attention, so that no logits are made"
-    return getattr(model, "base_model", model)
+    from transformers import PreTrainedModel
+
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise NotImplementedError(
+            f"model: {type(model).__name__} puts tokens of its own before the text, "
+            "so positions in the text are not positions in its attention"
+        )
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if inner is None:
+        raise TypeError(f"model: {type(model).__name__} holds no model of Transformers")
+    return inner.base_model
 
 
-def _n_layers(model: nn.Module) -> int:
-    "Number of layers of the text model"
-    return model.config.get_text_config().num_hidden_layers
+def _layer_list(base: nn.Module) -> nn.ModuleList:
+    "The list of the model's layers: the largest of the length that the configuration names"
+    n = getattr(base.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    lists = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise NotImplementedError(f"model: {type(base).__name__} has no list of layers")
+    right = [m for m in lists if len(m) == n] or lists
+    return max(right, key=_weight)
 
 
-def _check_layers(model: nn.Module, layers: list[int] | None) -> list[int]:
-    "Requested layers, ascending and inside the model; the middle ones by default"
-    n = _n_layers(model)
-    layers = middle_layers(n) if layers is None else [int(layer) for layer in layers]
-    if not layers or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= n:
+def _weight(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def _choose_layers(layers: list[int] | None, order: list[int], name: str) -> list[int]:
+    "Requested layers, ascending and with attention; by default the middle ones of those with any"
+    if not order or len(set(order)) < len(order):
+        raise NotImplementedError(
+            f"model: a plain pass of {name} does not return one attention map for each layer"
+        )
+    if layers is None:
+        return [order[i] for i in middle_layers(len(order))]
+    layers = list(layers)
+    whole = all(isinstance(i, Integral) and not isinstance(i, bool) for i in layers)
+    if not layers or not whole or sorted({*layers}) != layers or not {*layers} <= {*order}:
         raise ValueError(
-            f"layers={layers} must be ascending, without repetition and inside 0..{n - 1}"
+            f"layers={layers} must be ascending integers, without repetition, of layers with "
+            f"attention; in {name} these are {order}"
         )
     return layers
 
@@ -107,68 +136,159 @@ def _inputs(
     return ids, real, resp
 
 
+def _check_ids(base: nn.Module, ids: Tensor, real: Tensor) -> None:
+    "Refuse token ids that the model has no embedding for"
+    table = base.get_input_embeddings()
+    n = getattr(table, "num_embeddings", None)
+    used = ids[real]
+    if n is not None and len(used) and not 0 <= int(used.min()) <= int(used.max()) < n:
+        raise ValueError(
+            f"input_ids has ids from {int(used.min())} to {int(used.max())}; "
+            f"the model knows 0 to {n - 1}"
+        )
+
+
+class _Rows(NamedTuple):
+    "A batch whose rows all begin with their first real token"
+
+    ids: Tensor  # (b,n) token ids; behind the end of a row its first token is repeated
+    resp: Tensor | None  # (b,n) bool
+    first: Tensor  # (b,) where each row began
+    length: Tensor  # (b,) real tokens of each row
+
+    def back(self, x: Tensor, width: int) -> Tensor:
+        "(b,width) a (b,n) signal at the places the tokens came from, 0 elsewhere"
+        at = torch.arange(width, device=x.device) - self.first[:, None]
+        there = (at >= 0) & (at < self.length[:, None])
+        return torch.where(there, x.gather(1, at.clamp(0, x.shape[1] - 1)), 0)
+
+
+def _to_front(ids: Tensor, real: Tensor, resp: Tensor | None = None) -> _Rows:
+    "Shift every row to its first real token"
+    first, length = real.long().argmax(1), real.sum(1)
+    at = torch.arange(max(1, int(length.max())), device=ids.device)
+    inside = at < length[:, None]
+    at = (at + first[:, None]).clamp(max=ids.shape[1] - 1)
+    front = torch.where(inside, ids.gather(1, at), ids.gather(1, first[:, None]))
+    return _Rows(front, None if resp is None else resp.gather(1, at) & inside, first, length)
+
+
 def _forward(
-    model: nn.Module,  # A Hugging Face causal model or its base
-    ids: Tensor,  # (b,n) token ids
-    real: Tensor,  # (b,n) bool
+    base: nn.Module,  # A transformer without head
+    ids: Tensor,  # (b,n) token ids, rows begin with their first token
     **kwargs,  # Passed on to the model
-) -> object:  # The base model's output
-    "Run the base model with positions counted from the first real token, without cache"
-    base = _base(model)
+) -> object:  # Its output
+    "Run the transformer without cache; nothing is masked but the future"
     args = inspect.signature(base.forward).parameters
-    if "position_ids" in args:
-        kwargs["position_ids"] = (real.long().cumsum(1) - 1).clamp(min=0)
-    return base(input_ids=ids, attention_mask=real.long(), use_cache=False, **kwargs)
+    anything = any(p.kind is p.VAR_KEYWORD for p in args.values())
+    kwargs |= dict(attention_mask=torch.ones_like(ids), use_cache=False, return_dict=True)
+    return base(input_ids=ids, **{k: v for k, v in kwargs.items() if anything or k in args})
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #a75322e6
+def _plain_maps(base: nn.Module, ids: Tensor) -> list[Tensor]:
+    "Attention maps (b,h,n,n) of the layers that have any"
+    maps = getattr(_forward(base, ids, output_attentions=True), "attentions", None) or ()
+    n = ids.shape[1]
+    return [a for a in maps if isinstance(a, Tensor) and a.ndim == 4 and a.shape[2:] == (n, n)]
+
+
+@contextlib.contextmanager
+def _noting_layers(base: nn.Module, notes: list):
+    "Append `(layer, tensor)` for four-dimensional outputs of modules inside the layers"
+    at, hooks, me = [None], [], threading.get_ident()
+
+    def enter(i):
+        def hook(*_):
+            if threading.get_ident() == me:
+                at[0] = i
+
+        return hook
+
+    def leave(module, args, out):
+        if threading.get_ident() == me:
+            outputs = out if isinstance(out, tuple) else (out,)
+            notes.extend((at[0], x) for x in outputs if isinstance(x, Tensor) and x.ndim == 4)
+
+    for i, layer in enumerate(_layer_list(base)):
+        hooks.append(layer.register_forward_pre_hook(enter(i)))
+        hooks += [m.register_forward_hook(leave) for m in layer.modules() if m is not layer]
+    try:
+        yield
+    finally:
+        for h in hooks:
+            h.remove()
+
+
+def _maps_and_layers(base: nn.Module, ids: Tensor) -> tuple[list[Tensor], list[int]]:
+    "Maps of a plain pass and the layer of each"
+    notes = []
+    with _noting_layers(base, notes):
+        maps = _plain_maps(base, ids)
+    made_in = {id(x): layer for layer, x in notes}
+    if all(id(a) in made_in for a in maps):
+        return maps, [made_in[id(a)] for a in maps]
+    n = len(_layer_list(base))
+    return (maps, list(range(n))) if len(maps) == n else ([], [])
+
+# %% ../../nbs/attention_rhythm/02_capture.ipynb #f25fc4af
+def _maps_back(maps: Tensor, rows: _Rows, width: int) -> Tensor:
+    "(l,b,h,width,width) maps at the places the tokens came from; padding looks at itself"
+    eye = torch.eye(width, dtype=maps.dtype, device=maps.device)
+    out = eye.expand(*maps.shape[:3], width, width).clone()
+    for i, (a, n) in enumerate(zip(rows.first.tolist(), rows.length.tolist())):
+        out[:, i, :, a : a + n, a : a + n] = maps[:, i, :, :n, :n]
+    return out
+
+
 @torch.no_grad()
 def capture_attention(
     model: nn.Module,  # Hugging Face causal model, loaded with `attn_implementation="eager"`
     input_ids: Tensor,  # (b,n) token ids
     attention_mask: Tensor | None = None,  # (b,n) 1 on real tokens; None means all
-    layers: list[int] | None = None,  # Layers to return; None takes `middle_layers`
-) -> Tensor:  # (len(layers),b,h,n,n) attention maps
-    "The reference: full attention maps through `output_attentions=True`"
+    # Layers to return, by their number in the model; None takes `middle_layers` of those that have
+    # attention
+    layers: list[int] | None = None,
+) -> Tensor:  # (len(layers),b,h,n,n) attention maps; a padding token looks at itself
+    "The reference: full attention maps of a plain pass"
     ids, real, _ = _inputs(input_ids, attention_mask)
-    layers = _check_layers(model, layers)
-    maps = None
-    # fused implementations never return maps
-    if not str(model.config._attn_implementation).startswith(("sdpa", "flash", "flex")):
-        maps = getattr(_forward(model, ids, real, output_attentions=True), "attentions", None)
-    if not maps or any(maps[layer] is None for layer in layers):
+    base = _base(model)
+    how = base.config.get_text_config(decoder=True)._attn_implementation
+    if how != "eager":  # other implementations never return maps
         raise RuntimeError(
-            f"the model returned no attention maps, because its attention implementation is "
-            f"{model.config._attn_implementation!r}; "
-            'call model.set_attn_implementation("eager") or load it with '
-            'attn_implementation="eager", or use rhythm_signals(method="band"), which needs no maps'
+            f"model: its attention implementation is {how!r}, which returns no maps; "
+            'call model.set_attn_implementation("eager"), or load it with '
+            'attn_implementation="eager"'
         )
-    return torch.stack([maps[layer] for layer in layers])
+    rows = _to_front(ids, real)
+    maps, order = _maps_and_layers(base, rows.ids)
+    layers = _choose_layers(layers, order, type(base).__name__)
+    maps = torch.stack([maps[order.index(i)] for i in layers])
+    return maps if real.all() else _maps_back(maps, rows, ids.shape[1])
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #980e4916
 class _Recorder:
     "Collects per-head WAAD, FAI sums and span sums of the captured layers, block by block"
 
-    def __init__(self, layers, real, resp, window, h_lo, h_hi, chunk, drop_first, stop):
-        self.layers, self.real, self.resp, self.chunk, self.stop = layers, real, resp, chunk, stop
+    def __init__(self, layers, resp, window, h_lo, h_hi, chunk, drop_first, order=None, stop=False):
+        self.layers, self.resp, self.chunk = layers, resp, chunk
         self.window, self.h_lo, self.h_hi, self.drop_first = window, h_lo, h_hi, drop_first
+        self.order, self.calls, self.stop = order, 0, stop  # layer of each call of attention
         self.waad, self.fai, self.spans = {}, {}, {}
-        self.first = real.long().argmax(1)
         self.blocks, self.room = list(self._blocks()), torch.empty(0)
         # most scores of one head in a block
-        self.largest = max((j - i) * (b - a) * (b - k0) for i, j, a, b, k0 in self.blocks)
+        self.largest = max((j - i) * (b - a) * b for i, j, a, b in self.blocks)
 
     def _blocks(self):
-        "Blocks `(i, j, a, b, k0)`: sequences `i:j`, queries `a:b`, first key `k0`"
+        "Blocks `(i, j, a, b)`: sequences `i:j`, queries `a:b`; their keys are `0:b`"
         (B, N), pos = self.resp.shape, torch.arange(self.resp.shape[1], device=self.resp.device)
         start = torch.where(self.resp, pos, N).amin(1).tolist()
         end = torch.where(self.resp, pos + 1, 0).amax(1).tolist()
-        first = self.first.tolist()
         size = max(1, self.chunk * max(N, 2048) // (min(self.chunk, N) * N))
         for i in range(0, B, size):
             j = min(B, i + size)
-            lo, hi, k0 = min(start[i:j]), max(end[i:j]), min(first[i:j])
+            lo, hi = min(start[i:j]), max(end[i:j])
             for a in range(lo, hi, self.chunk):
-                yield i, j, a, min(hi, a + self.chunk), k0
+                yield i, j, a, min(hi, a + self.chunk)
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #4375348e
 @patch
@@ -176,68 +296,77 @@ def scratch(self: _Recorder, size, heads, device):
     "One piece of memory for the scores of every block: allocated at the largest size, used again"
     if self.room.device != device or len(self.room) < size:
         self.room = torch.empty(0)
-        self.room = torch.empty(max(size, self.largest * heads), device=device)
+        size = max(size, self.largest * heads)
+        self.room = torch.empty(size, device=device, dtype=torch.float32)
     return self.room[:size]
 
 
 @patch
-def attention(self: _Recorder, q, k, scaling, mask, i, j, a, b, k0):
-    "(j-i,h,b-a,b-k0) attention of a block of queries to the keys they see, in single precision"
+def attention(self: _Recorder, q, k, scaling, mask, softcap, i, j, a, b):
+    "(j-i,h,b-a,b) attention of a block of queries to the keys they see, in single precision"
     heads, key_heads, D = q.shape[1], k.shape[1], q.shape[3]
-    rows, queries, keys = j - i, b - a, b - k0
+    rows, queries = j - i, b - a
     qs = (q[i:j, :, a:b].float() * scaling).reshape(rows * key_heads, -1, D)
-    kt = k[i:j, :, k0:b].float().transpose(-1, -2).reshape(rows * key_heads, D, keys)
-    room = self.scratch(rows * heads * queries * keys, heads, q.device)
-    s = torch.bmm(qs, kt, out=room.view(len(qs), -1, keys)).view(rows, heads, queries, keys)
-    if mask is None:
-        later = torch.ones(queries, queries, dtype=torch.bool, device=s.device).triu_(1)
-        s[..., a - k0 :].masked_fill_(later, -math.inf)
-    else:
-        s.masked_fill_(~mask.rows(i, j, a, b, k0), -math.inf)
+    kt = k[i:j, :, :b].float().transpose(-1, -2).reshape(rows * key_heads, D, b)
+    room = self.scratch(rows * heads * queries * b, heads, q.device)[: rows * heads * queries * b]
+    s = torch.bmm(qs, kt, out=room.view(len(qs), -1, b)).view(rows, heads, queries, b)
+    if softcap is not None:
+        s.div_(softcap).tanh_().mul_(softcap)
+    _hide(s, mask, i, j, a, b)
     p = s.sub_(s.amax(-1, keepdim=True)).exp_()
     if self.drop_first:
-        sink = torch.arange(k0, b, device=s.device) == self.first[i:j, None].to(s.device)
-        sink = sink[:, None, None]
-        p.masked_fill_(sink, 0)
-        p += sink & (p.sum(-1, keepdim=True) == 0)  # a row with nothing but the sink keeps it
+        p[..., 0] = 0
+        p[..., 0] += p.sum(-1) == 0  # a row with nothing but the sink keeps it
     return p.div_(p.sum(-1, keepdim=True))
+
+
+def _hide(s, mask, i, j, a, b):
+    "Hide in the scores of a block what its queries may not see"
+    if mask is None:
+        later = torch.ones(b - a, b - a, dtype=torch.bool, device=s.device).triu_(1)
+        s[..., a:].masked_fill_(later, -math.inf)
+    elif isinstance(mask, _RowMask):
+        s.masked_fill_(~mask.rows(i, j, a, b), -math.inf)
+    else:  # a tensor of the model's own: allowed or not, or something to add
+        part = (mask[i:j] if len(mask) > 1 else mask)[:, :, a:b, :b]
+        s.masked_fill_(~part, -math.inf) if part.dtype == torch.bool else s.add_(part)
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #2d5e3619
 @patch
 def add_block(self: _Recorder, p, block, out_waad, out_fai):
     "Write WAAD and add FAI sums of one block in place; return its row spans `(j-i,h,b-a)`"
-    i, j, a, b, k0 = block
+    i, j, a, b = block
     device, W = p.device, self.window
     t = torch.arange(a, b, device=device)
     counts = self.resp[i:j, None, a:b].to(device).float()
     # mean distance: from the block's end to the key, less from the block's end to the query
-    distance = p @ (b - 1 - torch.arange(k0, b, device=device)).float() - (b - 1 - t).float()
-    if W >= b - k0:
+    distance = p @ (b - 1 - torch.arange(b, device=device)).float() - (b - 1 - t).float()
+    if W >= b:
         capped = distance
     else:  # only keys nearer than the window are below the cap
         lag = torch.arange(W, device=device)
-        at = t[:, None] - lag - k0
+        at = t[:, None] - lag
         near = p.gather(-1, at.clamp(min=0).expand(*p.shape[:3], -1))
         capped = W - (near * ((W - lag) * (at >= 0))).sum(-1)
     out_waad[i:j, :, a:b] = capped.clamp(0, W) * counts
-    lo = k0 if self.h_hi is None else max(k0, a - self.h_hi)
+    lo = 0 if self.h_hi is None else max(0, a - self.h_hi)
     hi = b - self.h_lo
     if hi > lo:
         d = t[:, None] - torch.arange(lo, hi, device=device)
         inside = (d >= self.h_lo) & (d <= (math.inf if self.h_hi is None else self.h_hi))
-        received = counts[:, :, None] @ p[..., lo - k0 : hi - k0].mul_(inside)  # `p` is not used on
+        received = counts[:, :, None] @ p[..., lo:hi].mul_(inside)  # `p` is not used on
         out_fai[i:j, :, lo:hi] += received[:, :, 0]
     return distance * counts
 
 
 @patch
-def observe(self: _Recorder, layer, q, k, scaling, mask):
+def observe(self: _Recorder, layer, q, k, scaling, mask=None, softcap=None):
     "Reduce one layer's attention to per-head WAAD and FAI sums `(b,h,n)` and span sums `(h,)`"
-    out_waad, out_fai = torch.zeros(2, *q.shape[:3], device=q.device)
+    out_waad, out_fai = torch.zeros(2, *q.shape[:3], device=q.device, dtype=torch.float32)
     span = torch.zeros(q.shape[1], dtype=torch.float64, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for block in self.blocks:
-            p = self.attention(q, k, scaling, mask, *block)
+            p = self.attention(q, k, scaling, mask, softcap, *block)
             span += self.add_block(p, block, out_waad, out_fai).sum((0, 2), dtype=torch.float64)
     self.waad[layer], self.fai[layer], self.spans[layer] = out_waad, out_fai, span
 
@@ -247,15 +376,13 @@ class _RowMask(NamedTuple):
 
     # Function of (batch, head, query, key) indices that broadcasts, as Transformers composes it
     allowed: object
-    real: Tensor  # (b,n) bool, False on padding
+    device: torch.device  # Where rows are made
 
-    def rows(self, i: int, j: int, a: int, b: int, k0: int) -> Tensor:
-        "(j-i,1,b-a,b-k0) True where sequences `i:j`, queries `a:b` may look at keys `k0:b`"
-        dev = self.real.device
-        s, q, k = (torch.arange(*r, device=dev) for r in ((i, j), (a, b), (k0, b)))
+    def rows(self, i: int, j: int, a: int, b: int) -> Tensor:
+        "(j-i,1,b-a,b) True where sequences `i:j`, queries `a:b` may look at keys `0:b`"
+        s, q, k = (torch.arange(*r, device=self.device) for r in ((i, j), (a, b), (0, b)))
         s, q = s[:, None, None, None], q[None, None, :, None]
-        ok = self.allowed(s, torch.zeros_like(s), q, k) & self.real[i:j, None, None, k0:b]
-        return ok | (q == k)  # a padding row looks at itself, so that no row is empty
+        return self.allowed(s, torch.zeros_like(s), q, k) | (q == k)
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #a56247db
 _name = "llmpapers_rhythm"
@@ -282,8 +409,7 @@ def _rhythm_mask(
     "What Transformers calls to make a mask: none for plain causal attention, else a `_RowMask`"
     from transformers.masking_utils import sdpa_mask
 
-    rec = _recorder.get()
-    if rec is None:  # another thread runs this model just now: behave like SDPA
+    if _recorder.get() is None:  # another thread runs this model just now: behave like SDPA
         return sdpa_mask(
             batch_size,
             q_length,
@@ -297,50 +423,67 @@ def _rhythm_mask(
             use_vmap=use_vmap,
             **kwargs,
         )
-    if use_vmap or not allow_is_causal_skip or q_length != kv_length:
-        raise RuntimeError(
-            "the model does not use plain causal attention; "
-            'load it with attn_implementation="eager" and use method="dense"'
-        )
-    if bool(rec.real[:, 0].all()) and (local_size is None or kv_length < local_size):
+    if use_vmap or q_length != kv_length:
+        raise NotImplementedError("its mask is not a function of positions alone")
+    if allow_is_causal_skip and (local_size is None or kv_length < local_size):
         return None
-    return _RowMask(mask_function, rec.real.to(kwargs.get("device", rec.real.device)))
+    return _RowMask(mask_function, torch.device(kwargs.get("device", "cpu")))
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #5bf2795e
-def _rhythm_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    "What Transformers calls for attention: observe captured layers, then SDPA, in blocks if masked"
+def _capped(q, k, v, mask, scaling, softcap):
+    "(b,n,h,d) attention whose scores are squashed before the softmax"
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    s = softcap * torch.tanh((q @ k.mT) * scaling / softcap)
+    if mask is None:
+        later = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device)
+        s = s.masked_fill(later.triu(1 + s.shape[-1] - s.shape[-2]), -math.inf)
+    else:
+        s = s.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else s + mask
+    return (s.float().softmax(-1).to(q.dtype) @ v).transpose(1, 2).contiguous()
+
+
+def _rhythm_attention(
+    module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs
+):
+    "What Transformers calls for attention: observe captured layers, then attend as the model would"
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
-    rec, layer = _recorder.get(), getattr(module, "layer_idx", None)
-    if rec is None:
-        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    unknown = ("softcap", "s_aux", "position_bias", "sinks")
-    if extra := [k for k in unknown if kwargs.get(k) is not None]:
-        raise RuntimeError(
-            f"attention with {', '.join(extra)} is not a plain softmax; load the model with "
-            'attn_implementation="eager" and use method="dense"'
-        )
-    if not (attention_mask is None or isinstance(attention_mask, _RowMask)):
-        raise RuntimeError(
-            "the model builds its own attention mask; "
-            'use method="dense" with attn_implementation="eager"'
-        )
-    if layer in rec.layers:
-        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-        rec.observe(layer, query, key, factor, attention_mask)
-        if rec.stop and layer == rec.layers[-1]:
-            raise _Stop
-    if attention_mask is None:
-        return sdpa(module, query, key, value, None, scaling=scaling, **kwargs)
-    B, N = query.shape[0], query.shape[2]
+    rec = _recorder.get()
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def attend(q, k, v, mask):
+        if softcap is not None:
+            return _capped(q, k, v, mask, factor, softcap)
+        return sdpa(module, q, k, v, mask, scaling=scaling, **kwargs)[0]
+
+    if rec is not None:
+        if extra := [k for k in ("s_aux", "position_bias") if kwargs.get(k) is not None]:
+            raise NotImplementedError(f"its attention takes {extra[0]} besides queries and keys")
+        rec.called(query, key, factor, attention_mask, softcap)
+    if rec is None or (softcap is None and not isinstance(attention_mask, _RowMask)):
+        return attend(query, key, value, attention_mask), None
 
     def block(a, b):
-        rows = attention_mask.rows(0, B, a, b, 0)
-        qkv = query[:, :, a:b], key[:, :, :b], value[:, :, :b]
-        return sdpa(module, *qkv, rows, scaling=scaling, **kwargs)[0]
+        mask = attention_mask
+        if isinstance(mask, _RowMask):
+            mask = mask.rows(0, len(query), a, b)
+        elif mask is not None:
+            mask = mask[:, :, a:b, :b]
+        return attend(query[:, :, a:b], key[:, :, :b], value[:, :, :b], mask)
 
-    starts = range(0, N, rec.chunk)
-    return torch.cat([block(a, min(N, a + rec.chunk)) for a in starts], 1), None
+    N = query.shape[2]
+    return torch.cat([block(a, min(N, a + rec.chunk)) for a in range(0, N, rec.chunk)], 1), None
+
+
+@patch
+def called(self: _Recorder, q, k, scaling, mask, softcap):
+    "Attention was called once more: observe it if its layer is captured, and stop behind the last"
+    layer = self.order[self.calls]
+    self.calls += 1
+    if layer in self.layers:
+        self.observe(layer, q, k, scaling, mask, softcap)
+        if self.stop and layer == self.layers[-1]:
+            raise _Stop
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #51923faa
 def _stoppable(model: nn.Module) -> bool:
@@ -349,60 +492,256 @@ def _stoppable(model: nn.Module) -> bool:
     return not hooked and not any(hasattr(p, "ds_id") for p in model.parameters())
 
 
+_locks, _locks_lock = weakref.WeakKeyDictionary(), threading.Lock()
+
+
+def _lock_of(base: nn.Module):
+    "The lock of a model: one capture at a time"
+    with _locks_lock:
+        return _locks.setdefault(base, threading.RLock())
+
+
+def _configs(model: nn.Module) -> list:
+    "Configurations that name an attention implementation, nested ones included"
+    todo = [getattr(m, "config", None) for m in model.modules()]
+    found = {}
+    while todo:
+        c = todo.pop()
+        if id(c) in found or not hasattr(c, "_attn_implementation_internal"):
+            continue
+        found[id(c)] = c
+        todo += [getattr(c, k, None) for k in getattr(c, "sub_configs", ())]
+    return list(found.values())
+
+
 @contextlib.contextmanager
-def _attention_mode(model: nn.Module, name: str):
-    "Evaluate the model with another attention implementation; all is put back, also after an error"
-    configs = {
-        id(m.config): m.config
-        for m in model.modules()
-        if hasattr(getattr(m, "config", None), "_attn_implementation")
-    }
-    before = {k: c._attn_implementation for k, c in configs.items()}
+def _evaluating(model: nn.Module):
+    "Evaluation mode; every module gets its own flag back"
     training = [(m, m.training) for m in model.modules()]
     try:
-        model.eval()
-        if model.config._attn_implementation != name:
-            model.set_attn_implementation(name)
-        if model.config._attn_implementation != name:
-            raise RuntimeError(
-                f"{type(model).__name__} cannot change its attention implementation to {name!r}; "
-                'load it with attn_implementation="eager" and use method="dense"'
-            )
+        for m, _ in training:
+            m.training = False
         yield
     finally:
-        for k, c in configs.items():
-            c._attn_implementation = before[k]
         for m, mode in training:
             m.training = mode
 
+
+@contextlib.contextmanager
+def _attention_mode(model: nn.Module, name: str):
+    "Evaluate the model with another attention implementation; all is put back, also after an error"
+    with _lock_of(_base(model)), _evaluating(model):
+        before = [(c, c._attn_implementation_internal) for c in _configs(model)]
+        try:
+            for c, _ in before:
+                c._attn_implementation_internal = name
+            yield
+        finally:
+            for c, implementation in before:
+                c._attn_implementation_internal = implementation
+
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #284bee80
-@torch.no_grad()
-def _band(model, ids, real, resp, layers, window, h_lo, h_hi, chunk, drop_first):
-    "Per-head WAAD and FAI `(l,b,h,n)` and spans `(l,h)` in one pass"
+def _recorded(model, ids, recorder):
+    "Run a pass under the eyes of a recorder"
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(_name, _rhythm_attention)
     AttentionMaskInterface.register(_name, _rhythm_mask)
-    rec = _Recorder(layers, real, resp, window, h_lo, h_hi, chunk, drop_first, _stoppable(model))
     with _attention_mode(model, _name):
-        token = _recorder.set(rec)
+        token = _recorder.set(recorder)
         try:
-            _forward(model, ids, real)
+            _forward(_base(model), ids)
         except _Stop:
             pass
         finally:
             _recorder.reset(token)
-    if missing := [layer for layer in layers if layer not in rec.spans]:
-        raise RuntimeError(
-            f"layers {missing} never called the attention interface; "
-            "they may be recurrent, choose other layers"
-        )
+    return recorder
 
-    def stacked(by_layer):
-        return torch.stack([by_layer[layer].to(ids.device) for layer in layers])
+# %% ../../nbs/attention_rhythm/02_capture.ipynb #1e1193c9
+class _MapRecorder(_Recorder):
+    "Keeps whole maps of a short input"
 
-    waads, fais, spans = stacked(rec.waad), stacked(rec.fai), stacked(rec.spans)
-    return waads, fais, (spans / resp.sum()).float()
+    def __init__(self, shape):
+        super().__init__([], torch.ones(shape, dtype=torch.bool), 1, 0, None, shape[1], False)
+        self.maps = []
+
+    def called(self, q, k, scaling, mask, softcap):
+        if q.shape[2] != k.shape[2]:
+            raise NotImplementedError("its attention does not see one key for each query")
+        with torch.autocast(q.device.type, enabled=False):
+            p = self.attention(q, k, scaling, mask, softcap, 0, len(q), 0, q.shape[2])
+        self.maps.append(p.clone())
+
+
+def _maps_by(method: str, model: nn.Module, ids: Tensor) -> list[Tensor]:
+    "Maps (b,h,n,n) of all layers with attention, by one of the methods"
+    if method == "band":
+        return _recorded(model, ids, _MapRecorder(ids.shape)).maps
+    with _attention_mode(model, "eager"):
+        return _plain_maps(_base(model), ids)
+
+
+def _short_rows(base: nn.Module, rows: _Rows) -> list[Tensor]:
+    "The beginnings of two rows, one shorter than the other, longer than a short window"
+    text = base.config.get_text_config(decoder=True)
+    n = 32
+    for name in ("sliding_window", "attention_chunk_size", "window_size"):
+        window = getattr(text, name, None)
+        if isinstance(window, int) and window <= 120:
+            n = max(n, window + 8)
+    longest = getattr(text, "max_position_embeddings", None)
+    n = min(n, longest) if isinstance(longest, int) and longest > 1 else n
+    i = int(rows.length.argmax())
+    j = (i + 1) % len(rows.ids)
+    own = [rows.ids[r, : int(rows.length[r].clamp(min=1))] for r in (i, j)]
+    return [x.repeat(-(-k // len(x)))[:k] for x, k in zip(own, (n, max(1, 2 * n // 3)))]
+
+
+def _unlike(maps: list[Tensor], truth: list[Tensor]) -> str | None:
+    "How the maps of one row differ from those of the plain pass, in words; None if they agree"
+    if len(maps) != len(truth):
+        return f"it sees {len(maps)} attention maps where a plain pass makes {len(truth)}"
+    for i, (p, q) in enumerate(zip(maps, truth)):
+        if p.shape != q.shape:
+            return f"map {i} has shape {tuple(p.shape)}, in a plain pass {tuple(q.shape)}"
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        p, q, n = p.double(), q.double(), q.shape[-1]
+        flat = torch.ones(n, n, dtype=q.dtype, device=q.device).tril()
+        gap, uneven = (p - q).abs().sum(-1), (q - flat / flat.sum(-1, keepdim=True)).abs().sum()
+        moved = (gap.mean() if half else gap.max()).item()
+        shape = 0.0 if half else (gap.sum() / (uneven + 1e-6 * gap.numel())).item()
+        if not (moved <= (0.05 if half else 1e-4) and shape <= 0.02):
+            return f"its attention differs from that of a plain pass by {max(moved, shape):.2g}"
+    return None
+
+
+def _no_distribution(truth: list[Tensor]) -> str | None:
+    "Why distances have no meaning for maps (h,n,n); None if rows are causal distributions"
+    for q in truth:
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        past, whole = q.double().tril().sum(-1), q.double().sum(-1)
+        tol = 2e-2 if half else 1e-3
+        if not ((whole - 1).abs() <= tol).all():
+            total = whole.flatten()[(whole - 1).abs().argmax()].item()
+            return (
+                f"a row of its attention sums to {total:.3g}, not to one, as it does with "
+                "attention sinks; distances need a distribution"
+            )
+        if not ((past - 1).abs() <= tol).all():
+            return "its attention also looks at later tokens"
+    return None
+
+# %% ../../nbs/attention_rhythm/02_capture.ipynb #e7486a88
+class _Look(NamedTuple):
+    "What looking at a short input showed"
+
+    order: list  # Layer of each map
+    refusal: str | None  # Why the method cannot be used; None if it can
+
+
+_looks = weakref.WeakKeyDictionary()  # model -> what it is made of, and a `_Look` for each method
+
+
+def _made_of(base: nn.Module) -> int:
+    "A number that changes when modules are exchanged or their precision changes"
+    kinds = tuple((type(m).__qualname__, "forward" in vars(m)) for m in base.modules())
+    return hash((kinds, next(base.parameters()).dtype))
+
+
+@torch.no_grad()
+def _look(model: nn.Module, rows: _Rows, method: str) -> _Look:
+    "Compare a method with a plain pass"
+    base, texts = _base(model), _short_rows(_base(model), rows)
+    ids = torch.stack([torch.cat([x, x[:1].expand(len(texts[0]) - len(x))]) for x in texts])
+    with torch.autocast(ids.device.type, enabled=False):
+        with _attention_mode(model, "eager"):
+            maps, order = _maps_and_layers(base, ids[:1])
+            truth = [[m[0] for m in maps], [m[0] for m in _plain_maps(base, texts[1][None])]]
+        if not order:
+            return _Look([], "a plain pass of it returns no attention maps")
+        if found := _no_distribution(truth[0]):
+            return _Look(order, found)
+        try:
+            maps = _maps_by(method, model, ids)
+        except Exception as e:  # whatever a model does with a mask or an attention it does not know
+            return _Look(order, f"{e} ({type(e).__name__})")
+    if not maps:
+        return _Look(order, "its attention does not go through Transformers' attention interface")
+    for r, x in enumerate(texts):
+        n = len(x)
+        if found := _unlike([m[r, :, :n, :n] for m in maps], truth[r]):
+            return _Look(order, found)
+    return _Look(order, None)
+
+
+def _order(model: nn.Module, rows: _Rows, method: str) -> list[int]:
+    "The layers with attention, if the method agrees with a plain pass; else an error says why"
+    base = _base(model)
+    with _lock_of(base):
+        made, known = _looks.get(base, (None, {}))
+        if made != _made_of(base):
+            known = {}
+            _looks[base] = _made_of(base), known
+        if method not in known:
+            known[method] = _look(model, rows, method)
+        if known[method].refusal is None:
+            return known[method].order
+        other = "dense" if method == "band" else "band"
+        if other not in known:
+            known[other] = _look(model, rows, other)
+    advice = f'; method="{other}" agrees with one' if known[other].refusal is None else ""
+    raise NotImplementedError(
+        f"model: {type(base).__name__} cannot be captured by the {method} method: "
+        f"{known[method].refusal}{advice}"
+    )
+
+# %% ../../nbs/attention_rhythm/02_capture.ipynb #10c30685
+def _rope_limits(base: nn.Module) -> list[tuple[str, int]]:
+    "Kind and original length of rotary embeddings whose frequencies depend on the longest row"
+    found = []
+    for m in base.modules():
+        kinds = getattr(m, "rope_type", None)
+        for layer, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+            if kind == "longrope":
+                how = m.config.rope_parameters
+                how = how if layer is None else how[layer]
+                found.append((kind, how["original_max_position_embeddings"]))
+            elif isinstance(kind, str) and "dynamic" in kind:
+                found.append(("dynamic", m.original_max_seq_len))
+    return found
+
+
+def _passes(base: nn.Module, lengths: list[int], most: int | None) -> list[list[int]]:
+    "Row numbers of each pass: rows with the same frequencies, at most `most`; no empty rows"
+    limits, alike = _rope_limits(base), {}
+    for i, n in enumerate(lengths):
+        if n:
+            key = tuple(n > at if kind == "longrope" else max(n, at) for kind, at in limits)
+            alike.setdefault(key, []).append(i)
+    most = most or max(1, len(lengths))
+    return [rows[i : i + most] for rows in alike.values() for i in range(0, len(rows), most)]
+
+
+@contextlib.contextmanager
+def _fresh_frequencies(base: nn.Module):
+    "Begin with the frequencies of a fresh model, and put back what was there"
+    kept = []
+    for m in base.modules():
+        if "dynamic" in str(getattr(m, "rope_type", "")):
+            names = [k for k in (*m._buffers, *vars(m)) if k.endswith(("inv_freq", "_cached"))]
+            kept.append((m, {k: getattr(m, k) for k in names}))
+    try:
+        for m, before in kept:
+            for k in before:
+                if k.endswith("_cached"):
+                    setattr(m, k, m.original_max_seq_len)
+                elif "original" not in k and (start := k.replace("inv", "original_inv")) in before:
+                    setattr(m, k, before[start].to(before[k].device))
+        yield
+    finally:
+        for m, before in kept:
+            for k, x in before.items():
+                setattr(m, k, x)
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #003e97d7
 class RhythmSignals(NamedTuple):
@@ -436,42 +775,86 @@ def _check_heads(heads: HeadSplit | None, spans: Tensor, frac: float) -> HeadSpl
     return heads
 
 
-def _band_signals(
-    model, ids, real, resp, layers, window, h_lo, h_hi, chunk, frac, heads, drop_first, support
-):
-    "Mean WAAD and FAI of the chosen heads, which is exact because both are linear in the map"
-    waads, fais, spans = _band(
-        model, ids, real, resp, layers, window, h_lo, h_hi, chunk, drop_first
-    )
-    heads = _check_heads(heads, spans, frac)
+class _Seen(NamedTuple):
+    "What one pass showed"
 
-    def mean(x, pairs):
-        return x[pairs[:, 0], :, pairs[:, 1]].mean(0)
-
-    received = mean(fais, heads.glob) / support.clamp(min=1) * resp
-    return RhythmSignals(mean(waads, heads.local), received, support, spans, heads)
+    spans: Tensor  # (l,h) sums of look-back distances, double precision
+    signals: object  # Function of the heads: (b,n) WAAD, and (b,n) FAI times its support
 
 
-def _dense_signals(
-    model, ids, real, resp, layers, window, h_lo, h_hi, frac, heads, drop_first, support
-):
-    "The same numbers from full maps"
+def _band_pass(model, rows, order, layers, how) -> _Seen:
+    "Per-head sums; the mean over heads can be taken last, both signals are linear in the map"
+    rec = _Recorder(layers, rows.resp, **how, order=order, stop=_stoppable(model))
+    _recorded(model, rows.ids, rec)
+
+    def stacked(by_layer):
+        return torch.stack([by_layer[layer].to(rows.ids.device) for layer in layers])
+
+    waads, fais, spans = stacked(rec.waad), stacked(rec.fai), stacked(rec.spans)
+
+    def signals(heads):
+        local, glob = (x.to(waads.device) for x in heads)
+        w = waads[local[:, 0], :, local[:, 1]].mean(0)
+        return w, fais[glob[:, 0], :, glob[:, 1]].mean(0)
+
+    return _Seen(spans, signals)
+
+
+def _dense_pass(model, rows, order, layers, how) -> _Seen:
+    "The same from full maps, by the functions of the previous notebook"
     with _attention_mode(model, "eager"):
-        attn = capture_attention(model, ids, real, layers)
-    spans = head_spans(attn, resp, drop_first, real)
-    heads = _check_heads(heads, spans, frac)
-    a_loc, a_glob = (aggregate_heads(attn, h, drop_first, real) for h in heads)
-    signals = waad(a_loc, resp, window), fai(a_glob, resp, h_lo, h_hi)
-    return RhythmSignals(*signals, support, spans, heads)
+        maps = _plain_maps(_base(model), rows.ids)
+    attn, first = torch.stack([maps[order.index(i)] for i in layers]), how["drop_first"]
+    spans = head_spans(attn, rows.resp, first) * rows.resp.sum()
+    horizon = how["h_lo"], how["h_hi"]
+
+    def signals(heads):
+        a_loc, a_glob = (aggregate_heads(attn, h, first) for h in heads)
+        f = fai(a_glob, rows.resp, *horizon) * fai_support(rows.resp, *horizon)
+        return waad(a_loc, rows.resp, how["window"]), f
+
+    return _Seen(spans.double(), signals)
+
+# %% ../../nbs/attention_rhythm/02_capture.ipynb #08c5e5f5
+@torch.no_grad()
+def _all_passes(look, rows, passes, heads, frac, support) -> RhythmSignals:
+    "Signals of a batch from one or several passes"
+    total = rows.resp.sum()
+
+    def part(index):
+        width = int(rows.length[index].max())
+        return _Rows(
+            rows.ids[index, :width],
+            rows.resp[index, :width],
+            rows.first[index],
+            rows.length[index],
+        )
+
+    parts = [(i, part(i)) for i in passes if rows.resp[i].any()]
+    if heads is None and len(parts) > 1:
+        heads = split_heads(sum(look(p).spans for _, p in parts).div(total).float(), frac)
+    w, f = torch.zeros(2, *rows.ids.shape, dtype=torch.float32, device=rows.ids.device)
+    spans = 0.0
+    for i, p in parts:
+        seen = look(p)
+        spans = spans + seen.spans
+        heads = _check_heads(heads, (seen.spans / total).float(), frac)
+        n = p.ids.shape[1]
+        w[i, :n], f[i, :n] = (x.float() for x in seen.signals(heads))
+    f = f / support.clamp(min=1) * rows.resp
+    return RhythmSignals(w, f, support, (spans / total).float(), heads)
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #1a7e9803
 def rhythm_signals(
-    model: nn.Module,  # Any Hugging Face causal model
+    # Hugging Face causal model whose attention agrees with a plain pass on a short input
+    model: nn.Module,
     input_ids: Tensor,  # (b,n) prompt and response; or (n,)
     attention_mask: Tensor | None = None,  # (b,n) 1 on real tokens; None means all
     response_mask: Tensor = None,  # (b,n) True on response tokens
     *,
-    layers: list[int] | None = None,  # Layers to capture; None takes `middle_layers`
+    # Layers to capture, by their number in the model; None takes `middle_layers` of those that have
+    # attention
+    layers: list[int] | None = None,
     frac: float = 0.3,  # Share of heads in the local and in the global group
     heads: HeadSplit | None = None,  # A frozen split; None splits by the spans of this batch
     window: int = 10,  # WAAD window, in tokens
@@ -479,6 +862,7 @@ def rhythm_signals(
     h_hi: int | None = 100,  # FAI horizon, farthest query; None means end of response
     method: str = "band",  # "band" never builds a map; "dense" is the reference
     chunk: int = 256,  # Queries per block of the band method
+    rows: int | None = None,  # Most sequences in one forward pass; None puts no limit
     drop_first: bool = False,  # Remove the attention sink from every head
 ) -> RhythmSignals:  # Signals without gradient
     "WAAD and FAI of every response token from one forward pass"
@@ -486,20 +870,31 @@ def rhythm_signals(
         raise ValueError("response_mask is needed: True on the tokens the model wrote")
     if method not in ("band", "dense"):
         raise ValueError(f"method={method!r} must be 'band' or 'dense'")
-    if window < 1 or chunk < 1:
-        raise ValueError(f"window={window} and chunk={chunk} must be at least 1")
+    for name, x in (("window", window), ("chunk", chunk), ("rows", 1 if rows is None else rows)):
+        if not isinstance(x, Integral) or isinstance(x, bool) or x < 1:
+            raise ValueError(f"{name}={x!r} must be an integer of at least 1")
     ids, real, resp = _inputs(input_ids, attention_mask, response_mask)
     if not resp.any():
         raise ValueError("response_mask has no response token; drop empty batches first")
-    layers, support = _check_layers(model, layers), fai_support(resp, h_lo, h_hi)
-    args = (model, ids, real, resp, layers, window, h_lo, h_hi)
-    if method == "dense":
-        res = _dense_signals(*args, frac, heads, drop_first, support)
-    else:
-        res = _band_signals(*args, chunk, frac, heads, drop_first, support)
+    base, support = _base(model), fai_support(resp, h_lo, h_hi)
+    _check_ids(base, ids, real)
+    front = _to_front(ids, real, resp)
+    order = _order(model, front, method)
+    layers = _choose_layers(layers, order, type(base).__name__)
+    one = _band_pass if method == "band" else _dense_pass
+    how = dict(window=window, h_lo=h_lo, h_hi=h_hi, chunk=chunk, drop_first=drop_first)
+
+    def look(part):
+        with _fresh_frequencies(base):
+            return one(model, part, order, layers, how)
+
+    passes = _passes(base, front.length.tolist(), rows)
+    res = _all_passes(look, front, passes, heads, frac, fai_support(front.resp, h_lo, h_hi))
+    w, f = (front.back(x, ids.shape[1]) for x in (res.waad, res.fai))
+    res = res._replace(waad=w, fai=f, support=support)
     if input_ids.ndim == 2:
         return res
-    return res._replace(waad=res.waad[0], fai=res.fai[0], support=res.support[0])
+    return res._replace(waad=w[0], fai=f[0], support=support[0])
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #87c7d253
 def extra_memory(
