@@ -385,7 +385,7 @@ def test_ensemble_training_is_the_loss():
             assert torch.allclose(a.grad, b.grad, atol=1e-6)
 
 
-# ---- precision, mode, budget ----------------------------------------------------------------------
+# ---- precision, mode, budget ---------------------------------------------------------------------
 def test_whitening_and_spread_in_half_precision():
     x, _, m = draw(5, (4, 9))
     x = 1e-3 * x
@@ -505,7 +505,7 @@ def test_a_return_that_is_no_number_moves_no_critic():
     assert all(torch.equal(v, before[k]) for k, v in c.state_dict()["model"].items())
 
 
-# ---- the actor and the vocabulary -----------------------------------------------------------------
+# ---- the actor and the vocabulary ----------------------------------------------------------------
 def test_warm_up_leaves_the_actor_alone():
     "Weight decay, entropy bonus and scheduler included; critics learn; then the actor does"
     t = run(n=2, warmup=2, beta=0.1)[1]
@@ -540,7 +540,10 @@ def sums():
         ids = task.tokenizer(task.prompt(i)).input_ids
         return Sample(ids, [5, 6, 7], [True] * 3, [-1.0] * 3, [0] * 3, float(i % 2))
 
-    groups = [Group(g, [replace(sample(g), reward=float(k % 2)) for k in range(4)]) for g in "01"]
+    groups = [
+        Group(g, "", 0, samples=[replace(sample(g), reward=float(k % 2)) for k in range(4)])
+        for g in (0, 1)
+    ]
     return collate(groups)
 
 
@@ -579,7 +582,7 @@ def test_ready_made_critics_name_an_id_they_do_not_know():
         AsyPPOTrainer(torch.nn.DataParallel(a.model), None, AsyPPOConfig("grpo"))
 
 
-# ---- a checkpoint as it comes from the hub --------------------------------------------------------
+# ---- a checkpoint as it comes from the hub -------------------------------------------------------
 @pytest.fixture
 def folders(tmp_path):
     "Actor and critic in bfloat16, as the hub has them"

@@ -208,7 +208,7 @@ def test_what_is_missing_is_named(lm, problems, tmp_path):
         load_policy("nobody/nothing")
 
 
-# ---- a checkpoint as it comes from the hub --------------------------------------------------------
+# ---- a checkpoint as it comes from the hub -------------------------------------------------------
 @pytest.fixture
 def half_folder(lm, tmp_path):
     "A folder like a hub's, in bfloat16"
@@ -283,7 +283,7 @@ def test_adapters_and_wrappers(lm, problems):
         train_rhythm(lm._replace(model=torch.nn.DataParallel(lm.model)), problems, few)
 
 
-# ---- configurations -------------------------------------------------------------------------------
+# ---- configurations ------------------------------------------------------------------------------
 def bad_values(field):
     "Values that no field of its kind may have"
     kind = str(field.type)

@@ -1,5 +1,5 @@
-"""Capture against a plain pass, one architecture after the other: a method agrees with the eager maps
-of each row alone, or it refuses by name and recommends nothing that fails. A dozen models, and with
+"""Capture against a plain pass, one architecture after the other: a method agrees with the eager
+maps of each row alone, or it refuses by name and recommends nothing that fails. A dozen models, and with
 LLMPAPERS_SWEEP=all every causal model of the installed Transformers"""
 
 import copy
@@ -227,7 +227,7 @@ def test_all_models(kind):
     agrees_or_refuses(model, kind)
 
 
-# ---- which layers -------------------------------------------------------------------------------
+# ---- which layers --------------------------------------------------------------------------------
 def test_layer_numbers_are_those_of_the_model():
     "Layers 1 and 3 have attention: they are the default, and the others are refused by number"
     model = build(config_class("Qwen3Next"), MORE, **PICKED["Qwen3Next"])
@@ -296,7 +296,7 @@ def test_flat_attention_does_not_hide_a_wrong_scale(monkeypatch):
         rhythm_signals(model, *tokens(), **KW)
 
 
-# ---- frequencies that depend on the input -------------------------------------------------------
+# ---- frequencies that depend on the input --------------------------------------------------------
 def stretched(kind):
     if kind == "longrope":
         factors = dict(short_factor=[1.0] * 4, long_factor=[6.0] * 4)
@@ -331,7 +331,7 @@ def test_company_does_not_change_the_frequencies(kind, method):
         torch.testing.assert_close(s.waad[i, m], waad(loc.mean(0), r, 4), atol=1e-4, rtol=0)
 
 
-# ---- wrappers -----------------------------------------------------------------------------------
+# ---- wrappers ------------------------------------------------------------------------------------
 class Wrapper(nn.Module):
     "Hides the arguments of the model, as adapters do"
 
@@ -387,7 +387,7 @@ def test_what_is_no_model_is_refused():
         rhythm_signals(model.base_model, tokens()[0] + 60, *tokens()[1:], **KW)
 
 
-# ---- threads, precision, mode -------------------------------------------------------------------
+# ---- threads, precision, mode --------------------------------------------------------------------
 def test_two_threads_and_an_exception_leave_the_implementation():
     "The second capture begins while the first is inside the model, and ends after it"
     model, x = build(config_class("Llama")), tokens()
@@ -464,7 +464,7 @@ def test_rows_of_a_pass_do_not_matter():
             rhythm_signals(model, ids, real, resp, rows=bad, **KW)
 
 
-# ---- generation settings stored with a model ----------------------------------------------------
+# ---- generation settings stored with a model -----------------------------------------------------
 def test_greedy_is_greedy_whatever_is_stored_with_the_model():
     model = build(config_class("Llama"), sharp=2.0)
     stored = model.generation_config
