@@ -544,7 +544,7 @@ def sums():
         Group(g, "", 0, samples=[replace(sample(g), reward=float(k % 2)) for k in range(4)])
         for g in (0, 1)
     ]
-    return collate(groups)
+    return collate(groups, 0)
 
 
 def table(n):
@@ -561,12 +561,10 @@ def test_what_counts_is_the_ids_that_occur():
     for bad, vocab in ((table(14), tok), (table(6), table(16)), (table(15), table(29))):
         with pytest.raises(ValueError, match="tokenizers do not match"):
             check_vocab(bad, vocab)
-    padded = AsyPPOConfig(batch_size=2, group_size=4, max_new_tokens=4, utd=1, critic_epochs=1)
-    lm = LM(table(64), tok, "padded")
-    reward = lambda p, r, i: float(len(r))  # noqa: E731
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert len(train_asyppo(lm, table(48), task.prompt, reward, 1, padded)[0]) == 1
+    for sizes in ((64, 50), (15, 64)):
+        a, small = (table(n) for n in sizes)
+        t = AsyPPOTrainer(a, [ValueModel(small) for _ in range(2)], AsyPPOConfig(), tokenizer=tok)
+        assert t.step(sums())["critic/rows"] == 8
 
 
 def test_ready_made_critics_name_an_id_they_do_not_know():

@@ -185,10 +185,26 @@ def _forward(
     return base(input_ids=ids, **{k: v for k, v in kwargs.items() if anything or k in args})
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #a75322e6
+@contextlib.contextmanager
+def _no_hooks_left(base: nn.Module):
+    "Transformers leaves hooks in a model that was once asked for its maps: take them out again"
+    mark = "_output_capturing_hooks_installed"
+    before = [(m, set(m._forward_hooks), mark in vars(m)) for m in base.modules()]
+    try:
+        yield
+    finally:
+        for m, hooks, marked in before:
+            for k in set(m._forward_hooks) - hooks:
+                del m._forward_hooks[k]
+            if not marked:
+                vars(m).pop(mark, None)
+
+
 def _plain_maps(base: nn.Module, ids: Tensor) -> list[Tensor]:
     "Attention maps (b,h,n,n) of the layers that have any"
-    maps = getattr(_forward(base, ids, output_attentions=True), "attentions", None) or ()
-    n = ids.shape[1]
+    with _no_hooks_left(base):
+        out = _forward(base, ids, output_attentions=True)
+    maps, n = getattr(out, "attentions", None) or (), ids.shape[1]
     return [a for a in maps if isinstance(a, Tensor) and a.ndim == 4 and a.shape[2:] == (n, n)]
 
 
@@ -613,7 +629,8 @@ def _hooked(model, ids, recorder, places):
         token = _recorder.set(recorder)
         try:
             hooks += [m.register_forward_hook(take, prepend=True) for m in index]
-            _forward(_base(model), ids, output_attentions=True)
+            with _no_hooks_left(_base(model)):
+                _forward(_base(model), ids, output_attentions=True)
         except _Stop:
             pass
         finally:
@@ -621,6 +638,55 @@ def _hooked(model, ids, recorder, places):
             for h in hooks:
                 h.remove()
     return recorder
+
+# %% ../../nbs/attention_rhythm/02_capture.ipynb #10c30685
+def _rope_limits(base: nn.Module) -> list[tuple[str, int]]:
+    "Kind and original length of rotary embeddings whose frequencies depend on the longest row"
+    found = []
+    for m in base.modules():
+        kinds = getattr(m, "rope_type", None)
+        for layer, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+            if kind == "longrope":
+                how = m.config.rope_parameters
+                how = how if layer is None else how[layer]
+                found.append((kind, how["original_max_position_embeddings"]))
+            elif isinstance(kind, str) and "dynamic" in kind:
+                found.append(("dynamic", m.original_max_seq_len))
+    return found
+
+
+def _passes(base: nn.Module, lengths: list[int], most: int | None) -> list[list[int]]:
+    "Row numbers of each pass: rows with the same frequencies, at most `most`; no empty rows"
+    limits, alike = _rope_limits(base), {}
+    for i, n in enumerate(lengths):
+        if n:
+            key = tuple(n > at if kind == "longrope" else max(n, at) for kind, at in limits)
+            alike.setdefault(key, []).append(i)
+    most = most or max(1, len(lengths))
+    return [rows[i : i + most] for rows in alike.values() for i in range(0, len(rows), most)]
+
+
+@contextlib.contextmanager
+def _fresh_frequencies(base: nn.Module):
+    "Begin with the frequencies of a fresh model, and put back what was there"
+    kept = []
+    for m in base.modules():
+        kinds = str(getattr(m, "rope_type", ""))
+        if "dynamic" in kinds or "longrope" in kinds:
+            names = [k for k in (*m._buffers, *vars(m)) if k.endswith(("inv_freq", "_cached"))]
+            kept.append((m, {k: getattr(m, k) for k in names}))
+    try:
+        for m, before in kept:
+            for k in before:
+                if k.endswith("_cached"):
+                    setattr(m, k, m.original_max_seq_len)
+                elif "original" not in k and (start := k.replace("inv", "original_inv")) in before:
+                    setattr(m, k, before[start].to(before[k].device))
+        yield
+    finally:
+        for m, before in kept:
+            for k, x in before.items():
+                setattr(m, k, x)
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #1e1193c9
 class _MapRecorder(_Recorder):
@@ -665,6 +731,7 @@ def _short_rows(base: nn.Module, rows: _Rows) -> list[Tensor]:
     i = int(rows.length.argmax())
     j = (i + 1) % len(rows.ids)
     own = [rows.ids[r, : int(rows.length[r].clamp(min=1))] for r in (i, j)]
+    n = min([n, *(at for _, at in _rope_limits(base))])  # both rows with the same frequencies
     return [x.repeat(-(-k // len(x)))[:k] for x, k in zip(own, (n, max(1, 2 * n // 3)))]
 
 
@@ -725,7 +792,7 @@ def _look(model: nn.Module, rows: _Rows, method: str) -> _Look:
     "Compare a method with a plain pass"
     base, texts = _base(model), _short_rows(_base(model), rows)
     ids = torch.stack([torch.cat([x, x[:1].expand(len(texts[0]) - len(x))]) for x in texts])
-    with torch.autocast(ids.device.type, enabled=False):
+    with torch.autocast(ids.device.type, enabled=False), _fresh_frequencies(base):
         with _attention_mode(model, "eager"):
             maps, places = _maps_and_places(base, ids[:1])
             truth = [[m[0] for m in maps], [m[0] for m in _plain_maps(base, texts[1][None])]]
@@ -769,54 +836,6 @@ def _usable(model: nn.Module, rows: _Rows, method: str) -> tuple[str, list[_Plac
         f"model: {type(base).__name__} cannot be captured by the {method} method: "
         f"{known[method].refusal}{advice}"
     )
-
-# %% ../../nbs/attention_rhythm/02_capture.ipynb #10c30685
-def _rope_limits(base: nn.Module) -> list[tuple[str, int]]:
-    "Kind and original length of rotary embeddings whose frequencies depend on the longest row"
-    found = []
-    for m in base.modules():
-        kinds = getattr(m, "rope_type", None)
-        for layer, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
-            if kind == "longrope":
-                how = m.config.rope_parameters
-                how = how if layer is None else how[layer]
-                found.append((kind, how["original_max_position_embeddings"]))
-            elif isinstance(kind, str) and "dynamic" in kind:
-                found.append(("dynamic", m.original_max_seq_len))
-    return found
-
-
-def _passes(base: nn.Module, lengths: list[int], most: int | None) -> list[list[int]]:
-    "Row numbers of each pass: rows with the same frequencies, at most `most`; no empty rows"
-    limits, alike = _rope_limits(base), {}
-    for i, n in enumerate(lengths):
-        if n:
-            key = tuple(n > at if kind == "longrope" else max(n, at) for kind, at in limits)
-            alike.setdefault(key, []).append(i)
-    most = most or max(1, len(lengths))
-    return [rows[i : i + most] for rows in alike.values() for i in range(0, len(rows), most)]
-
-
-@contextlib.contextmanager
-def _fresh_frequencies(base: nn.Module):
-    "Begin with the frequencies of a fresh model, and put back what was there"
-    kept = []
-    for m in base.modules():
-        if "dynamic" in str(getattr(m, "rope_type", "")):
-            names = [k for k in (*m._buffers, *vars(m)) if k.endswith(("inv_freq", "_cached"))]
-            kept.append((m, {k: getattr(m, k) for k in names}))
-    try:
-        for m, before in kept:
-            for k in before:
-                if k.endswith("_cached"):
-                    setattr(m, k, m.original_max_seq_len)
-                elif "original" not in k and (start := k.replace("inv", "original_inv")) in before:
-                    setattr(m, k, before[start].to(before[k].device))
-        yield
-    finally:
-        for m, before in kept:
-            for k, x in before.items():
-                setattr(m, k, x)
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #003e97d7
 class RhythmSignals(NamedTuple):
