@@ -567,6 +567,22 @@ def test_what_counts_is_the_ids_that_occur():
         assert t.step(sums())["critic/rows"] == 8
 
 
+def test_peft():
+    "An actor with adapters, critics from the same model; what cannot sample from it is refused"
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    lm = actor()._replace(model=peft.get_peft_model(actor().model, config))
+    before = {k: v.clone() for k, v in lm.model.named_parameters()}
+    cfg = AsyPPOConfig(batch_size=2, group_size=4, max_new_tokens=4, utd=2, lr=1e-2)
+    train_asyppo(lm, lm.model, task.prompt, lambda p, r, i: float(len(r)), 2, cfg)
+    for name, p in lm.model.named_parameters():
+        assert torch.equal(p, before[name]) != ("lora_" in name), name
+    with pytest.raises(ValueError, match="adapters"):
+        ValueModel(lm.model).save_pretrained("nowhere")
+    with pytest.raises(ValueError, match="with adapters"):
+        train_asyppo(lm, lm.model, task.prompt, please, 1, cfg, engine="vllm")
+
+
 def test_ready_made_critics_name_an_id_they_do_not_know():
     cfg = AsyPPOConfig(batch_size=2, group_size=4)
     a = actor()

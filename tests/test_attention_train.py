@@ -283,6 +283,18 @@ def test_adapters_and_wrappers(lm, problems):
         train_rhythm(lm._replace(model=torch.nn.DataParallel(lm.model)), problems, few)
 
 
+def test_peft(lm, problems):
+    "Only the adapters move; what cannot sample from them is refused"
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    policy = lm._replace(model=peft.get_peft_model(copy.deepcopy(lm.model), config))
+    run = train_rhythm(policy, problems, few)
+    for (name, p), q in zip(run.lm.model.named_parameters(), policy.model.parameters()):
+        assert torch.equal(p, q) != ("lora_" in name), name
+    with pytest.raises(ValueError, match="with adapters"):
+        train_rhythm(policy, problems, replace(few, engine="vllm"))
+
+
 # ---- configurations ------------------------------------------------------------------------------
 def bad_values(field):
     "Values that no field of its kind may have"

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 
 from llmpapers.attention_rhythm import capture
-from llmpapers.attention_rhythm.analysis import perturb_rollouts, token_entropy
+from llmpapers.attention_rhythm.analysis import perturb_rollouts, sample_responses, token_entropy
 from llmpapers.attention_rhythm.capture import capture_attention, capture_ways, rhythm_signals
 from llmpapers.attention_rhythm.metrics import fai, head_spans, waad
 
@@ -493,3 +493,17 @@ def test_greedy_is_greedy_whatever_is_stored_with_the_model():
             with torch.no_grad():
                 row.append(int(model(torch.tensor([row])).logits[0, -1].argmax()))
         assert got == [t for t in row[6:] if t != 2]
+
+
+def test_samples_are_those_of_the_temperature_alone():
+    "Stored settings change nothing, and dropout is off; entropies are those of evaluation mode"
+    tok = type("Tokenizer", (), dict(pad_token_id=0, eos_token_id=2))()
+    model = build(config_class("GPT2"), sharp=2.0, attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+    want = sample_responses(model, tok, prompts, 8, temperature=0.8, seed=1)
+    H = token_entropy(model, want.input_ids, want.attention_mask)
+    model.generation_config.update(repetition_penalty=4.0, min_p=0.5, min_new_tokens=7)
+    model.train()
+    got = sample_responses(model, tok, prompts, 8, temperature=0.8, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(got, want)) and model.training
+    assert torch.equal(token_entropy(model, want.input_ids, want.attention_mask), H)

@@ -432,6 +432,11 @@ def train_rhythm(
 ) -> RhythmRun:  # Rows, trained policy, trainer
     "GRPO with token credit"
     lm = load_policy(policy, device)
+    if getattr(lm.model, "peft_config", None) and (cfg.engine != "hf" or cfg.actors):
+        raise ValueError(
+            "policy: a model with adapters is sampled from in this process only; "
+            "take engine='hf' and actors=0, or merge the adapters first"
+        )
     tok = lm.tokenizer
     if not any(p.requires_grad for p in lm.model.parameters()):
         lm.model.requires_grad_(True)  # with adapters, only these are trained
