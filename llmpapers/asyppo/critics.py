@@ -18,6 +18,8 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..core.lm import _no_bars
+
 # %% ../../nbs/asyppo/02_critics.ipynb #b2590081
 def _backbone(model):
     "The transformer without head, out of whatever wraps it"
@@ -59,9 +61,7 @@ class ValueModel(nn.Module):
         self,
         input_ids: Tensor,  # (B,N) int64, right-padded
         attention_mask: Tensor,  # (B,N) bool, real tokens
-    ) -> (
-        Tensor
-    ):  # (B,N) float32 value of the state before each token; 0 at position 0 and at padding
+    ) -> Tensor:  # (B,N) float32 value of the state before each token; 0 at 0 and at padding
         "Values of all prefixes"
         real = attention_mask.bool()
         if (real[:, 1:] & ~real[:, :-1]).any():
@@ -84,7 +84,8 @@ def save_pretrained(
     folder = Path(folder)
     if any("lora_" in name for name, _ in self.backbone.named_parameters()):
         raise ValueError("the backbone has adapters inside; merge them before it is saved")
-    self.backbone.save_pretrained(folder)
+    with _no_bars():
+        self.backbone.save_pretrained(folder)
     head = {k: v.detach().cpu().contiguous() for k, v in self.head.state_dict().items()}
     save_file(head, folder / "value_head.safetensors")
     return folder
@@ -103,7 +104,8 @@ def from_pretrained(
     for name in ("config.json", "value_head.safetensors"):
         if not (folder / name).is_file():
             raise ValueError(f"folder: {folder} holds no {name}; is it a critic's?")
-    backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    with _no_bars():
+        backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     critic = cls(backbone, copy_model=False)
     critic.head.load_state_dict(load_file(folder / "value_head.safetensors"))
     return critic.to(device or "cpu").eval()

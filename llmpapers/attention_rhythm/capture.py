@@ -289,7 +289,7 @@ def capture_attention(
     maps, places = _maps_and_places(base, rows.ids)
     order = [p.layer for p in places]
     layers = _choose_layers(layers, order, type(base).__name__)
-    maps = torch.stack([maps[order.index(i)] for i in layers])
+    maps = torch.stack([maps[order.index(i)].to(ids.device) for i in layers])
     return maps if real.all() else _maps_back(maps, rows, ids.shape[1])
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #980e4916
@@ -470,7 +470,7 @@ def _rhythm_mask(
         raise NotImplementedError("its mask is not a function of positions alone")
     if allow_is_causal_skip and (local_size is None or kv_length < local_size):
         return None
-    return _RowMask(mask_function, torch.device(kwargs.get("device", "cpu")))
+    return _RowMask(mask_function, kwargs.get("device", _recorder.get().resp.device))
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #5bf2795e
 def _capped(q, k, v, mask, scaling, softcap):
@@ -694,8 +694,8 @@ def _fresh_frequencies(base: nn.Module):
 class _MapRecorder(_Recorder):
     "Keeps whole maps of a short input"
 
-    def __init__(self, shape):
-        super().__init__([], torch.ones(shape, dtype=torch.bool), 1, 0, None, shape[1], False)
+    def __init__(self, ids):
+        super().__init__([], torch.ones_like(ids).bool(), 1, 0, None, ids.shape[1], False)
         self.maps = []
 
     def called(self, q, k, scaling, mask, softcap):
@@ -711,11 +711,11 @@ class _MapRecorder(_Recorder):
 def _maps_by(method: str, model: nn.Module, ids: Tensor, places: list) -> list[Tensor]:
     "Maps (b,h,n,n) of all layers with attention, by one of the methods"
     if method == "band":
-        return _recorded(model, ids, _MapRecorder(ids.shape)).maps
+        return _recorded(model, ids, _MapRecorder(ids)).maps
     if method == "hook":
         if any(p.module is None for p in places):
             raise NotImplementedError("no module of it returns its attention map")
-        return _hooked(model, ids, _MapRecorder(ids.shape), places).maps
+        return _hooked(model, ids, _MapRecorder(ids), places).maps
     with _attention_mode(model, "eager"):
         return _plain_maps(_base(model), ids)
 
@@ -905,7 +905,8 @@ def _dense_pass(model, rows, way, places, layers, how) -> _Seen:
     order = [p.layer for p in places]
     with _attention_mode(model, "eager"):
         maps = _plain_maps(_base(model), rows.ids)
-    attn, first = torch.stack([maps[order.index(i)] for i in layers]), how["drop_first"]
+    attn = torch.stack([maps[order.index(i)].to(rows.ids.device) for i in layers])
+    first = how["drop_first"]
     spans = head_spans(attn, rows.resp, first) * rows.resp.sum()
     horizon = how["h_lo"], how["h_hi"]
 

@@ -336,8 +336,8 @@ def credit_gamma(
     alpha: float = 0.5,  # Hand-back of "coupled"
     k: int = 3,  # Window of "coupled"
     select: str = "top",  # "top" or "bottom"
-    tau_waad=None,  # Thresholds of "coupled", see `coupled_gamma`
-    tau_delta=None,
+    tau_waad=None,  # Threshold of "coupled" for WAAD, see `coupled_gamma`
+    tau_delta=None,  # Threshold of "coupled" for the jump
 ) -> Tensor:  # Same shape
     "Coefficients of a strategy by its name"
     if strategy not in strategies:
