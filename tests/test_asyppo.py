@@ -615,7 +615,8 @@ def test_half_precision_checkpoints_learn(folders):
     cfg = AsyPPOConfig(
         batch_size=4, group_size=8, max_new_tokens=4, utd=2, lr=1e-2, critic_epochs=2, bf16=True
     )
-    rows, t = train_asyppo(*folders, task.prompt, please, 10, cfg, device="cpu")
+    where = dict(device="cpu", critic_device="cpu")
+    rows, t = train_asyppo(*folders, task.prompt, please, 10, cfg, **where)
     rewards = [r["rollout/reward"] for r in rows]
     assert sum(rewards[-3:]) > 2 * sum(rewards[:3]) + 0.1
     trained = [t.model, *(c.model for c in t.critic.members)]

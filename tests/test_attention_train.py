@@ -1,6 +1,7 @@
 "Token credit in training: equivalences, engines and loops by argument, cost, and the tabular world"
 
 import copy
+import json
 import math
 from dataclasses import fields, replace
 
@@ -9,6 +10,14 @@ import pytest
 import torch
 
 from llmpapers.attention_rhythm import train as T
+from llmpapers.attention_rhythm.analysis import (
+    coupling_stats,
+    load_prompts,
+    perturb_rollouts,
+    sample_responses,
+    token_entropy,
+)
+from llmpapers.attention_rhythm.capture import rhythm_signals
 from llmpapers.attention_rhythm.credit import credit_gamma
 from llmpapers.attention_rhythm.train import (
     CountdownLMConfig,
@@ -261,6 +270,30 @@ def test_the_published_recipe_runs(problems, half_folder, monkeypatch, loop):
     run = train_rhythm(half_folder, problems, cfg, gpu_memory_utilization=0.4)
     assert [r["step"] for r in run.rows] == [1, 2] and run.trainer.advantages_fn.heads is not None
     assert made == [(str(half_folder), "bfloat16", dict(gpu_memory_utilization=0.4))]
+
+
+def test_a_checkpoint_and_a_data_set_are_measured(half_folder, tmp_path):
+    "The path of `model=` and `dataset=`: JSON lines as the field writes them, a bfloat16 folder"
+    questions = ["a = b + c ?", "b = a - c ; \u2028 c = a"]
+    lines = [json.dumps(dict(question=q), ensure_ascii=False) for q in questions]
+    (tmp_path / "data.jsonl").write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
+    net, tok, _ = load_lm(str(half_folder))
+    prompts = load_prompts(str(tmp_path / "data.jsonl"), 2, tok)
+    assert prompts == [tok(q)["input_ids"] for q in questions]
+    res = sample_responses(net, tok, prompts, 24, seed=0)
+    sig = rhythm_signals(net, *res, h_lo=2, h_hi=10)
+    H = token_entropy(net, res.input_ids, res.attention_mask)
+    assert sig.waad.dtype == H.dtype == torch.float32 and (H[res.response_mask] > 0).all()
+    rows = coupling_stats(sig.waad, sig.fai, H, res.response_mask, n_perm=20)
+    assert all(0 < r.p_value <= 1 for r in rows)
+    p = perturb_rollouts(
+        net,
+        res.input_ids,
+        int(res.response_mask[0].long().argmax()) + 2,
+        max_new_tokens=4,
+        attention_mask=res.attention_mask,
+    )
+    assert p.candidates.shape == (2, 3) and all(len(c) == 4 for c in p.continuations)
 
 
 def test_the_gpu_recipe_runs(lm, problems):

@@ -405,22 +405,26 @@ def test_two_threads_and_an_exception_leave_the_implementation():
     model, x = build(config_class("Llama")), tokens()
     model.set_attn_implementation("sdpa")
     want = rhythm_signals(model, *x, **KW)
-    inside, second, got = threading.Event(), threading.Event(), {}
+    inside, second, done, got = *(threading.Event() for _ in range(3)), {}
 
-    def wait(*_):
-        if not inside.is_set():
+    def meet(*_):  # with a lock the second one cannot come in: then go on
+        if threading.current_thread().name == "first":
             inside.set()
-            second.wait(1.0)  # with a lock the second one cannot come in: then go on
+            second.wait(1.0)
+        elif threading.current_thread().name == "second":
+            second.set()
+            done.wait(5.0)
 
-    hook = model.model.layers[0].register_forward_pre_hook(wait)
+    hook = model.model.layers[0].register_forward_pre_hook(meet)
 
     def capture_in(name):
         if name == "second":
-            inside.wait()
-            second.set()
+            inside.wait(5.0)
         got[name] = rhythm_signals(model, *x, **KW)
+        if name == "first":
+            done.set()
 
-    threads = [threading.Thread(target=capture_in, args=(n,)) for n in ("first", "second")]
+    threads = [threading.Thread(target=capture_in, args=(n,), name=n) for n in ("first", "second")]
     for t in threads:
         t.start()
     for t in threads:
