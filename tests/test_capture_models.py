@@ -253,6 +253,21 @@ def test_sinks_are_named_and_nothing_is_recommended():
         assert "method=" not in str(e.value)
 
 
+def test_a_way_that_fails_is_not_recommended():
+    "Falcon cannot change its implementation once it is made"
+    falcon = build(config_class("Falcon"), MORE, multi_query=True)
+    falcon.config._attn_implementation = "sdpa"
+    with pytest.raises(RuntimeError, match="'sdpa'.*; load it with") as e:
+        capture_attention(falcon, tokens()[0])
+    assert "set_attn_implementation" not in str(e.value)
+    llama = build(config_class("Llama"))
+    llama.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="set_attn_implementation"):
+        capture_attention(llama, tokens()[0])
+    llama.set_attn_implementation("eager")
+    assert capture_attention(llama, tokens()[0]).shape == (2, 2, 4, 26, 26)
+
+
 def test_a_model_without_attention_is_refused_by_name():
     model = build(config_class("Mamba"), MORE)
     with pytest.raises(NotImplementedError, match="MambaModel.*no attention maps"):

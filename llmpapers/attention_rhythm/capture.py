@@ -280,10 +280,12 @@ def capture_attention(
     base = _base(model)
     how = base.config.get_text_config(decoder=True)._attn_implementation
     if how != "eager":  # other implementations never return maps
+        ways = ['load it with attn_implementation="eager"']
+        if base._can_set_attn_implementation():
+            ways.insert(0, 'call model.set_attn_implementation("eager")')
         raise RuntimeError(
             f"model: its attention implementation is {how!r}, which returns no maps; "
-            'call model.set_attn_implementation("eager"), or load it with '
-            'attn_implementation="eager"'
+            + ", or ".join(ways)
         )
     rows = _to_front(ids, real)
     maps, places = _maps_and_places(base, rows.ids)
