@@ -1,13 +1,24 @@
 "Token credit in training: equivalences, engines and loops by argument, cost, and the tabular world"
 
+import copy
+import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 
 from llmpapers.attention_rhythm import train as T
+from llmpapers.attention_rhythm.analysis import (
+    coupling_stats,
+    load_prompts,
+    perturb_rollouts,
+    sample_responses,
+    token_entropy,
+)
+from llmpapers.attention_rhythm.capture import rhythm_signals
+from llmpapers.attention_rhythm.credit import credit_gamma
 from llmpapers.attention_rhythm.train import (
     CountdownLMConfig,
     Problems,
@@ -74,25 +85,59 @@ def test_amp_one_is_grpo_and_the_plug_acts(lm, problems):
         assert not torch.equal(flat(train_rhythm(lm, problems, replace(few, strategy=s)).lm), plain)
 
 
-def test_signals_in_parts_use_one_head_split(lm, problems):
-    """Rows of one forward pass: parts after the first use its heads, and the model's attention is
-    what it was"""
+def test_neither_parts_nor_order_change_the_credit(lm, problems):
+    """Any number of rows at a time, any order, a part without a response token: the same heads, the
+    same coefficients, and the model's attention is what it was"""
     run = train_rhythm(lm, problems, few)
-    seen, credit = [], RhythmCredit(run.trainer, replace(few, signal_rows=2))
-    real, T.rhythm_signals = (
-        T.rhythm_signals,
-        lambda *a, **k: (seen.append(k["heads"]), real(*a, **k))[1],
+    batch = batch_of(lm, problems)
+    batch.response_mask[1] = False
+    whole = RhythmCredit(run.trainer, few).signals(batch)
+    gamma = credit_gamma("coupled", batch.response_mask, **whole)
+    order = torch.tensor([4, 1, 5, 0, 3, 2])
+    for rows in (1, 2, 4):
+        credit = RhythmCredit(run.trainer, replace(few, signal_rows=rows))
+        parts, moved = credit.signals(batch), credit.signals(batch.rows(order.tolist()))
+        for name in ("waad", "fai"):
+            torch.testing.assert_close(parts[name], whole[name], atol=1e-5, rtol=0)
+            torch.testing.assert_close(moved[name], whole[name][order], atol=1e-5, rtol=0)
+        again = credit_gamma("coupled", batch.response_mask[order], **moved)
+        assert torch.equal(again, gamma[order])
+    assert run.lm.model.config._attn_implementation == "sdpa"
+
+
+def test_frozen_heads_stay_and_are_in_the_checkpoint(lm, problems, tmp_path):
+    "The heads of the first batch serve the run, also after it was broken off"
+    cfg = replace(few, steps=3, freeze=True, lr=3e-2, signal_rows=2)
+    whole = train_rhythm(lm, problems, cfg)
+    heads = whole.trainer.advantages_fn.heads
+    free = train_rhythm(lm, problems, replace(cfg, freeze=False))
+    assert free.trainer.advantages_fn.heads is None
+    train_rhythm(lm, problems, replace(cfg, steps=1), out=tmp_path / "run")
+    rest = train_rhythm(lm, problems, cfg, out=tmp_path / "run")
+    kept = rest.trainer.advantages_fn.heads
+    assert all(torch.equal(a, b) for a, b in zip(kept, heads))
+    assert torch.equal(flat(rest.lm), flat(whole.lm))
+
+
+@pytest.mark.parametrize("strategy", ["random", "entropy"])
+def test_a_resumed_run_draws_what_the_whole_run_drew(lm, problems, tmp_path, strategy):
+    cfg = replace(few, strategy=strategy, steps=3)
+    whole = train_rhythm(lm, problems, cfg)
+    train_rhythm(lm, problems, replace(cfg, steps=1), out=tmp_path / "run")
+    assert torch.equal(
+        flat(train_rhythm(lm, problems, cfg, out=tmp_path / "run").lm), flat(whole.lm)
     )
-    try:
-        batch = batch_of(lm, problems)
-        sig = credit.signals(batch)
-    finally:
-        T.rhythm_signals = real
-    assert seen[0] is None and all(h is not None for h in seen[1:]) and len(seen) == 3
-    assert (
-        sig["waad"].shape == batch.input_ids.shape
-        and run.lm.model.config._attn_implementation == "sdpa"
-    )
+
+
+def test_thresholds_of_the_configuration_reach_the_credit(lm, problems):
+    "With an infinite jump nothing is handed back: coupled is then global"
+    batch, run = batch_of(lm, problems), train_rhythm(lm, problems, replace(few, steps=1))
+
+    def shaped(**kw):
+        return RhythmCredit(run.trainer, replace(few, **kw))(batch)
+
+    assert torch.equal(shaped(tau_delta=math.inf), shaped(strategy="global"))
+    assert not torch.equal(shaped(), shaped(strategy="global"))
 
 
 def batch_of(lm, problems):
@@ -172,21 +217,167 @@ def test_what_is_missing_is_named(lm, problems, tmp_path):
         load_policy("nobody/nothing")
 
 
+# ---- a checkpoint as it comes from the hub -------------------------------------------------------
+@pytest.fixture
+def half_folder(lm, tmp_path):
+    "A folder like a hub's, in bfloat16"
+    model = copy.deepcopy(lm.model).to(torch.bfloat16)
+    return save_lm(lm._replace(model=model), tmp_path / "policy")
+
+
+def test_half_precision_checkpoints_are_trained_in_single_precision(lm, problems, half_folder):
+    "Folder, path and model in memory: float32 masters move by steps that bfloat16 could not hold"
+    start = load_lm(str(half_folder))
+    assert start.model.dtype == torch.bfloat16
+    cfg = replace(few, lr=1e-6, bf16=True)
+    for policy in (str(half_folder), half_folder, start):
+        run = train_rhythm(policy, problems, cfg)
+        moved = flat(run.lm) - flat(start).float()
+        assert {p.dtype for p in run.lm.model.parameters()} == {torch.float32}
+        assert (moved != 0).float().mean() > 0.9
+        assert not torch.equal(flat(run.lm), flat(run.lm).to(torch.bfloat16).float())
+    assert start.model.dtype == torch.bfloat16
+
+
+def test_a_half_precision_checkpoint_learns(problems, half_folder):
+    "The reward of a task that is easy to please rises"
+    tok = load_lm(str(half_folder)).tokenizer
+    liked = tok.decode([tok.vocab_size - 3])
+    please = Problems(problems.prompt, lambda p, r, info: r.count(liked) / max(1, len(r)))
+    cfg = RhythmConfig(
+        steps=12, prompts=4, group_size=8, max_new_tokens=8, lr=1e-2, h_lo=1, h_hi=6, bf16=True
+    )
+    rewards = [r["rollout/reward"] for r in train_rhythm(half_folder, please, cfg).rows]
+    assert sum(rewards[-3:]) > 2 * sum(rewards[:3]) + 0.1
+
+
+@pytest.mark.parametrize("loop", ["sync", "async"])
+def test_the_published_recipe_runs(problems, half_folder, monkeypatch, loop):
+    "Two steps of `rhythm_paper` on a tiny checkpoint, with little data and a stand-in for vLLM"
+    from llmpapers.rl import run as arrangements
+
+    made = []
+
+    class Stand(HFEngine):
+        def __init__(self, model, max_active, dtype, seed, **args):
+            made.append((str(model), dtype, args))
+            lm = load_lm(str(model), dtype=torch.float32)
+            super().__init__(lm.model, max_active=max_active, decoder=Decoder)
+
+    monkeypatch.setattr(arrangements, "VLLMEngine", Stand)
+    less = dict(steps=2, prompts=2, group_size=2, max_new_tokens=8, h_lo=1, h_hi=6, minibatches=2)
+    cfg = replace(T.rhythm_paper, loop=loop, async_ratio=0.0, **less)
+    run = train_rhythm(half_folder, problems, cfg, gpu_memory_utilization=0.4)
+    assert [r["step"] for r in run.rows] == [1, 2] and run.trainer.advantages_fn.heads is not None
+    assert made == [(str(half_folder), "bfloat16", dict(gpu_memory_utilization=0.4))]
+
+
+def test_a_checkpoint_and_a_data_set_are_measured(half_folder, tmp_path):
+    "The path of `model=` and `dataset=`: JSON lines as the field writes them, a bfloat16 folder"
+    questions = ["a = b + c ?", "b = a - c ; \u2028 c = a"]
+    lines = [json.dumps(dict(question=q), ensure_ascii=False) for q in questions]
+    (tmp_path / "data.jsonl").write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
+    net, tok, _ = load_lm(str(half_folder))
+    prompts = load_prompts(str(tmp_path / "data.jsonl"), 2, tok)
+    assert prompts == [tok(q)["input_ids"] for q in questions]
+    res = sample_responses(net, tok, prompts, 24, seed=0)
+    sig = rhythm_signals(net, *res, h_lo=2, h_hi=10)
+    H = token_entropy(net, res.input_ids, res.attention_mask)
+    assert sig.waad.dtype == H.dtype == torch.float32 and (H[res.response_mask] > 0).all()
+    rows = coupling_stats(sig.waad, sig.fai, H, res.response_mask, n_perm=20)
+    assert all(0 < r.p_value <= 1 for r in rows)
+    p = perturb_rollouts(
+        net,
+        res.input_ids,
+        int(res.response_mask[0].long().argmax()) + 2,
+        max_new_tokens=4,
+        attention_mask=res.attention_mask,
+    )
+    assert p.candidates.shape == (2, 3) and all(len(c) == 4 for c in p.continuations)
+
+
+def test_the_gpu_recipe_runs(lm, problems):
+    "Two steps of the recipe of the `gpu` scale"
+    size = T.rhythm_scales["gpu"]
+    less = dict(steps=2, prompts=2, group_size=2, max_new_tokens=8, h_lo=1, h_hi=6)
+    assert len(train_rhythm(lm, problems, replace(size.run, **less)).rows) == 2
+    tiny = replace(size.lm, lm=replace(size.lm.lm, layers=1), train=replace(size.lm.train, steps=2))
+    assert tiny.task == size.problems
+
+
+def test_adapters_and_wrappers(lm, problems):
+    "What was frozen stays frozen; a model inside DataParallel is named"
+    part = lm._replace(model=copy.deepcopy(lm.model).requires_grad_(False))
+    part.model.model.layers[0].mlp.requires_grad_(True)
+    run = train_rhythm(part, problems, few)
+    for (name, p), q in zip(run.lm.model.named_parameters(), lm.model.parameters()):
+        assert torch.equal(p, q) != ("layers.0.mlp" in name)
+    with pytest.raises(TypeError, match="DataParallel; pass the model inside"):
+        train_rhythm(lm._replace(model=torch.nn.DataParallel(lm.model)), problems, few)
+
+
+def test_peft(lm, problems):
+    "Only the adapters move; what cannot sample from them is refused"
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    policy = lm._replace(model=peft.get_peft_model(copy.deepcopy(lm.model), config))
+    run = train_rhythm(policy, problems, few)
+    for (name, p), q in zip(run.lm.model.named_parameters(), policy.model.parameters()):
+        assert torch.equal(p, q) != ("lora_" in name), name
+    with pytest.raises(ValueError, match="with adapters"):
+        train_rhythm(policy, problems, replace(few, engine="vllm"))
+
+
+# ---- configurations ------------------------------------------------------------------------------
+def bad_values(field):
+    "Values that no field of its kind may have"
+    kind = str(field.type)
+    if "tuple" in kind:
+        return [(1.5,), (2, 1), (True,), (), 3, "x"]
+    bad = [math.nan, "x", [1]]
+    if "bool" in kind:
+        return [*bad, 2, 1.5]
+    if "str" in kind:
+        return ["x", 3, True]
+    if "int" in kind:
+        return [*bad, -1, 1.5, True, math.inf]
+    return [*bad, True] + ([] if field.name.startswith("tau") else [-1.0])
+
+
+@pytest.mark.parametrize("config", [RhythmConfig, TabularConfig])
+def test_every_field_is_checked_by_name(config):
+    for f in fields(config):
+        for bad in bad_values(f):
+            with pytest.raises((ValueError, TypeError)) as e:
+                config(**{f.name: bad})
+            assert f"{f.name}=" in str(e.value) and "must be" in str(e.value), (f.name, bad)
+        config(**{f.name: getattr(config(), f.name)})
+
+
 @pytest.mark.parametrize(
-    "kw",
+    "kw, says",
     [
-        dict(strategy="x"),
-        dict(sign="x"),
-        dict(engine="x"),
-        dict(loop="x"),
-        dict(steps=0),
-        dict(group_size=1),
-        dict(h_lo=9, h_hi=3),
+        (dict(q=2), "q=2 must be a number in [0, 1]"),
+        (dict(k=-1), "k=-1 must be an integer in [0, inf)"),
+        (dict(window=0), "window=0 must be an integer in [1, inf)"),
+        (dict(select="x"), "select='x' must be one of top, bottom"),
+        (dict(frac=0.0), "frac=0.0 must be a number in (0, 0.5]"),
+        (dict(temperature=0), "temperature=0 must be a number in (0, inf)"),
+        (dict(group_size=1), "group_size=1 must be an integer in [2, inf)"),
+        (dict(h_lo=9, h_hi=3), "h_hi=3 is below h_lo=9"),
     ],
 )
-def test_bad_configuration(kw):
-    with pytest.raises(ValueError, match=next(reversed(kw))):
+def test_messages_name_field_and_range(kw, says):
+    with pytest.raises(ValueError) as e:
         RhythmConfig(**kw)
+    assert says in str(e.value)
+
+
+def test_numbers_of_numpy_become_plain():
+    cfg = RhythmConfig(seed=np.int64(3), lr=np.float32(0.5), layers=[np.int64(1), 2])
+    assert (type(cfg.seed), type(cfg.lr), cfg.layers) == (int, float, (1, 2))
+    with pytest.raises(TypeError, match="task=3 must be a Countdown"):
+        CountdownLMConfig(task=3)
 
 
 # ---- Countdown -----------------------------------------------------------------------------------

@@ -9,12 +9,30 @@ __all__ = ['ValueModel', 'check_vocab', 'shard_groups', 'ensemble_stats', 'criti
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Integral
+from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..core.lm import _no_bars
+
 # %% ../../nbs/asyppo/02_critics.ipynb #b2590081
+def _backbone(model):
+    "The transformer without head, out of whatever wraps it"
+    from transformers import PreTrainedModel
+
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"model: {type(model).__name__} adds tokens of its own; take the model inside"
+        )
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+    return getattr(inner, "base_model", inner)
+
+
 class ValueModel(nn.Module):
     "A transformer backbone with a scalar head"
 
@@ -24,9 +42,12 @@ class ValueModel(nn.Module):
         copy_model: bool = True,  # Leave the given model as it is
     ):
         super().__init__()
-        base = getattr(model, "base_model", model)
+        base = _backbone(model)
         self.backbone = copy.deepcopy(base) if copy_model else base
-        size = getattr(base.config, "hidden_size", None)
+        config = getattr(base, "config", None)
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config(decoder=True)
+        size = getattr(config, "hidden_size", None)
         if size is None:
             raise ValueError(
                 f"model: the configuration of {type(model).__name__} has no hidden_size; "
@@ -40,23 +61,72 @@ class ValueModel(nn.Module):
         self,
         input_ids: Tensor,  # (B,N) int64, right-padded
         attention_mask: Tensor,  # (B,N) bool, real tokens
-    ) -> Tensor:  # (B,N) float32 value of the state before each token; position 0 is 0
+    ) -> Tensor:  # (B,N) float32 value of the state before each token; 0 at 0 and at padding
         "Values of all prefixes"
+        real = attention_mask.bool()
+        if (real[:, 1:] & ~real[:, :-1]).any():
+            raise ValueError("attention_mask has padding before a token; pad on the right")
+        ids = torch.where(real, input_ids, 0)
         h = self.backbone(
-            input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
         ).last_hidden_state
-        return nn.functional.pad(self.head(h).squeeze(-1).float()[:, :-1], (1, 0))
+        h = torch.where(real[..., None], h, 0)  # before the head: no gradient through padding
+        v = nn.functional.pad(self.head(h).squeeze(-1).float()[:, :-1], (1, 0))
+        return torch.where(real, v, 0)
+
+# %% ../../nbs/asyppo/02_critics.ipynb #ed5fc112
+@patch
+def save_pretrained(
+    self: ValueModel,
+    folder: "str|Path",  # Where; made if it does not exist
+) -> Path:  # The folder
+    "Keep the critic: backbone in the hub's format, head in `value_head.safetensors`"
+    folder = Path(folder)
+    if any("lora_" in name for name, _ in self.backbone.named_parameters()):
+        raise ValueError("the backbone has adapters inside; merge them before it is saved")
+    with _no_bars():
+        self.backbone.save_pretrained(folder)
+    head = {k: v.detach().cpu().contiguous() for k, v in self.head.state_dict().items()}
+    save_file(head, folder / "value_head.safetensors")
+    return folder
+
+
+@patch(cls_method=True)
+def from_pretrained(
+    cls: ValueModel,
+    folder: "str|Path",  # From `save_pretrained`
+    device=None,  # Where to put it; None is the CPU
+) -> ValueModel:  # In float32, in evaluation mode
+    "A critic as it was kept"
+    from transformers import AutoModel
+
+    folder = Path(folder)
+    for name in ("config.json", "value_head.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(f"folder: {folder} holds no {name}; is it a critic's?")
+    with _no_bars():
+        backbone = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    critic = cls(backbone, copy_model=False)
+    critic.head.load_state_dict(load_file(folder / "value_head.safetensors"))
+    return critic.to(device or "cpu").eval()
 
 # %% ../../nbs/asyppo/02_critics.ipynb #2be290a3
 def check_vocab(
     critic,  # Model or backbone of a critic
-    actor,  # Model of the actor
+    vocab,  # Tokenizer of the actor; or its model, whose table may be padded to a multiple
 ) -> None:
     "Refuse a critic that cannot read the actor's token ids"
-    c, a = critic.get_input_embeddings().num_embeddings, actor.get_input_embeddings().num_embeddings
-    if c < a:
+    rows = critic.get_input_embeddings().num_embeddings
+    if hasattr(vocab, "get_vocab"):
+        needed, what = max(vocab.get_vocab().values()) + 1, "the tokenizer"
+    else:
+        needed, what = vocab.get_input_embeddings().num_embeddings, "the actor"
+        sizes = (8, 16, 32, 64, 128, 256, 512)
+        if needed < 2 * rows and any(needed % m == 0 and needed - rows < m for m in sizes):
+            return  # the table of the critic, padded
+    if rows < needed:
         raise ValueError(
-            f"critic: its vocabulary has {c} ids, the actor's {a}; "
+            f"critic: its vocabulary has {rows} ids, {what} {needed}; "
             "the tokenizers do not match, take a critic of the same family"
         )
 
@@ -73,6 +143,10 @@ def _places(group_ids):
     return g, rank, n
 
 
+def _whole(x):
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
 def shard_groups(
     group_ids: "Tensor|Sequence",  # (B,) group of each response: numbers or text, in any order
     n_critics: int,  # Number of critics, M
@@ -80,8 +154,10 @@ def shard_groups(
     by: str = "response",  # "response" (the paper), "prompt" (whole groups; a control)
 ) -> Tensor:  # (B,) int64, the critic that trains on each response
     "Deal the responses of each group to the critics"
-    if not isinstance(n_critics, int) or n_critics < 1:
+    if not _whole(n_critics) or n_critics < 1:
         raise ValueError(f"n_critics={n_critics!r} must be a positive integer")
+    if not _whole(seed):
+        raise ValueError(f"seed={seed!r} must be an integer")
     if by not in ("response", "prompt"):
         raise ValueError(f"by={by!r} must be 'response' or 'prompt'")
     g, rank, n = _places(group_ids)
@@ -99,7 +175,7 @@ def shard_groups(
 def ensemble_stats(
     values: Tensor,  # (M,B,T) predictions of each critic
     how: str = "mean",  # "mean" (the paper) or "min"
-) -> tuple[Tensor, Tensor]:  # (B,T) aggregated value, (B,T) population deviation
+) -> tuple[Tensor, Tensor]:  # (B,T) value and population deviation, single precision at least
     "Aggregate and spread of the critics' predictions"
     if values.dim() != 3 or not len(values):
         raise ValueError(
@@ -107,6 +183,7 @@ def ensemble_stats(
         )
     if how not in ("mean", "min"):
         raise ValueError(f"how={how!r} must be 'mean' or 'min'")
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
     d = values - values[:1]
     centre = d.mean(0)
     value = values[0] + centre if how == "mean" else values.amin(0)
@@ -130,13 +207,18 @@ def critic_loss(
         )
     if clip is not None and old_values is None:
         raise ValueError(f"old_values is None, but clip={clip} needs them")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip} must be positive, or None")
     mine = (shard == torch.arange(len(values), device=shard.device)[:, None]) | (shard == -1)
     w = mine[:, :, None] & mask.bool()
-    err = (values - returns).square()
+    # masked before anything is computed: a NaN outside reaches neither value nor gradient
+    kind = torch.promote_types(values.dtype, torch.float32)
+    v, r = torch.where(w, values.to(kind), 0), torch.where(w, returns.to(kind), 0)
+    err = (v - r).square()
     if clip is not None:
-        near = old_values + (values - old_values).clamp(-clip, clip)
-        err = torch.maximum(err, (near - returns).square())
-    per = torch.where(w, err, 0.0).sum((1, 2)) / w.sum((1, 2)).clamp(min=1)
+        old = torch.where(w, old_values.to(kind), 0)
+        err = torch.maximum(err, (old + (v - old).clamp(-clip, clip) - r).square())
+    per = err.sum((1, 2)) / w.sum((1, 2)).clamp(min=1)
     return per.sum(), per
 
 # %% ../../nbs/asyppo/02_critics.ipynb #72874483

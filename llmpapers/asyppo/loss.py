@@ -55,6 +55,8 @@ def asyppo_loss(
         entropy=entropy,
         ent_mask=ent_mask,
     )
+    if not clip > 0 or (clip_high is not None and not clip_high > 0):
+        raise ValueError(f"clip={clip} and clip_high={clip_high} must be positive")
     if beta and entropy is None:
         raise ValueError(f"entropy is None, but beta={beta} needs it")
     m = mask.bool()
@@ -63,7 +65,11 @@ def asyppo_loss(
         return torch.where(m, x, 0.0)
 
     high = clip if clip_high is None else clip_high
-    surrogate = ppo_loss(safe(logp), safe(old_logp), safe(adv), clip, high)
+    given = (
+        safe(old_logp).detach(),
+        safe(adv).detach(),
+    )  # only `logp` and `entropy` are learned from
+    surrogate = ppo_loss(safe(logp), *given, clip, high)
     policy = _mean(surrogate, mask, adv_mask, renorm, denom)
     stats, loss = dict(policy=policy.item()), policy
     for name, x in (("masked", adv_mask), ("filtered", ent_mask)):

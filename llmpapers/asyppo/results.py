@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .critics import ValueModel, ensemble_stats, shard_groups
-from .gae import gae, terminal_rewards, whiten
+from .gae import _ranges, gae, terminal_rewards, whiten
 from .loss import asyppo_loss
 from .masks import advantage_mask, random_mask
 from .train import AsyPPOConfig, MiniCritic, SumTask, start_model, train_asyppo
@@ -43,6 +43,12 @@ class TabularConfig:
     lam: float = 0.95  # Trace of the advantage
     k: float = 0.2  # Share of masked tokens
     ridge: float = 1.0  # Penalty of the regression
+
+    def __post_init__(self):
+        counts = ("group", "utd", "iters", "prompts", "steps")
+        _ranges(self, **dict.fromkeys(counts, "int [1, inf)"), actions="int [2, inf)")
+        _ranges(self, lr="[0, inf)", start=f"({1 / self.actions}, 1)", ridge="(0, inf)")
+        _ranges(self, decay="[0, 1]", lam="[0, 1]", k="[0, 1]")
 
 
 arms = dict(  # critics, shards, features, mask, kind of fit

@@ -10,6 +10,7 @@ __all__ = ['local_maxima', 'token_entropy', 'receiver_heads', 'Coupling', 'coupl
 import json
 import re
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .capture import _evaluating, _inputs, _to_front
 from ..core.scale import need, rng, set_seed
 from ..rl.logprobs import entropy
 
@@ -52,18 +54,16 @@ def token_entropy(
     batch: int = 16,  # Sequences per forward pass
 ) -> Tensor:  # (B,N) nats; 0 at the first position and at padding
     "Entropy of the distribution each token was drawn from"
-    out, mask = torch.zeros(input_ids.shape, device=input_ids.device), attention_mask.bool()
-    pos = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    for i in range(0, len(input_ids), batch):
-        s = slice(i, i + batch)
-        logits = model(
-            input_ids=input_ids[s],
-            attention_mask=mask[s].long(),
-            position_ids=pos[s],
-            use_cache=False,
-        ).logits
-        out[s] = entropy(logits, mask[s] & torch.nn.functional.pad(mask[s][:, :-1], (1, 0)))
-    return out
+    ids, real, _ = _inputs(input_ids, attention_mask)
+    rows = _to_front(ids, real)
+    inside = torch.arange(rows.ids.shape[1], device=ids.device) < rows.length[:, None]
+    out = []
+    with _evaluating(model):
+        for i in range(0, len(ids), batch):
+            part = rows.ids[i : i + batch]
+            tokens = dict(input_ids=part, attention_mask=torch.ones_like(part))
+            out.append(entropy(model(**tokens, use_cache=False).logits, inside[i : i + batch]))
+    return rows.back(torch.cat(out), ids.shape[1])
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #1c7bcaab
 def receiver_heads(
@@ -82,7 +82,8 @@ def receiver_heads(
         raise ValueError(f"n={n} must be between 1 and the {L * H} heads given")
     m = response_mask.to(attn.device).bool()
     pair = m[:, :, None] & m[:, None, :] & torch.ones(N, N, device=attn.device).tril(-1).bool()
-    got = (attn.float() * pair[:, None]).sum(-2) / pair.sum(1).clamp(min=1)[:, None]
+    got = torch.where(pair[:, None], attn.float(), 0).sum(-2)
+    got = got / pair.sum(1).clamp(min=1)[:, None]
     valid = (pair.sum(1) > 0)[:, None].expand(B, H, N)
     count = valid.sum(-1).clamp(min=1)
     mean = torch.where(valid, got, 0.0).sum(-1, keepdim=True) / count[..., None]
@@ -95,7 +96,8 @@ def receiver_heads(
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #b0ba402d
 def _random_picks(picks, mask, n, generator):
     "(n,B,N) bool: as many random positions of the mask in every row as `picks` has"
-    keys = torch.rand((n, *mask.shape), generator=generator).masked_fill(~mask, 2.0)
+    keys = torch.rand((n, *mask.shape), generator=generator, dtype=torch.float32)
+    keys = keys.masked_fill(~mask, 2.0)
     rank = keys.argsort(-1).argsort(-1)
     return rank < picks.sum(-1, keepdim=True)
 
@@ -160,6 +162,8 @@ def coupling_stats(
                 f"{name} has shape {tuple(x.shape)}, response_mask has {tuple(m.shape)}; "
                 "they must agree"
             )
+        if not torch.where(m, x.detach().cpu(), 0).isfinite().all():
+            raise ValueError(f"{name} has NaN or infinite values on response tokens")
     if n_perm < 1:
         raise ValueError(f"n_perm={n_perm} must be at least 1")
     x = {k: v.detach().float().cpu() for k, v in given.items()}
@@ -184,6 +188,22 @@ class Responses(NamedTuple):
     input_ids: Tensor  # (B,N) left-padded prompt, then the response, then padding
     attention_mask: Tensor  # (B,N) bool, real tokens
     response_mask: Tensor  # (B,N) bool, tokens of the response up to and including its end
+
+
+@contextmanager
+def _plain_generation(model):
+    "Evaluation mode, and none of the generation settings that are stored with the model"
+    from transformers import GenerationConfig
+
+    before = [(m, m.generation_config) for m in model.modules() if "generation_config" in vars(m)]
+    try:
+        for m, _ in before:
+            m.generation_config = GenerationConfig()
+        with _evaluating(model):
+            yield
+    finally:
+        for m, stored in before:
+            m.generation_config = stored
 
 
 @torch.no_grad()
@@ -211,7 +231,8 @@ def sample_responses(
         part = prompts[i : i + batch]
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in part], device=device)
         att = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
-        out = model.generate(input_ids=ids, attention_mask=att, **how)
+        with _plain_generation(model):
+            out = model.generate(input_ids=ids, attention_mask=att, **how)
         missing = width + max_new_tokens - out.shape[1]
         rows.append(torch.nn.functional.pad(out, (0, missing), value=pad))
     return _masks(torch.cat(rows), [len(p) for p in prompts], width, eos)
@@ -239,7 +260,7 @@ def load_prompts(
 ) -> list[list[int]]:  # Token ids
     "Prompts from a file or from the hub"
     if Path(dataset).is_file():
-        lines = Path(dataset).read_text(encoding="utf-8").splitlines()
+        lines = Path(dataset).read_text(encoding="utf-8-sig").split("\n")
         rows = [json.loads(line) for line in lines if line.strip()]
     else:
         hub = need("datasets")
@@ -318,6 +339,11 @@ def perturb_rollouts(
     return _continue(model, prefixes, ids[row, at], top_k, max_new_tokens, eos, batch)
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #990c6d1f
+def _right_pad(rows, device):
+    width = max(map(len, rows))
+    return torch.tensor([r + [r[0]] * (width - len(r)) for r in rows], device=device)
+
+
 def _left_pad(rows, device):
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=device)
@@ -326,20 +352,20 @@ def _left_pad(rows, device):
 
 def _candidates(model, prefixes, top_k, batch, device):
     "(B,top_k) likeliest next tokens of each prefix"
-    ids, att = _left_pad(prefixes, device)
-    pos = (att.cumsum(-1) - 1).clamp(min=0)
     best = []
-    for i in range(0, len(ids), batch):
-        s = slice(i, i + batch)
-        tokens = dict(input_ids=ids[s], attention_mask=att[s], position_ids=pos[s])
-        logits = model(**tokens, use_cache=False).logits
-        best.append(logits[:, -1].topk(top_k).indices)
+    for i in range(0, len(prefixes), batch):
+        part = prefixes[i : i + batch]
+        ids = _right_pad(part, device)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        last = logits[torch.arange(len(part)), [len(p) - 1 for p in part]]
+        best.append(last.topk(top_k).indices)
     return torch.cat(best)
 
 
 def _continue(model, prefixes, original, top_k, max_new_tokens, eos, batch):
     "Force the likeliest candidates and the original token after each prefix, and go on greedily"
-    best = _candidates(model, prefixes, top_k, batch, original.device)
+    with _evaluating(model):
+        best = _candidates(model, prefixes, top_k, batch, original.device)
     forced = torch.cat([best, original[:, None]], 1).tolist()
     rows = [p + [c] for p, cs in zip(prefixes, forced) for c in cs]
     pad = eos if isinstance(eos, int) else (eos or [0])[0]
@@ -347,8 +373,9 @@ def _continue(model, prefixes, original, top_k, max_new_tokens, eos, batch):
     out = []
     for i in range(0, len(rows), batch):
         part, real = _left_pad(rows[i : i + batch], original.device)
-        new = model.generate(input_ids=part, attention_mask=real, **how)[:, part.shape[1] :]
-        out += [_until(n, eos) for n in new.tolist()]
+        with _plain_generation(model):
+            new = model.generate(input_ids=part, attention_mask=real, **how)
+        out += [_until(n, eos) for n in new[:, part.shape[1] :].tolist()]
     # nothing follows a candidate that ends the response
     out = [[] if _ends(row[-1], eos) else o for row, o in zip(rows, out)]
     per_prefix = top_k + 1

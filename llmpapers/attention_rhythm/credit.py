@@ -254,7 +254,7 @@ def random_gamma(
     "Control: as many tokens, drawn at random"
     _check_knobs(q, amp, "top")
     m = _response(response_mask)
-    x = torch.rand(m.shape, generator=generator).to(m.device)
+    x = torch.rand(m.shape, generator=generator, dtype=torch.float32).to(m.device)
     return _pay(top_q(x, m, q), amp, response_mask)
 
 
@@ -336,6 +336,8 @@ def credit_gamma(
     alpha: float = 0.5,  # Hand-back of "coupled"
     k: int = 3,  # Window of "coupled"
     select: str = "top",  # "top" or "bottom"
+    tau_waad=None,  # Threshold of "coupled" for WAAD, see `coupled_gamma`
+    tau_delta=None,  # Threshold of "coupled" for the jump
 ) -> Tensor:  # Same shape
     "Coefficients of a strategy by its name"
     if strategy not in strategies:
@@ -357,4 +359,7 @@ def credit_gamma(
         return local_chunk_gamma(waad, response_mask, q, amp, select)
     if strategy == "global":
         return global_anchor_gamma(fai, response_mask, q, amp, support, select)
-    return coupled_gamma(waad, fai, response_mask, q, amp, alpha, k, support=support, select=select)
+    taus = dict(tau_waad=tau_waad, tau_delta=tau_delta)
+    return coupled_gamma(
+        waad, fai, response_mask, q, amp, alpha, k, **taus, support=support, select=select
+    )

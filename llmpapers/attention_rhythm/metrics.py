@@ -42,6 +42,11 @@ def _lookback(n: int, like: Tensor) -> Tensor:
     return t[:, None] - t[None]
 
 
+def _exactly(x: Tensor):
+    "Autocast would round sums of distances to half precision; inside this it is switched off"
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def _maps(
     attn: Tensor,  # (...,n,n) maps; leading axes as in `lead`, the batch axis may be missing
     response_mask: Tensor,  # (b,n) or (n,)
@@ -59,18 +64,19 @@ def _maps(
         )
     attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
 
-    def past_mass(i, size=256):
-        "Attention of a block of queries to itself and before"
+    def masses(i, size=256):
+        "Attention of a block of queries to itself and before, and to all positions"
         rows = attn[..., i : i + size, :]
-        return rows[..., :i].sum(-1) + rows[..., i : i + size].tril().sum(-1)
+        past = rows[..., :i].sum(-1) + rows[..., i : i + size].tril().sum(-1)
+        return torch.stack([past, rows.sum(-1)])
 
-    mass = torch.cat([past_mass(i) for i in range(0, n, 256)], -1)
-    mass = mass.movedim(lead.index("b"), -2)  # (...,b,n)
-    off = ((mass - 1).abs() <= (2e-2 if half else 1e-3)).logical_not() & m
+    mass = torch.cat([masses(i) for i in range(0, n, 256)], -1)
+    mass = mass.movedim(lead.index("b") + 1, -2)  # (2,...,b,n)
+    off = ((mass - 1).abs() <= (2e-2 if half else 1e-3)).all(0).logical_not() & m
     if off.any():
         raise ValueError(
             f"attn: {int(off.sum())} response rows do not sum to one over past positions "
-            f"(first sum {float(mass[off][0]):.4f}); pass causal softmax maps, "
+            f"(first sum {float(mass[0][off][0]):.4f}); pass causal softmax maps, "
             "and average heads instead of summing them"
         )
     return attn, m
@@ -131,8 +137,9 @@ def head_spans(
         raise ValueError(
             "response_mask has no response token, so a head has no span; drop empty batches first"
         )
-    d = torch.einsum("lbhts,ts->lbht", A, _lookback(A.shape[-1], A).clamp(min=0))
-    return (d * m[None, :, None]).sum((1, 3)) / m.sum()
+    with _exactly(A):
+        d = torch.einsum("lbhts,ts->lbht", A, _lookback(A.shape[-1], A).clamp(min=0))
+    return torch.where(m[None, :, None], d, 0).sum((1, 3)) / m.sum()
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #85bf7bb3
 class HeadSplit(NamedTuple):
@@ -218,8 +225,9 @@ def waad(
     if window < 1:
         raise ValueError(f"window={window} must be at least 1")
     A, m = _maps(a_loc, response_mask, "b")
-    out = torch.einsum("bts,ts->bt", A, _lookback(A.shape[-1], A).clamp(0, window)) * m
-    return out.reshape(response_mask.shape)
+    with _exactly(A):
+        out = torch.einsum("bts,ts->bt", A, _lookback(A.shape[-1], A).clamp(0, window))
+    return torch.where(m, out, 0).reshape(response_mask.shape)
 
 # %% ../../nbs/attention_rhythm/01_metrics.ipynb #26412aa0
 def fai_support(
