@@ -146,6 +146,20 @@ def test_parameters(nb):
     fail(nb, faults)
 
 
+def test_scales_that_are_named_have_recipes(nb):
+    "The comment beside `scale` names no scale for which a lookup of this notebook has no size"
+    lines = [s for c in nb.code for s in c["source"].splitlines() if s.startswith("scale = ")]
+    named = set(re.findall(r'"(\w+)"', lines[0].partition("#")[2])) if lines else set()
+    faults = []
+    for c in nb.code:
+        for call in ast.walk(tree(c)) if nb.rel.stem != "02_scale" else ():
+            sizes = isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "pick"
+            given = {k.arg for k in call.keywords} if sizes and not call.args else set()
+            if given and (lost := named - given):
+                faults.append(f"{nb.where(c)}: {', '.join(sorted(lost))} has no recipe here")
+    fail(nb, faults)
+
+
 def test_skeleton(nb):
     "The sections that every notebook of its kind has"
     heads = [

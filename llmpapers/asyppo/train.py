@@ -258,9 +258,8 @@ class Critics:
         if ray_options is None:
             self.members = [MiniCritic(m, **how) for m in models]
             return
+        start_ray()
         self.ray = need("ray", "ray")
-        if not self.ray.is_initialized():
-            raise RuntimeError("Critics: call llmpapers.rl.ray.start_ray() first")
         remote = self.ray.remote(MiniCritic).options(**ray_options)
         self.actors, self.members = [remote.remote(m, **how) for m in models], None
 
