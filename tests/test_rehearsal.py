@@ -5,6 +5,7 @@ import ast
 import json
 
 import pytest
+
 from common import nbs, notebooks
 
 pytestmark = [pytest.mark.slow, pytest.mark.notebook, pytest.mark.timeout(600)]

@@ -64,13 +64,14 @@ class Scale:
     @property
     def rehearsal(self) -> bool:  # True if the sizes of a larger scale are cut down to smoke's
         "Is only the recipe of a larger scale tried, with `LLMPAPERS_REHEARSE=1`?"
-        return self.at_least("desk") and os.environ.get("LLMPAPERS_REHEARSE") == "1"
+        large = scale_names.index(self.name) >= scale_names.index("desk")
+        return large and os.environ.get("LLMPAPERS_REHEARSE") == "1"
 
     def at_least(
         self,
         name: str,  # One of `scale_names`
     ) -> bool:  # True from that size upwards
-        "Is this scale as large as `name`, or larger?"
+        "Is this scale as large as `name`, or larger? A rehearsal is as small as `smoke`"
         if name not in scale_names:
             raise ValueError(f"name={name!r} is not one of {', '.join(scale_names)}")
         return scale_names.index(self.name) >= scale_names.index(name)
@@ -87,7 +88,8 @@ def _no_larger(x, small):
     if isinstance(x, dict) and isinstance(small, dict):
         return {k: _no_larger(v, small[k]) if k in small else v for k, v in x.items()}
     if isinstance(x, list | tuple) and isinstance(small, list | tuple):
-        return type(x)(map(_no_larger, x, small)) if len(x) == len(small) else small
+        cut = list(map(_no_larger, x, small)) if len(x) == len(small) else list(small)
+        return type(x)(*cut) if hasattr(x, "_fields") else type(x)(cut)
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (x, small))
     return min(x, small) if numbers else x
 
