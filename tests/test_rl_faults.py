@@ -19,11 +19,11 @@ from llmpapers.rl.engines import HFEngine, ScriptedEngine, generate
 from llmpapers.rl.logprobs import token_logprobs
 from llmpapers.rl.loop import AsyncController, train_sync
 from llmpapers.rl.losses import PolicyLossConfig
-from llmpapers.rl.pools import InProcessPool
-from llmpapers.rl.rollout import SingleTurn
+from llmpapers.rl.pools import EngineProxy, InProcessPool
+from llmpapers.rl.rollout import EngineClient, EpisodeRollout, SingleTurn, StepResult
 from llmpapers.rl.run import RunConfig, train_policy
 from llmpapers.rl.trainer import PolicyTrainer
-from llmpapers.rl.types import Group, Request, Sample, SamplingConfig, collate
+from llmpapers.rl.types import ContextExceeded, Group, Request, Sample, SamplingConfig, collate
 from llmpapers.rl.weights import checkpoint_weights, copy_weights, merged
 
 tok = word_tokenizer([*"abcdefgh"])
@@ -414,6 +414,42 @@ def test_a_constraint_that_fails_is_a_failed_member():
     c = controller(Play())
     c.run(3)
     assert [f["group_id"] for f in c.failed] == [BAD] and "no such item" in c.failed[0]["error"]
+
+
+class Talker:
+    "An environment that never ends"
+
+    def reset(self, prompt, seed):
+        return "a b"
+
+    def step(self, action):
+        return StepResult("c d e f", reward=1.0)
+
+
+@pytest.mark.parametrize("room", [None, 20])
+def test_an_episode_that_outgrows_the_model_keeps_its_turns(room):
+    """Whether the rollout knows the context or only the engine: "length", whole turns, no reward
+    lost; an episode whose first prompt does not fit fails by name"""
+    rollout = EpisodeRollout(
+        Talker, tok, SamplingConfig(3, seed=0), max_turns=50, max_context=room, in_thread=False
+    )
+    c = controller(rollout)
+    rows = c.run(2)
+    assert not c.failed and rows[-1]["rollout/truncated"] == 1
+
+    async def one(prompt_room):
+        proxy = EngineProxy(HFEngine(lm()), threaded=False)
+        client = EngineClient(proxy.generate, 0, 0)
+        return await EpisodeRollout(
+            Talker, tok, SamplingConfig(prompt_room, seed=0), max_turns=50, max_context=room
+        )(client, Group(0, "x", 0), 0)
+
+    s = asyncio.run(one(3))
+    assert s.finish_reason == "length" and s.info["ended"] == "max_context"
+    assert len(s.turns) == s.reward >= 2 and len(s.prompt_ids) + len(s.response_ids) <= (room or 32)
+    if room is None:
+        with pytest.raises(ContextExceeded, match="the model takes 32"):
+            asyncio.run(one(31))
 
 
 def test_two_controllers_do_not_share_a_pool():

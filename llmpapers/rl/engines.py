@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.scale import rng
-from .types import Completion, Request
+from .types import Completion, ContextExceeded, Request
 from .weights import copy_weights, merged, model_logprobs, require_causal
 
 # %% ../../nbs/rl/07_engines.ipynb #e99e7b68
@@ -291,7 +291,7 @@ def add(
     sc = request.sampling
     n = len(request.prompt_ids) + sc.max_new_tokens
     if self.longest and n > self.longest:
-        raise ValueError(
+        raise ContextExceeded(
             f"request {request.request_id!r}: prompt and max_new_tokens make {n} tokens, "
             f"the model takes {self.longest}"
         )
