@@ -283,7 +283,7 @@ def collate(
         attention_mask=stacked("attention_mask", torch.bool),
         response_mask=stacked("response_mask", torch.bool),
         behavior_logprobs=stacked("behavior_logprobs", torch.float32),
-        advantages=torch.zeros(len(pairs), width, device=device),
+        advantages=torch.zeros(len(pairs), width, dtype=torch.float32, device=device),
         rewards=tensor([s.reward for s in samples], torch.float32),
         group_ids=tensor([g.group_id for g, _ in pairs], torch.int64),
         versions=tensor([g.version for g, _ in pairs], torch.int64),
