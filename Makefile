@@ -8,7 +8,7 @@ JOBS   ?= 2
 
 QUICK  := not (notebook or ray or vllm or browser or build or slow)
 
-.PHONY: help env run check test style lab docs readme notebooks export clean
+.PHONY: help env run check test sweep style lab docs readme notebooks export clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -26,6 +26,9 @@ check: env ## minutes: ruff, generated files, unit and property tests
 
 test: env ## run everything that is tested
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests
+
+sweep: env ## every architecture of the installed transformers, in sampling, training and capture
+	@LLMPAPERS_SWEEP=all $(BIN)/python -m pytest -n $(JOBS) -rs tests/test_sweep.py tests/test_capture_models.py
 
 style: env ## how the notebooks read, in figures beside good models: a report
 	@$(BIN)/python tools/style_report.py

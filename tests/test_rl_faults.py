@@ -14,17 +14,26 @@ import torch
 from hub import hub_folder
 from llmpapers.core.lm import LM, TinyLMConfig, load_lm, tiny_lm, word_tokenizer
 from llmpapers.rl import checkpoint as ck
+from llmpapers.rl.advantages import discounted_returns, gae, group_advantages
 from llmpapers.rl.buffer import SampleBuffer
 from llmpapers.rl.engines import HFEngine, ScriptedEngine, generate
-from llmpapers.rl.logprobs import token_logprobs
+from llmpapers.rl.logprobs import masked_whiten, token_logprobs
 from llmpapers.rl.loop import AsyncController, train_sync
-from llmpapers.rl.losses import PolicyLossConfig
-from llmpapers.rl.pools import InProcessPool
-from llmpapers.rl.rollout import SingleTurn
+from llmpapers.rl.losses import PolicyLossConfig, policy_loss, value_loss
+from llmpapers.rl.pools import EngineProxy, InProcessPool
+from llmpapers.rl.rollout import EngineClient, EpisodeRollout, SingleTurn, StepResult
 from llmpapers.rl.run import RunConfig, train_policy
 from llmpapers.rl.trainer import PolicyTrainer
-from llmpapers.rl.types import Group, Request, Sample, SamplingConfig, collate
-from llmpapers.rl.weights import checkpoint_weights, copy_weights, merged
+from llmpapers.rl.types import (
+    Batch,
+    ContextExceeded,
+    Group,
+    Request,
+    Sample,
+    SamplingConfig,
+    collate,
+)
+from llmpapers.rl.weights import checkpoint_weights, copy_weights, merged, model_logprobs
 
 tok = word_tokenizer([*"abcdefgh"])
 sampling = SamplingConfig(4, seed=0)
@@ -416,6 +425,42 @@ def test_a_constraint_that_fails_is_a_failed_member():
     assert [f["group_id"] for f in c.failed] == [BAD] and "no such item" in c.failed[0]["error"]
 
 
+class Talker:
+    "An environment that never ends"
+
+    def reset(self, prompt, seed):
+        return "a b"
+
+    def step(self, action):
+        return StepResult("c d e f", reward=1.0)
+
+
+@pytest.mark.parametrize("room", [None, 20])
+def test_an_episode_that_outgrows_the_model_keeps_its_turns(room):
+    """Whether the rollout knows the context or only the engine: "length", whole turns, no reward
+    lost; an episode whose first prompt does not fit fails by name"""
+    rollout = EpisodeRollout(
+        Talker, tok, SamplingConfig(3, seed=0), max_turns=50, max_context=room, in_thread=False
+    )
+    c = controller(rollout)
+    rows = c.run(2)
+    assert not c.failed and rows[-1]["rollout/truncated"] == 1
+
+    async def one(prompt_room):
+        proxy = EngineProxy(HFEngine(lm()), threaded=False)
+        client = EngineClient(proxy.generate, 0, 0)
+        return await EpisodeRollout(
+            Talker, tok, SamplingConfig(prompt_room, seed=0), max_turns=50, max_context=room
+        )(client, Group(0, "x", 0), 0)
+
+    s = asyncio.run(one(3))
+    assert s.finish_reason == "length" and s.info["ended"] == "max_context"
+    assert len(s.turns) == s.reward >= 2 and len(s.prompt_ids) + len(s.response_ids) <= (room or 32)
+    if room is None:
+        with pytest.raises(ContextExceeded, match="the model takes 32"):
+            asyncio.run(one(31))
+
+
 def test_two_controllers_do_not_share_a_pool():
     c = controller(SingleTurn(tok, reward, sampling))
     other = AsyncController(source, c.rollout, c.trainer, c.pool, SampleBuffer(4, 1.0, 2))
@@ -443,6 +488,131 @@ def test_resources_that_cannot_be_had_are_named():
     )
     with pytest.raises(RolloutPoolError, match="2 GPU, this machine has 0"):
         c.run(1)
+
+
+# ---- numbers that are none, modes, dtypes
+
+
+@pytest.mark.parametrize(
+    "name", ["reinforce", "ppo", "decoupled_ppo", "tis", "cispo", "topr", "gspo"]
+)
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
+def test_padding_may_hold_anything(name, junk):
+    """Values and gradients of every loss are those without it"""
+    g = torch.Generator().manual_seed(0)
+    m = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0]], dtype=torch.bool)
+    lp, old, A, H = (torch.randn(2, 4, generator=g) - 1 for _ in range(4))
+    cfg = PolicyLossConfig(name, kl_coef=0.1, entropy_coef=0.1)
+
+    def run(fill):
+        def dirty(x):
+            return torch.where(m, x, fill).clone()
+
+        z = dirty(lp).requires_grad_()
+        batch = Batch(
+            input_ids=torch.zeros(2, 4, dtype=torch.long),
+            attention_mask=torch.ones(2, 4, dtype=torch.bool),
+            response_mask=m,
+            behavior_logprobs=dirty(old),
+            advantages=dirty(A),
+            rewards=torch.tensor([1.0, 0.0]),
+            group_ids=torch.zeros(2, dtype=torch.long),
+            versions=torch.zeros(2, dtype=torch.long),
+            token_versions=torch.zeros(2, 4, dtype=torch.long),
+        )
+        others = dict(proximal_logprobs=dirty(old), ref_logprobs=dirty(old), entropy=dirty(H))
+        loss, seen = policy_loss(cfg, batch, z, **others)
+        loss.backward()
+        return loss.item(), z.grad, seen
+
+    clean, got = run(0.0), run(junk)
+    assert clean[0] == got[0] and torch.equal(clean[1], got[1]) and clean[2] == got[2]
+
+
+def test_values_on_padding_do_not_reach_the_gradient():
+    m = torch.tensor([[0, 1, 1, 0]], dtype=torch.bool)
+    v = torch.tensor([[float("nan"), 1.0, 2.0, float("inf")]], requires_grad=True)
+    value_loss(v, v.detach(), torch.zeros(1, 4), m, clip=0.5).backward()
+    assert v.grad.isfinite().all() and (v.grad[~m] == 0).all()
+    gae(torch.zeros(1, 40), torch.zeros(1, 40, requires_grad=True), torch.ones(1, 40) > 0)
+    r = discounted_returns(torch.tensor([[0, 0, 1]]), torch.ones(1, 3) > 0, gamma=0.5)
+    assert r.dtype == torch.float32 and r.tolist() == [[0.25, 0.5, 1.0]]
+    half = (
+        torch.full((1, 4), 300.0, dtype=torch.float16) * torch.tensor([[1.0, 2.0, 3.0, 4.0]]).half()
+    )
+    assert masked_whiten(half, torch.ones(1, 4) > 0).isfinite().all()
+
+
+@pytest.mark.parametrize("baseline", ["mean", "loo", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.bool])
+def test_groups_without_a_difference_have_no_advantage(baseline, dtype):
+    ids = torch.tensor([0, 0, 0, 1])
+    A = group_advantages(torch.ones(4).to(dtype), ids, baseline=baseline)
+    assert A.dtype == torch.float32 and (A == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_changed_default_dtype_changes_nothing(dtype):
+    def run():
+        m = lm()
+        rows = train_sync(
+            HFEngine(m, use_cache=True),
+            source,
+            SingleTurn(tok, reward, sampling),
+            trainer(m, watch_entropy=True),
+            2,
+            batch_size=2,
+            group_size=4,
+        )
+        keep = ("train/loss", "entropy", "rollout/reward", "ratio/mean", "train/grad_norm")
+        return [[r[k] for k in keep] for r in rows]
+
+    want, before = run(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert run() == want
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_model_in_training_mode_samples_and_scores_without_dropout():
+    m = tiny_lm(tok, TinyLMConfig("gpt_neox", 2, 2, 1, 32, max_len=32, dropout=0.4), 0)
+    engine, t = HFEngine(m, use_cache=True), trainer(m)
+    m.train()
+    requests = [Request(str(i), [4, 5], SamplingConfig(8, seed=i)) for i in range(4)]
+    got = generate(engine, requests)
+    group = Group(0, None, 0)
+    group.samples.extend(sample(c, float(i % 2), (4, 5)) for i, c in enumerate(got))
+    batch = collate([group], 0)
+    m.train()
+    ids = [4, 5, 6, 7]
+    assert t.probe()[1] == pytest.approx(t.probe()[1], abs=0) and m.training
+    assert engine.logprobs(ids) == pytest.approx(model_logprobs(m, ids), abs=1e-4)
+    gap = (t.score(batch) - batch.behavior_logprobs)[batch.response_mask].abs().max()
+    assert gap < 1e-4 and abs(t.step(batch)["kl/behavior"]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("batch_size", 0),
+        ("group_size", 1.5),
+        ("slots", True),
+        ("async_ratio", float("nan")),
+        ("async_ratio", -1),
+        ("timeout_s", 0),
+        ("on_stale", "drop"),
+        ("engine", "sglang"),
+        ("loop", "both"),
+        ("actors", -1),
+        ("dtype", "int8"),
+        ("gpus_per_actor", -1),
+        ("save_every", 0),
+    ],
+)
+def test_an_arrangement_is_checked_when_it_is_made(field, value):
+    with pytest.raises(ValueError, match=field):
+        RunConfig(**{field: value})
 
 
 # ---- adapters and half precision

@@ -6,6 +6,7 @@ import ast
 import functools
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -168,3 +169,30 @@ def test_snippet_runs(where, path, code, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="ray is not installed")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     exec(compile(code, where, "exec"), names)
+
+
+def commands():
+    "(where, command line) of every use of the command on a page and in its own help"
+    from llmpapers.core.cli import parser
+
+    texts = {
+        name: (root / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")
+    }
+    for path in sorted(root.glob("nbs/**/*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        pages = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+        texts[str(path.relative_to(root / "nbs"))] = "\n".join(pages)
+    texts["help"] = parser().format_help()
+    line = re.compile(r"(?:`|^)llmpapers ([a-z][^`\n]*?)(?:`|\s+#.*|$)", re.M)
+    found = {(m[1].strip(), where) for where, text in texts.items() for m in line.finditer(text)}
+    return [pytest.param(c, id=f"{where}: {c}") for c, where in sorted(found)]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_line_is_understood(command):
+    """Each is taken by the parser; words in capitals stand for anything"""
+    from llmpapers.core.cli import parser
+
+    words = [re.sub(r"^(PAPER|NAME)$", "smec", w.strip("[]")) for w in shlex.split(command)]
+    words = [w for w in words if w != "..."]
+    parser().parse_args(words)

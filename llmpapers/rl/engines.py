@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.scale import rng
-from .types import Completion, Request
+from .types import Completion, ContextExceeded, Request
 from .weights import copy_weights, merged, model_logprobs, require_causal
 
 # %% ../../nbs/rl/07_engines.ipynb #e99e7b68
@@ -291,7 +291,7 @@ def add(
     sc = request.sampling
     n = len(request.prompt_ids) + sc.max_new_tokens
     if self.longest and n > self.longest:
-        raise ValueError(
+        raise ContextExceeded(
             f"request {request.request_id!r}: prompt and max_new_tokens make {n} tokens, "
             f"the model takes {self.longest}"
         )
@@ -309,7 +309,8 @@ def add(
     if sc.temperature > 0:
         base = secrets.randbits(31) if sc.seed is None else sc.seed
         stream = rng(base, "request", request.request_id)
-        self.waiting[-1].u = torch.rand(sc.max_new_tokens, generator=stream).tolist()
+        u = torch.rand(sc.max_new_tokens, generator=stream, dtype=torch.float32)
+        self.waiting[-1].u = u.tolist()
 
 # %% ../../nbs/rl/07_engines.ipynb #648ece91
 @patch
@@ -605,13 +606,16 @@ def step(self: HFEngine) -> list[Completion]:  # The finished ones
     "Sample one token for every active request"
     if not self.num_active:
         return []
+    if self.model.training:  # somebody trained the shared module in between
+        self.model.eval()
     self._drop_faulty()
     if not self.num_active:
         return []
     logits = self._logits()
     sets = [r.allowed() for r in self.rows]
-    u = torch.tensor([r.u[len(r.ids)] if r.u else 0.0 for r in self.rows], device=logits.device)
-    heat = torch.tensor([r.request.sampling.temperature for r in self.rows], device=logits.device)
+    how = dict(dtype=torch.float32, device=logits.device)
+    u = torch.tensor([r.u[len(r.ids)] if r.u else 0.0 for r in self.rows], **how)
+    heat = torch.tensor([r.request.sampling.temperature for r in self.rows], **how)
     tokens, logps = sample_tokens(restrict(logits, sets), u, heat)
     for r, token, logp, a in zip(self.rows, tokens.tolist(), logps.tolist(), sets):
         r.push(token, logp, self.version, a)

@@ -82,7 +82,8 @@ def entropy(
 ) -> Tensor:  # (N,L) float32 nats; 0 outside the mask and at position 0
     "Entropy of the distribution each token was drawn from"
     _check(logits, mask, temperature)
-    res, last = torch.zeros(mask.shape, device=logits.device), mask.shape[1] - 1
+    last = mask.shape[1] - 1
+    res = torch.zeros(mask.shape, dtype=torch.float32, device=logits.device)
     step = chunk or max(1, last)
     for start in range(0, max(0, last), step):
         end = min(start + step, last)
@@ -184,8 +185,9 @@ def masked_whiten(
     x: Tensor,  # (N,L) values
     mask: Tensor,  # (N,L) bool
     eps: float = 1e-8,  # Added to the variance
-) -> Tensor:  # (N,L) mean 0 and standard deviation 1 under the mask, 0 outside
+) -> Tensor:  # (N,L) float32 or more; mean 0, standard deviation 1 under the mask, 0 outside
     "Shift and scale to mean zero and unit deviation under a mask"
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # squares overflow in half precision
     mean = masked_mean(x, mask)
     var = masked_mean((torch.where(mask.bool(), x, mean) - mean).square(), mask)
     return torch.where(mask.bool(), (x - mean) * (var + eps).rsqrt(), 0.0)

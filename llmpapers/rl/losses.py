@@ -9,8 +9,9 @@ __all__ = ['modes', 'losses', 'without_ratios', 'reinforce_loss', 'ppo_loss', 'd
 
 # %% ../../nbs/rl/03_losses.ipynb #16a79e4c
 import inspect
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -231,6 +232,11 @@ class PolicyLossConfig:
     def __post_init__(self):
         if self.name not in losses:
             raise ValueError(f"name={self.name!r} is not a registered loss: {', '.join(losses)}")
+        if self.kl_kind not in ("k1", "k2", "k3"):
+            raise ValueError(f"kl_kind={self.kl_kind!r} must be 'k1', 'k2' or 'k3'")
+        for name in ("kl_coef", "entropy_coef"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number")
         if self.mode not in modes:
             raise ValueError(f"mode={self.mode!r} must be one of {', '.join(modes)}")
 
@@ -312,6 +318,14 @@ def policy_loss(
     "Loss of a batch and the numbers to watch"
     if cfg.name not in without_ratios:
         require_draws(batch, cfg.name)
+
+    def sampled(x):  # padding may hold anything, also where a gradient comes back
+        return None if x is None else torch.where(batch.response_mask, x, 0.0)
+
+    logprobs, proximal_logprobs = sampled(logprobs), sampled(proximal_logprobs)
+    ref_logprobs, entropy = sampled(ref_logprobs), sampled(entropy)
+    behavior, advantages = sampled(batch.behavior_logprobs), sampled(batch.advantages)
+    batch = replace(batch, behavior_logprobs=behavior, advantages=advantages)
     needed = (("ref_logprobs", cfg.kl_coef, ref_logprobs), ("entropy", cfg.entropy_coef, entropy))
     for name, coef, value in needed:
         if coef and value is None:

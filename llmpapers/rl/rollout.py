@@ -27,6 +27,7 @@ from ..core.scale import rng
 from llmpapers.rl.types import (
     Completion,
     Constraint,
+    ContextExceeded,
     Group,
     Request,
     Sample,
@@ -526,7 +527,7 @@ class EpisodeRollout:
         sampling: SamplingConfig | Callable,  # Of a turn; or `(turn, so_far) -> SamplingConfig`
         *,
         max_turns: int = 8,  # Longest episode, K
-        # Most tokens of prompt, response and next turn, C; not above what the engine takes
+        # Most tokens of prompt, response and next turn, C; None: what the engine takes
         max_context: int | None = None,
         max_observation: int | None = None,  # Longest observation, tokens; None: any
         chat_template: bool = False,  # Observations are messages; `so_far` is a list of them
@@ -579,9 +580,15 @@ async def _episode(rollout, client, group, seat, seed):
         if r.max_context is not None and size > r.max_context:
             ended = "max_context"
             break
-        trace.observe(new, lost)
         limits = {} if answer.constraint is None else dict(constraint=answer.constraint)
-        c = await client.generate(trace.prompt + trace.ids, sampling, **limits)
+        try:
+            c = await client.generate(trace.prompt + trace.ids + new, sampling, **limits)
+        except ContextExceeded:  # known by the engine only
+            if not trace.ids:
+                raise
+            ended = "max_context"
+            break
+        trace.observe(new, lost)
         trace.act(c)
         if c.finish_reason != "stop" and sampling.stop_token_ids:
             trace.end_turn(c, 0.0, {})

@@ -57,6 +57,17 @@ class RunConfig:
             if getattr(self, name) not in allowed:
                 known = ", ".join(allowed)
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {known}")
+        for name in ("batch_size", "group_size", "slots", "save_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive integer")
+        for name in ("async_ratio", "cpus_per_actor", "gpus_per_actor"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number of at least 0")
+        if self.on_stale not in ("wait", "abort"):
+            raise ValueError(f"on_stale={self.on_stale!r} must be 'wait' or 'abort'")
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise ValueError(f"timeout_s={self.timeout_s!r} must be positive, or None")
         if not isinstance(self.actors, int) or self.actors < 0:
             raise ValueError(
                 f"actors={self.actors!r} must be 0 (this process) or a positive integer"

@@ -28,6 +28,7 @@ from .types import Batch
 from llmpapers.rl.weights import (
     checkpoint_weights,
     copy_weights,
+    evaluating,
     model_logprobs,
     own_weights,
     probe_ids,
@@ -355,13 +356,14 @@ def score(
     micro: list = None,  # Rows of each micro-batch; None cuts by the token budget
 ) -> Tensor:  # (N,L) log-probabilities of sampled tokens, 0 elsewhere
     "Log-probabilities of a whole batch, in micro-batches and without gradient"
-    res = torch.zeros(batch.input_ids.shape, device=self.device)
+    res = torch.zeros(batch.input_ids.shape, dtype=torch.float32, device=self.device)
     if micro is None:
         micro = micro_batches(batch.attention_mask.sum(-1).tolist(), self.max_tokens)
-    for rows in micro:
-        b = _cut(batch, rows)
-        logp, _ = self.forward(b, model)
-        res[rows, : b.input_ids.shape[1]] = logp
+    with evaluating(self.model if model is None else model):
+        for rows in micro:
+            b = _cut(batch, rows)
+            logp, _ = self.forward(b, model)
+            res[rows, : b.input_ids.shape[1]] = logp
     return res
 
 # %% ../../nbs/rl/08_trainer.ipynb #3c7d9e5f
@@ -445,8 +447,8 @@ def _gradient(self: PolicyTrainer, batch, rows, prox, ref):
     longest = int(batch.response_mask.sum(-1).max())
     sizes = dict(denom=loss_denom(self.loss, whole), norm_len=longest)
     wanted = self.watch_entropy or bool(self.loss.entropy_coef)
-    lp = torch.zeros(shape, device=self.device)
-    ent = torch.zeros(shape, device=self.device) if wanted else None
+    lp = torch.zeros(shape, dtype=torch.float32, device=self.device)
+    ent = torch.zeros_like(lp) if wanted else None
     for r in mine:
         b = _cut(batch, r)
         w = b.input_ids.shape[1]

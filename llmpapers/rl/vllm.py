@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..core.scale import need
 from .engines import _Row
-from .types import Completion, Request
+from .types import Completion, ContextExceeded, Request
 from .weights import hub_names, read_weights, untied
 
 # %% ../../nbs/rl/09_vllm.ipynb #8934969d
@@ -180,7 +180,7 @@ def add(
         raise ValueError(f"prefix of {name!r} is already complete; there is nothing to generate")
     size = len(request.prompt_ids) + sc.max_new_tokens
     if size > self.longest:
-        raise ValueError(
+        raise ContextExceeded(
             f"request {name!r}: prompt and max_new_tokens make {size} tokens, "
             f"the engine takes {self.longest}"
         )

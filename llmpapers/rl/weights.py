@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['read_weights', 'copy_weights', 'has_adapters', 'merged', 'own_weights', 'checkpoint_weights', 'untied', 'hub_names',
-           'pack_weights', 'unpack_weights', 'WeightSyncError', 'probe_ids', 'check_sync', 'model_logprobs',
-           'require_causal']
+           'pack_weights', 'unpack_weights', 'WeightSyncError', 'probe_ids', 'check_sync', 'evaluating',
+           'model_logprobs', 'require_causal']
 
 # %% ../../nbs/rl/06_weights.ipynb #c1bb4c72
 import copy
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -203,7 +204,7 @@ def check_sync(
     tol: float = 1e-3,  # Largest difference allowed: 1e-3 in float32, 0.1 in bfloat16
 ) -> float:  # Largest difference found
     "Compare the policy of an engine with the trainer's"
-    gap = (torch.tensor(engine.logprobs(ids)) - torch.tensor(expected)).abs().max().item()
+    gap = max(abs(a - b) for a, b in zip(engine.logprobs(ids), expected, strict=True))
     if not gap <= tol:
         raise WeightSyncError(
             f"log-probabilities differ by {gap:.3g} (allowed {tol}): "
@@ -212,6 +213,20 @@ def check_sync(
     return gap
 
 # %% ../../nbs/rl/06_weights.ipynb #353bda79
+@contextmanager
+def evaluating(
+    model: nn.Module,  # In any mode
+):
+    "Evaluation mode for a while; every module gets its own mode back"
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
 @torch.no_grad()
 def model_logprobs(
     model: nn.Module,  # Causal language model
@@ -219,7 +234,8 @@ def model_logprobs(
 ) -> list[float]:  # Log-probability of each but the first, at temperature 1
     "Score a sequence by one plain pass"
     x = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    return token_logprobs(model(input_ids=x, use_cache=False).logits, x)[0, 1:].tolist()
+    with evaluating(model):
+        return token_logprobs(model(input_ids=x, use_cache=False).logits, x)[0, 1:].tolist()
 
 
 @torch.no_grad()
