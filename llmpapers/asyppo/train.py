@@ -35,7 +35,7 @@ from ..core.train import TrainConfig, train
 from ..rl.advantages import group_advantages
 from ..rl.losses import PolicyLossConfig, policy_loss
 from ..rl.rollout import SingleTurn
-from ..rl.run import RunConfig, train_policy
+from ..rl.run import RunConfig, make_engine, train_policy
 from ..rl.trainer import PolicyTrainer, cpu_copy, micro_batches
 from ..rl.types import Batch, SamplingConfig
 

@@ -636,7 +636,7 @@ class TabularConfig:
     targeted: bool = True  # Split the heads; False averages all of them
     window: int = 10  # Of WAAD
     h_lo: int = 2  # Horizon of FAI, nearest
-    h_hi: int = 16  # Horizon of FAI, farthest
+    h_hi: int | None = 16  # Horizon of FAI, farthest; None is the end of the response
     seed: int = 0  # Decides everything
 
     def __post_init__(self):
@@ -647,8 +647,8 @@ class TabularConfig:
         _ranges(self, group="int [2, inf)", choices="int [2, inf)", length="int [8, inf)")
         _ranges(self, p_start=f"({1 / self.choices}, 1)", noise="[0, 1]", window="int [1, inf)")
         _ranges(self, lr="[0, inf)", clip="(0, inf)", max_norm="(0, inf]")
-        _ranges(self, h_lo="int [0, inf)", h_hi="int [0, inf)", seed="int [0, 4294967296)")
-        if self.h_hi < self.h_lo:
+        _ranges(self, h_lo="int [0, inf)", h_hi="int [0, inf) or None", seed="int [0, 4294967296)")
+        if self.h_hi is not None and self.h_hi < self.h_lo:
             raise ValueError(f"h_hi={self.h_hi} is below h_lo={self.h_lo}; the horizon is empty")
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #78ab065a

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from ..core.scale import rng
 from .types import Completion, ContextExceeded, Request
-from .weights import copy_weights, merged, model_logprobs, require_causal
+from llmpapers.rl.weights import (
+    copy_weights,
+    merged,
+    model_logprobs,
+    require_causal,
+    rounding,
+)
 
 # %% ../../nbs/rl/07_engines.ipynb #e99e7b68
 class RolloutEngine(Protocol):
@@ -443,12 +449,10 @@ def keep(
 def path_fault(
     model: torch.nn.Module,  # Causal language model, in evaluation mode
     path: DecodePath,  # Empty, made for this model
-    # Largest difference in log-probability; None: 1e-4, or .2 in half precision
+    # Largest difference in log-probability; None: see `rounding`
     tol: float | None = None,
 ) -> str | None:  # Why the path is not what the model computes; None: it is
     "Compare a path with plain passes of the model"
-    dtype = next(model.parameters()).dtype
-    tol = tol or (1e-4 if dtype in (torch.float32, torch.float64) else 0.2)
     device, size = next(model.parameters()).device, model.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(size, (20,), generator=rng(0, "path")).tolist()
     rows, gap = [tokens[:3], tokens[3:10]], 0.0
@@ -462,8 +466,11 @@ def path_fault(
         for step, token in enumerate(tokens[10:16]):
             want = torch.stack([plain(r) for r in rows])
             gap = max(gap, (got.float().log_softmax(-1) - want).abs().max().item())
-            if not gap <= tol:
-                return f"log-probabilities differ by {gap:.2g} from a plain pass (allowed {tol:g})"
+            most = tol or rounding(model, want)
+            if not gap <= most:
+                return (
+                    f"log-probabilities differ by {gap:.2g} from a plain pass (allowed {most:.2g})"
+                )
             if step == 3:
                 rows = [rows[i] for i in path.keep([1])]
             rows = [r + [token] for r in rows]

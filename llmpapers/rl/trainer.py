@@ -33,6 +33,7 @@ from llmpapers.rl.weights import (
     own_weights,
     probe_ids,
     require_causal,
+    rounding,
 )
 
 # %% ../../nbs/rl/08_trainer.ipynb #94a3c54e
@@ -268,9 +269,9 @@ def split_model(
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits.float()
         parts = head(body(input_ids=ids, use_cache=False).last_hidden_state).float()
-    half = whole.dtype != out.weight.dtype
-    gap = (whole.log_softmax(-1) - parts.log_softmax(-1)).abs().max().item()
-    if not gap <= (0.2 if half else 1e-4):
+    whole, parts = whole.log_softmax(-1), parts.log_softmax(-1)
+    gap = (whole - parts).abs().max().item()
+    if not gap <= rounding(model, whole):
         raise ValueError(
             f"model: {type(plain).__name__} changes its logits behind the output layer "
             f"({gap:.2g} nats in a probe)"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_weights', 'copy_weights', 'has_adapters', 'merged', 'own_weights', 'checkpoint_weights', 'untied', 'hub_names',
            'pack_weights', 'unpack_weights', 'WeightSyncError', 'probe_ids', 'check_sync', 'evaluating',
-           'model_logprobs', 'require_causal']
+           'model_logprobs', 'rounding', 'require_causal']
 
 # %% ../../nbs/rl/06_weights.ipynb #c1bb4c72
 import copy
@@ -238,18 +238,27 @@ def model_logprobs(
         return token_logprobs(model(input_ids=x, use_cache=False).logits, x)[0, 1:].tolist()
 
 
+def rounding(
+    model: nn.Module,  # Its precision counts
+    logps: Tensor,  # Log-probabilities; the largest ones are known least
+) -> float:  # Nats
+    "How far two ways to compute the same log-probabilities may be apart"
+    if next(model.parameters()).dtype not in (torch.float32, torch.float64):
+        return 0.2
+    return 1e-4 * max(1.0, logps[logps.isfinite()].abs().max().item() / 5)
+
+
 @torch.no_grad()
 def require_causal(
     model: nn.Module,  # Causal language model, in evaluation mode
 ) -> None:
     "ValueError if what comes later changes what was before: engines and trainers pad on the right"
-    half = next(model.parameters()).dtype not in (torch.float32, torch.float64)
     ids = probe_ids(model.get_input_embeddings().weight.shape[0], 12)
     x = torch.tensor([ids], device=next(model.parameters()).device)
     short = model(input_ids=x[:, :7], use_cache=False).logits.float().log_softmax(-1)
     long = model(input_ids=x, use_cache=False).logits[:, :7].float().log_softmax(-1)
     gap = (short - long).abs().max().item()
-    if not gap <= (0.2 if half else 1e-4):
+    if not gap <= rounding(model, short):
         raise ValueError(
             f"model: in {type(model).__name__} later tokens change earlier ones (by {gap:.2g} nats "
             "in a probe); a policy must be causal"
