@@ -6,6 +6,7 @@
 __all__ = ['Reward', 'exact_match', 'numeric_match', 'format_tag', 'weighted_sum']
 
 # %% ../../nbs/rl/05_rewards.ipynb #6e42daab
+import logging
 import math
 import re
 from collections.abc import Callable
@@ -66,6 +67,8 @@ def _wanted(info):
 def _verified(answer, response):
     "Does math-verify read the response as the answer?"
     lib = need("math_verify", "math")
+    for name in ("parser", "grader"):  # they warn at each call that the caller limits the time
+        logging.getLogger(f"math_verify.{name}").setLevel(logging.ERROR)
     gold = lib.parse(answer if isinstance(answer, str) else str(answer), parsing_timeout=None)
     found = lib.parse(response, parsing_timeout=None)
     return float(lib.verify(gold, found, timeout_seconds=None))
