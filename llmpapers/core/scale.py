@@ -74,7 +74,8 @@ class Scale:
         "Is this scale as large as `name`, or larger? A rehearsal is as small as `smoke`"
         if name not in scale_names:
             raise ValueError(f"name={name!r} is not one of {', '.join(scale_names)}")
-        return scale_names.index(self.name) >= scale_names.index(name)
+        mine = "smoke" if self.rehearsal else self.name
+        return scale_names.index(mine) >= scale_names.index(name)
 
 # %% ../../nbs/core/02_scale.ipynb #229144ae
 def _no_larger(x, small):
