@@ -34,6 +34,7 @@ from ..core.scale import need, rng
 from ..core.train import TrainConfig, train
 from ..rl.advantages import group_advantages
 from ..rl.losses import PolicyLossConfig, policy_loss
+from ..rl.ray import start_ray
 from ..rl.rollout import SingleTurn
 from ..rl.run import RunConfig, make_engine, train_policy
 from ..rl.trainer import PolicyTrainer, cpu_copy, micro_batches
