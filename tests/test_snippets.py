@@ -46,6 +46,7 @@ smaller = [
     (r"\bgrad_accum=\d+", "grad_accum=1"),
     (r"\bsteps=\d+", "steps=2"),
     (r"\bTrainConfig\(", "TrainConfig(steps=2, "),
+    (r"\bRhythmConfig\(", "RhythmConfig(max_new_tokens=6, prompts=2, group_size=2, "),
     (r"\bsave_every=\d+", "save_every=1"),
     (r"\bslots=\d+", "slots=4"),
     (r"\bmax_(active|inflight_per_actor)=\d+", r"max_\1=4"),
