@@ -6,7 +6,6 @@
 __all__ = ['terminal_rewards', 'whiten', 'explained_variance', 'Episodes', 'SurvivalMDP']
 
 # %% ../../nbs/asyppo/01_gae.ipynb #3e34d68a
-import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..core.scale import check_number
 from ..rl.advantages import gae
 from ..rl.logprobs import masked_mean, masked_whiten
 from ..rl.trainer import terminal_rewards as _of_batch
@@ -61,30 +61,6 @@ def explained_variance(
     total = var(r)
     return float(1 - var(r - v) / total) if total > 0 else float("nan")
 
-# %% ../../nbs/asyppo/01_gae.ipynb #efc84200
-_interval = re.compile(r"(int )?([\[(])(\S+), (\S+)([\])])( or None)?")
-
-
-def _check_number(name, x, rule):
-    "`x` as a plain number, or an error if it is outside the rule, written as in `int [1, inf)`"
-    whole, left, low, high, right, optional = _interval.fullmatch(rule).groups()
-    if x is None and optional:
-        return None
-    x = x.item() if isinstance(x, np.generic) else x
-    ok = isinstance(x, int if whole else int | float) and not isinstance(x, bool)
-    ok = ok and float(low) <= x <= float(high)
-    ok = ok and (left == "[" or x > float(low)) and (right == "]" or x < float(high))
-    if not ok:
-        kind = "an integer" if whole else "a number"
-        raise ValueError(f"{name}={x!r} must be {kind} in {rule.removeprefix('int ')}")
-    return x
-
-
-def _ranges(cfg, **rules):
-    "Refuse a field of a frozen configuration that does not obey its rule"
-    for name, rule in rules.items():
-        object.__setattr__(cfg, name, _check_number(name, getattr(cfg, name), rule))
-
 # %% ../../nbs/asyppo/01_gae.ipynb #044184ba
 class Episodes(NamedTuple):
     "Responses of `SurvivalMDP`"
@@ -109,7 +85,7 @@ class SurvivalMDP:
             x = getattr(self, name)
             if not isinstance(x, tuple | list) or not x:
                 raise ValueError(f"{name}={x!r} must be a tuple of numbers")
-            checked = tuple(_check_number(name, v, rule) for v in x)
+            checked = tuple(check_number(name, v, rule) for v in x)
             object.__setattr__(self, name, checked)
         if len(self.probs) != 3 or len(self.errors) != 3:
             raise ValueError("probs and errors need three numbers each, one for each class")

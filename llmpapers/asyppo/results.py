@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from .critics import ValueModel, ensemble_stats, shard_groups
-from .gae import _ranges, gae, terminal_rewards, whiten
+from .gae import gae, terminal_rewards, whiten
 from .loss import asyppo_loss
 from .masks import advantage_mask, random_mask
 from .train import AsyPPOConfig, MiniCritic, SumTask, start_model, train_asyppo
 from ..core.artifacts import artifact
 from ..core.lm import TinyLMConfig, tiny_lm
-from ..core.scale import rng
+from ..core.scale import check_ranges, rng
 from ..rl.advantages import group_advantages
 
 # %% ../../nbs/asyppo/06_results.ipynb #b54512ec
@@ -46,9 +46,9 @@ class TabularConfig:
 
     def __post_init__(self):
         counts = ("group", "utd", "iters", "prompts", "steps")
-        _ranges(self, **dict.fromkeys(counts, "int [1, inf)"), actions="int [2, inf)")
-        _ranges(self, lr="[0, inf)", start=f"({1 / self.actions}, 1)", ridge="(0, inf)")
-        _ranges(self, decay="[0, 1]", lam="[0, 1]", k="[0, 1]")
+        check_ranges(self, **dict.fromkeys(counts, "int [1, inf)"), actions="int [2, inf)")
+        check_ranges(self, lr="[0, inf)", start=f"({1 / self.actions}, 1)", ridge="(0, inf)")
+        check_ranges(self, decay="[0, 1]", lam="[0, 1]", k="[0, 1]")
 
 
 arms = dict(  # critics, shards, features, mask, kind of fit

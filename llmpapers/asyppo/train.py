@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from .critics import ValueModel, check_vocab, ensemble_stats, shard_groups
 from llmpapers.asyppo.gae import (
-    _check_number,
-    _ranges,
     explained_variance,
     gae,
     terminal_rewards,
@@ -30,15 +28,16 @@ from .loss import asyppo_loss
 from .masks import advantage_mask, entropy_mask, random_mask
 from ..core.artifacts import artifact
 from ..core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm, word_tokenizer
-from ..core.scale import need, rng
+from ..core.scale import check_choices, check_flags, check_number, check_ranges, need, rng
 from ..core.train import TrainConfig, train
 from ..rl.advantages import group_advantages
 from ..rl.losses import PolicyLossConfig, policy_loss
 from ..rl.ray import start_ray
 from ..rl.rollout import SingleTurn
 from ..rl.run import RunConfig, make_engine, train_policy
-from ..rl.trainer import PolicyTrainer, cpu_copy, micro_batches
+from ..rl.trainer import PolicyTrainer, cpu_copy, micro_batches, recomputation
 from ..rl.types import Batch, SamplingConfig
+from ..rl.weights import float32_masters
 
 # %% ../../nbs/asyppo/05_train.ipynb #0fdb0e65
 methods = dict(  # What each method fixes
@@ -89,26 +88,24 @@ class AsyPPOConfig:
 # %% ../../nbs/asyppo/05_train.ipynb #43b90ccf
 def _settle(cfg):
     "Fill in the method's values and check all"
-    _among(cfg, method=tuple(methods))
+    check_choices(cfg, method=tuple(methods))
     for name, x in methods[cfg.method].items():
         if getattr(cfg, name) is None:
             object.__setattr__(cfg, name, x)
     if cfg.method == "grpo" and cfg.n_critics != 0:
         raise ValueError(f"n_critics={cfg.n_critics!r}: grpo has no critics")
-    _ranges(cfg, n_critics=f"int [{int(cfg.method != 'grpo')}, inf)")
+    check_ranges(cfg, n_critics=f"int [{int(cfg.method != 'grpo')}, inf)")
     shards = ("response", "prompt", "none")
-    _among(cfg, shards=shards, mask=("low", "random", "high"), how=("mean", "min"))
-    for name in ("whiten", "renorm", "critic_first", "bf16"):
-        if not isinstance(getattr(cfg, name), bool):
-            raise ValueError(f"{name}={getattr(cfg, name)!r} must be True or False")
-    _ranges(cfg, **dict.fromkeys(("k", "h", "gamma", "lam_actor", "lam_critic"), "[0, 1]"))
+    check_choices(cfg, shards=shards, mask=("low", "random", "high"), how=("mean", "min"))
+    check_flags(cfg, "whiten", "renorm", "critic_first", "bf16")
+    check_ranges(cfg, **dict.fromkeys(("k", "h", "gamma", "lam_actor", "lam_critic"), "[0, 1]"))
     counts = "utd critic_epochs batch_size group_size max_new_tokens max_tokens_per_micro"
-    _ranges(cfg, **dict.fromkeys(counts.split(), "int [1, inf)"))
-    _ranges(
+    check_ranges(cfg, **dict.fromkeys(counts.split(), "int [1, inf)"))
+    check_ranges(
         cfg, beta="[0, inf)", clip="(0, inf)", clip_high="(0, inf) or None", warmup="int [0, inf)"
     )
-    _ranges(cfg, lr="[0, inf)", critic_lr="[0, inf)", temperature="(0, inf)")
-    _ranges(cfg, seed="int [0, 4294967296)")
+    check_ranges(cfg, lr="[0, inf)", critic_lr="[0, inf)", temperature="(0, inf)")
+    check_ranges(cfg, seed="int [0, 4294967296)")
     least = 2 if cfg.method == "grpo" else cfg.n_critics if cfg.shards == "response" else 1
     if cfg.group_size < least:
         raise ValueError(
@@ -116,26 +113,7 @@ def _settle(cfg):
             "a group, and shards='response' deals them to all critics"
         )
 
-
-def _among(cfg, **choices):
-    "Refuse a field that is none of its choices"
-    for name, allowed in choices.items():
-        x = getattr(cfg, name)
-        if not isinstance(x, str) or x not in allowed:
-            raise ValueError(f"{name}={x!r} must be one of {', '.join(allowed)}")
-
 # %% ../../nbs/asyppo/05_train.ipynb #b017bbbc
-_halves = (torch.float16, torch.bfloat16)
-
-
-def _widen(model):
-    "Float32 weights in the place of half precision; was there any?"
-    half = any(p.dtype in _halves for p in model.parameters())
-    if half:
-        model.float()
-    return half
-
-
 class MiniCritic:
     "A value model and its optimiser"
 
@@ -148,12 +126,12 @@ class MiniCritic:
         # Of the forward passes; None is float32, but bfloat16 for a model in half precision
         autocast_dtype: torch.dtype = None,
     ):
-        if _widen(model) and autocast_dtype is None:
-            autocast_dtype = torch.bfloat16
+        came_in = float32_masters(model)
         self.model = model if device is None else model.to(device)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self.opt = torch.optim.AdamW(self.weights, lr=lr)
-        self.max_tokens, self.autocast_dtype = max_tokens, autocast_dtype
+        self.max_tokens = max_tokens
+        self.autocast_dtype = came_in if autocast_dtype is None else autocast_dtype
 
     def _passes(self, real, *tensors):
         "Row numbers and tensors of each pass, without columns that are padding in all of its rows"
@@ -168,12 +146,6 @@ class MiniCritic:
             cast = torch.autocast(ids.device.type, self.autocast_dtype)
         with cast:
             return self.model(ids, real).float()
-
-    def _mode(self):
-        "Evaluation mode, but for modules that keep activations for a second pass"
-        self.model.eval()
-        for m in self.model.modules():
-            m.training = bool(getattr(m, "gradient_checkpointing", False))
 
     @torch.no_grad()
     def values(
@@ -219,19 +191,20 @@ def fit(
 ) -> float:  # Mean squared error before the last step; NaN without a row or without a step
     "Learn"
     n, loss = int(mask.sum()), float("nan")
-    self._mode()
-    for _ in range(epochs if n else 0):
-        self.opt.zero_grad()
-        loss = 0.0
-        for _, (a, i, r, m) in self._passes(real, ids, returns, mask):
-            gap = torch.where(m, self._predict(i, a), 0) - torch.where(m, r.float(), 0)
-            part = gap.square().sum() / n
-            part.backward()
-            loss += part.item()
-        if not nn.utils.clip_grad_norm_(self.weights, 1.0).isfinite():
+    self.model.eval()
+    with recomputation(self.model):
+        for _ in range(epochs if n else 0):
             self.opt.zero_grad()
-            return float("nan")
-        self.opt.step()
+            loss = 0.0
+            for _, (a, i, r, m) in self._passes(real, ids, returns, mask):
+                gap = torch.where(m, self._predict(i, a), 0) - torch.where(m, r.float(), 0)
+                part = gap.square().sum() / n
+                part.backward()
+                loss += part.item()
+            if not nn.utils.clip_grad_norm_(self.weights, 1.0).isfinite():
+                self.opt.zero_grad()
+                return float("nan")
+            self.opt.step()
     return loss
 
 # %% ../../nbs/asyppo/05_train.ipynb #acc679f2
@@ -527,8 +500,8 @@ class SumTask:
         n: int = 6,  # Numbers in a prompt
         noise: float = 0.2,  # Share of wrong labels in the texts
     ):
-        self.n = _check_number("n", n, "int [1, inf)")
-        self.noise = _check_number("noise", noise, "[0, 1]")
+        self.n = check_number("n", n, "int [1, inf)")
+        self.noise = check_number("noise", noise, "[0, 1]")
         self.tokenizer = word_tokenizer([*map(str, range(10)), "="])
         zero, self.equals = self.tokenizer.convert_tokens_to_ids(["0", "="])
         self.digit = zero  # ids of the ten digits follow each other
@@ -596,7 +569,7 @@ def _actor(lm, device):
     "The actor with weights that can be trained"
     if not isinstance(lm, LM):
         return load_lm(str(lm), device=device, dtype=torch.float32)
-    _widen(lm.model)
+    float32_masters(lm.model)
     return lm if device is None else lm._replace(model=lm.model.to(device))
 
 

@@ -149,7 +149,7 @@ def _check_ids(base: nn.Module, ids: Tensor, real: Tensor) -> None:
             f"the model knows 0 to {n - 1}"
         )
 
-
+# %% ../../nbs/attention_rhythm/02_capture.ipynb #41bf072d
 class _Rows(NamedTuple):
     "A batch whose rows all begin with their first real token"
 

@@ -14,7 +14,6 @@ import ast
 import copy
 import json
 import math
-import re
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -55,7 +54,7 @@ from llmpapers.core.lm import (
     save_lm,
     tiny_lm,
 )
-from ..core.scale import rng
+from ..core.scale import check_choices, check_flags, check_ranges, rng
 from llmpapers.core.tasks import (
     ChainReward,
     ChainTask,
@@ -74,43 +73,6 @@ from ..rl.trainer import PolicyTrainer
 from ..rl.types import Request, SamplingConfig
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #0741dce7
-_interval = re.compile(r"(int )?([\[(])(\S+), (\S+)([\])])( or None)?")
-
-
-def _ranges(cfg, **rules):
-    "Refuse a field that is no number of its interval, written as in `int [1, inf)`"
-    for name, rule in rules.items():
-        x = getattr(cfg, name)
-        whole, left, low, high, right, optional = _interval.fullmatch(rule).groups()
-        if x is None and optional:
-            continue
-        x = x.item() if isinstance(x, np.generic) else x
-        ok = isinstance(x, int if whole else int | float) and not isinstance(x, bool)
-        ok = ok and float(low) <= x <= float(high)
-        ok = ok and (left == "[" or x > float(low)) and (right == "]" or x < float(high))
-        if not ok:
-            kind = "an integer" if whole else "a number"
-            raise ValueError(f"{name}={x!r} must be {kind} in {rule.removeprefix('int ')}")
-        object.__setattr__(cfg, name, x)
-
-
-def _among(cfg, **choices):
-    "Refuse a field that is none of its choices"
-    for name, allowed in choices.items():
-        x = getattr(cfg, name)
-        if not isinstance(x, str) or x not in allowed:
-            raise ValueError(f"{name}={x!r} must be one of {', '.join(allowed)}")
-
-
-def _flags(cfg, *names):
-    "Refuse a field that is not True or False"
-    for name in names:
-        x = getattr(cfg, name)
-        if not isinstance(x, bool | np.bool_):
-            raise ValueError(f"{name}={x!r} must be True or False")
-        object.__setattr__(cfg, name, bool(x))
-
-
 def _ascending(layers):
     "Layer numbers as a tuple"
     ok = isinstance(layers, tuple | list) and len(layers) > 0
@@ -162,19 +124,21 @@ class RhythmConfig:
     seed: int = 0  # Decides sampling, minibatches and random credit
 
     def __post_init__(self):
-        _among(self, strategy=strategies, sign=signs, select=("top", "bottom"))
-        _among(self, engine=("hf", "vllm"), loop=("sync", "async"))
-        _flags(self, "bf16", "freeze")
-        _ranges(self, q="[0, 1]", amp="[1, inf)", alpha="[0, 1]", k="int [0, inf)", frac="(0, 0.5]")
-        _ranges(self, window="int [1, inf)", h_lo="int [0, inf)", h_hi="int [0, inf) or None")
-        _ranges(self, tau_waad="[-inf, inf] or None", tau_delta="[-inf, inf] or None")
+        check_choices(self, strategy=strategies, sign=signs, select=("top", "bottom"))
+        check_choices(self, engine=("hf", "vllm"), loop=("sync", "async"))
+        check_flags(self, "bf16", "freeze")
+        check_ranges(
+            self, q="[0, 1]", amp="[1, inf)", alpha="[0, 1]", k="int [0, inf)", frac="(0, 0.5]"
+        )
+        check_ranges(self, window="int [1, inf)", h_lo="int [0, inf)", h_hi="int [0, inf) or None")
+        check_ranges(self, tau_waad="[-inf, inf] or None", tau_delta="[-inf, inf] or None")
         counts = "steps prompts max_new_tokens epochs minibatches max_tokens_per_micro"
         counts += " signal_rows max_active"
-        _ranges(self, **dict.fromkeys(counts.split(), "int [1, inf)"))
+        check_ranges(self, **dict.fromkeys(counts.split(), "int [1, inf)"))
         # a group of one has no advantage, and a temperature of 0 none to learn from
-        _ranges(self, group_size="int [2, inf)", temperature="(0, inf)", lr="[0, inf)")
-        _ranges(self, clip="(0, inf)", max_grad_norm="(0, inf]", async_ratio="[0, inf)")
-        _ranges(self, actors="int [0, inf)", seed="int [0, 4294967296)")
+        check_ranges(self, group_size="int [2, inf)", temperature="(0, inf)", lr="[0, inf)")
+        check_ranges(self, clip="(0, inf)", max_grad_norm="(0, inf]", async_ratio="[0, inf)")
+        check_ranges(self, actors="int [0, inf)", seed="int [0, 4294967296)")
         if self.h_hi is not None and self.h_hi < self.h_lo:
             raise ValueError(f"h_hi={self.h_hi} is below h_lo={self.h_lo}; the horizon is empty")
         if self.layers is not None:
@@ -420,7 +384,7 @@ class RhythmRun(NamedTuple):
     lm: LM  # The trained policy
     trainer: RhythmTrainer  # With optimiser and counters
 
-
+# %% ../../nbs/attention_rhythm/05_train.ipynb #e496f9d7
 def train_rhythm(
     policy: "LM|str|Path",  # A model in memory (copied), a folder, or a Hugging Face id
     problems: Problems,  # Prompts and reward
@@ -640,14 +604,18 @@ class TabularConfig:
     seed: int = 0  # Decides everything
 
     def __post_init__(self):
-        _among(self, decisive=("rhythm", "anchors", "elsewhere"))
-        _flags(self, "targeted")
+        check_choices(self, decisive=("rhythm", "anchors", "elsewhere"))
+        check_flags(self, "targeted")
         counts = ("seeds", "prompts", "iterations", "updates")
-        _ranges(self, **dict.fromkeys(counts, "int [1, inf)"))
-        _ranges(self, group="int [2, inf)", choices="int [2, inf)", length="int [8, inf)")
-        _ranges(self, p_start=f"({1 / self.choices}, 1)", noise="[0, 1]", window="int [1, inf)")
-        _ranges(self, lr="[0, inf)", clip="(0, inf)", max_norm="(0, inf]")
-        _ranges(self, h_lo="int [0, inf)", h_hi="int [0, inf) or None", seed="int [0, 4294967296)")
+        check_ranges(self, **dict.fromkeys(counts, "int [1, inf)"))
+        check_ranges(self, group="int [2, inf)", choices="int [2, inf)", length="int [8, inf)")
+        check_ranges(
+            self, p_start=f"({1 / self.choices}, 1)", noise="[0, 1]", window="int [1, inf)"
+        )
+        check_ranges(self, lr="[0, inf)", clip="(0, inf)", max_norm="(0, inf]")
+        check_ranges(
+            self, h_lo="int [0, inf)", h_hi="int [0, inf) or None", seed="int [0, 4294967296)"
+        )
         if self.h_hi is not None and self.h_hi < self.h_lo:
             raise ValueError(f"h_hi={self.h_hi} is below h_lo={self.h_lo}; the horizon is empty")
 

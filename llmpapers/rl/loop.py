@@ -33,7 +33,7 @@ from llmpapers.rl.pools import (
     whole_group,
 )
 from .types import Group, Sample, collate
-from .weights import WeightSyncError, check_sync
+from .weights import WeightSyncError, check_sync, largest_gap
 
 # %% ../../nbs/rl/14_loop.ipynb #d4a0285d
 def _prompt(source, i):
@@ -434,7 +434,7 @@ async def _check(self: AsyncController):
     self.checks += 1
     ids, expected = self.trainer.probe()
     for k, row in enumerate(await self.pool.logprobs(ids)):
-        gap = max(abs(a - b) for a, b in zip(row, expected, strict=True))
+        gap = largest_gap(row, expected)
         if not gap <= self.probe_tol:
             raise WeightSyncError(
                 f"engine {k}: log-probabilities off by {gap:.3g} (allowed {self.probe_tol})"

@@ -29,6 +29,7 @@ from llmpapers.rl.weights import (
     checkpoint_weights,
     copy_weights,
     evaluating,
+    float32_masters,
     model_logprobs,
     own_weights,
     probe_ids,
@@ -141,22 +142,7 @@ def _check_trainer(model, optimizer, loss, ref_model):
     if not any(p.requires_grad for p in held):
         raise ValueError("optimizer: none of its parameters requires a gradient")
 
-
-def _masters(model, optimizer):
-    "Turn what is trained into float32, in place; the half precision it came in, or None"
-    found = {p.dtype for p in model.parameters() if p.requires_grad}
-    half = found & {torch.float16, torch.bfloat16}
-    if not half:
-        return None
-    if optimizer.state:
-        raise ValueError(
-            "optimizer: it has taken steps in half precision, where small updates vanish; "
-            "load the model in float32"
-        )
-    model.float()
-    return half.pop()
-
-
+# %% ../../nbs/rl/08_trainer.ipynb #8f17d611
 class PolicyTrainer:
     "One policy, its optimiser, and how a batch becomes an update"
 
@@ -177,7 +163,7 @@ class PolicyTrainer:
         critic: Critic = None,  # Updated before the actor
         scheduler=None,  # Advances with each optimiser step
         device=None,  # None: where the model is
-        # Of the forward pass; None: what the weights came in
+        # Of the forward pass; None: bfloat16 if the weights came in half precision, else float32
         autocast_dtype: torch.dtype = None,
         restricted: bool = False,  # Softmax over the tokens that were allowed when sampling
         watch_entropy: bool = False,  # Report the entropy also where the loss does not need it
@@ -189,7 +175,9 @@ class PolicyTrainer:
         seed: int = 0,  # Decides the minibatches
     ):
         _check_trainer(model, optimizer, loss, ref_model)
-        came_in = _masters(model, optimizer)
+        came_in = float32_masters(model)
+        if came_in is not None and optimizer.state:
+            raise ValueError("optimizer: it has taken steps in half precision; load in float32")
         for name, x in (
             ("epochs", epochs),
             ("minibatches", minibatches),

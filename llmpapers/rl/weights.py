@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_weights', 'copy_weights', 'has_adapters', 'merged', 'own_weights', 'checkpoint_weights', 'untied', 'hub_names',
-           'pack_weights', 'unpack_weights', 'WeightSyncError', 'probe_ids', 'check_sync', 'evaluating',
-           'model_logprobs', 'rounding', 'require_causal']
+           'pack_weights', 'unpack_weights', 'WeightSyncError', 'probe_ids', 'largest_gap', 'check_sync', 'evaluating',
+           'model_logprobs', 'rounding', 'require_causal', 'float32_masters']
 
 # %% ../../nbs/rl/06_weights.ipynb #c1bb4c72
 import copy
@@ -101,7 +101,7 @@ def merged(
         setattr(model.get_submodule(parent), last, plain)
     return model
 
-
+# %% ../../nbs/rl/06_weights.ipynb #c88b8d82
 def own_weights(
     model: nn.Module,  # Any module
 ) -> dict[str, Tensor]:  # Name -> contiguous tensor on the CPU
@@ -123,7 +123,7 @@ def checkpoint_weights(
     "A detached copy of a model's weights, adapters merged; a tied weight appears once"
     return own_weights(merged(model) if has_adapters(model) else model)
 
-
+# %% ../../nbs/rl/06_weights.ipynb #ae02bc31
 def untied(
     weights: Mapping[str, Tensor],  # By checkpoint names
     config,  # Configuration of the model; says whether the embeddings are tied
@@ -197,6 +197,15 @@ def probe_ids(
     return torch.randint(vocab_size, (n,), generator=rng(0, "probe")).tolist()
 
 
+def largest_gap(
+    a: Sequence[float],  # Log-probabilities
+    b: Sequence[float],  # As many others
+) -> float:  # Nats; NaN if one of them is
+    "The largest difference between two lists of numbers"
+    one, other = (torch.tensor(x, dtype=torch.float64) for x in (a, b))
+    return (one - other).abs().max().item()
+
+
 def check_sync(
     engine,  # A `RolloutEngine`: anything with `logprobs` and `version`
     expected: Sequence[float],  # Log-probabilities by the trainer
@@ -204,7 +213,7 @@ def check_sync(
     tol: float = 1e-3,  # Largest difference allowed: 1e-3 in float32, 0.1 in bfloat16
 ) -> float:  # Largest difference found
     "Compare the policy of an engine with the trainer's"
-    gap = max(abs(a - b) for a, b in zip(engine.logprobs(ids), expected, strict=True))
+    gap = largest_gap(engine.logprobs(ids), expected)
     if not gap <= tol:
         raise WeightSyncError(
             f"log-probabilities differ by {gap:.3g} (allowed {tol}): "
@@ -263,3 +272,14 @@ def require_causal(
             f"model: in {type(model).__name__} later tokens change earlier ones (by {gap:.2g} nats "
             "in a probe); a policy must be causal"
         )
+
+
+def float32_masters(
+    model: nn.Module,  # Changed in place
+) -> torch.dtype | None:  # What its passes may be cast to; None if it was not in half precision
+    "Float32 weights where half precision would be trained, in which small steps vanish"
+    half = (torch.float16, torch.bfloat16)
+    if not any(p.requires_grad and p.dtype in half for p in model.parameters()):
+        return None
+    model.float()
+    return torch.bfloat16  # also for float16, whose gradients would need a scale

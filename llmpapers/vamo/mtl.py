@@ -283,7 +283,7 @@ def available() -> dict:  # Name -> what it needs, of "G", "gram", "losses", "m"
     "All weightings by name: gradients, their Gramian, losses, agreements, squared norm"
     return {k: need_ for k, (_, need_) in sorted(_methods.items())}
 
-
+# %% ../../nbs/vamo/02_mtl.ipynb #f2afac26
 _signed = ("imtl_g", "aligned_mtl")  # may weigh a task negatively, by definition
 _positive = ("gls", "famo", "dwa", "gradnorm", "db_mtl")  # logarithms or ratios of losses
 # Options that TorchJD does not have, with the smallest and the largest value
