@@ -21,7 +21,11 @@ from nb_read import Notebook
 
 CPU_LIMIT = float(os.environ.get("NOTEBOOK_CPU_LIMIT", 60))  # seconds, children included
 # They start processes that each import torch: some twenty on Ray, one a run in the benchmark
-CPU_LIMITS = {"rl/15_ray.ipynb": 240.0, "benchmarks/02_grpo_trl.ipynb": 150.0}
+CPU_LIMITS = {
+    "rl/15_ray.ipynb": 240.0,
+    "benchmarks/02_grpo_trl.ipynb": 150.0,
+    "asyppo/05_train.ipynb": 90.0,
+}
 durations = root / "tests" / "durations.json"
 
 
