@@ -25,7 +25,7 @@ check: env ## minutes: ruff, generated files, unit and property tests
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "$(QUICK)" tests
 
 test: env ## run everything that is tested
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=30 tests
 
 sweep: env ## every architecture of the installed transformers, in sampling, training and capture
 	@LLMPAPERS_SWEEP=all $(BIN)/python -m pytest -n $(JOBS) -rs tests/test_sweep.py tests/test_capture_models.py

@@ -294,6 +294,31 @@ if __name__ == "__main__":
 )
 
 
+crowd = (
+    common
+    + r"""
+if __name__ == "__main__":
+    folder = save_lm(LM(lm(0), tok, "a"), sys.argv[1] + "/model")
+    e = VLLMEngine(folder, max_len=256, max_active=16, max_num_batched_tokens=64)
+
+    def ask(i, n=40):
+        return Request(f"c{i}", [4 + (i + k) % 9 for k in range(100)], SamplingConfig(n, seed=i))
+
+    alone = generate(e, [ask(3)])[0].token_ids
+    among = {c.request_id: c.token_ids for c in generate(e, [ask(i) for i in range(16)])}
+    for i in range(16):
+        e.add(ask(i, 60))
+    done = [c for _ in range(50) for c in e.step()]
+    e.load_weights(lm(1).state_dict(), 1)
+    while e.num_active:
+        done += e.step()
+    found = dict(same=alone == among["c3"], lengths=[len(c.token_ids) for c in done])
+    found["versions"] = sorted({v for c in done for v, _, _ in c.versions})
+    Path(sys.argv[1], "out.json").write_text(json.dumps(found))
+"""
+)
+
+
 def vllm_or_skip():
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed: its engine is left out")
@@ -394,3 +419,11 @@ def test_experts_that_would_not_arrive_are_refused(tmp_path):
     out = run(tmp_path, experts)
     assert max(out["gaps"]) < 1e-4 and out["same"] and out["version"] == 0
     assert "routed experts" in out["refused"]
+
+
+def test_seeds_hold_where_prompts_are_read_in_pieces(tmp_path):
+    """Prompts of 100 tokens, 64 a step: a seed gives the same response alone and among sixteen, and
+    an update in the middle of sixteen seeded responses ends none of them"""
+    vllm_or_skip()
+    found = run(tmp_path, crowd)
+    assert found == dict(same=True, lengths=[60] * 16, versions=[0, 1])

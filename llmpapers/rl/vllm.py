@@ -91,6 +91,24 @@ def _constraint_processor():
 
     return ConstraintProcessor
 
+# %% ../../nbs/rl/09_vllm.ipynb #a06ca057
+def _keep_seeds(worker):
+    "On a CPU: draws that are thrown away are not taken from a request's own generator"
+    runner = worker.model_runner
+    sample_tokens = runner.sample_tokens
+
+    def sample(grammar):
+        batch, held = runner.input_batch, {}
+        for i in runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist():
+            if i in batch.generators:
+                held[i] = batch.generators.pop(i)
+        try:
+            return sample_tokens(grammar)
+        finally:
+            batch.generators.update(held)
+
+    runner.sample_tokens = sample
+
 # %% ../../nbs/rl/09_vllm.ipynb #3895192f
 class VLLMEngine:
     "vLLM in this process as a rollout engine"
@@ -135,6 +153,8 @@ class VLLMEngine:
             args["max_model_len"] = max_len
         with _quiet():
             self.llm = vllm.LLM(str(model), **args | engine_args)
+        if cpu:
+            self.llm.collective_rpc(_keep_seeds)
         self.version, self.folder = int(version), Path(model)
         self.longest = self.llm.model_config.max_model_len
         self.n_tokens = self.llm.model_config.get_vocab_size()
