@@ -154,11 +154,11 @@ def _json_rows(path, problems):
 
 def _split_rows(path, problems, sep, encoding="utf-8", columns=None):
     "(line number, list of fields) of a text file whose fields are parted by `sep`"
-    name, n = Path(path).name, 0
+    name, at = Path(path).name, [0]
 
     def texts():
-        nonlocal n
-        for n, line in _lines(path):
+        for number, line in _lines(path):
+            at[0] = number
             yield line.decode(encoding, "replace")
 
     if len(sep) > 1:
@@ -168,11 +168,11 @@ def _split_rows(path, problems, sep, encoding="utf-8", columns=None):
     for row in rows:
         columns = columns or len(row)
         if len(row) != columns:
-            problems.note(name, f"{len(row)} columns instead of {columns}", [n])
+            problems.note(name, f"{len(row)} columns instead of {columns}", list(at))
         elif any("\ufffd" in x for x in row):
-            problems.note(name, "not UTF-8", [n])
+            problems.note(name, "not UTF-8", list(at))
         else:
-            yield n, row
+            yield at[0], row
 
 # %% ../../nbs/rere/02_data.ipynb #aba59d44
 def clean_title(
