@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ItemTrie']
 
-# %% ../../nbs/rere/04_trie.ipynb #900b2de2
+# %% ../../nbs/rere/04_trie.ipynb #66222027
 import itertools
 import json
 import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,7 @@ def _runs(branch, first_of):
         run[single] = run[child] + step
     return run
 
-# %% ../../nbs/rere/04_trie.ipynb #fd1585b8
+# %% ../../nbs/rere/04_trie.ipynb #0281b414
 @dataclass(frozen=True, eq=False)
 class ItemTrie:
     "Strings of a catalogue as a trie in flat arrays; make it with `from_sequences`"
@@ -170,6 +171,11 @@ class ItemTrie:
         "Memory of the trie"
         tensors = [getattr(self, f.name) for f in fields(self)]
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+    @cached_property
+    def has_runs(self) -> bool:  # Whether a node has exactly one child
+        "Are there forced steps?"
+        return bool((self.run != 0).any())
 
     def __repr__(self):
         return (
