@@ -49,7 +49,8 @@ class ItemCoder:
         texts: list,  # Texts
     ) -> list:  # Token ids of each, without special tokens
         "Tokens of texts"
-        return self.tokenizer(list(texts), add_special_tokens=False).input_ids
+        only = dict(return_attention_mask=False, return_token_type_ids=False)
+        return self.tokenizer(list(texts), add_special_tokens=False, **only).input_ids
 
     @cached_property
     def strings(self) -> list:  # (I,) token ids of each item, with its end

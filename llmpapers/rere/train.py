@@ -150,7 +150,7 @@ def dynamic_choice(
     wrong = items != target[:, None]
     order = torch.where(~wrong, 0, torch.where(repeated, 2 * items.shape[1], 1))
     order = order + torch.where(wrong & ~repeated, items.shape[1] - count, 0)
-    return order.argsort(-1, stable=True)[:, :group_size]
+    return order.argsort(dim=-1, stable=True)[:, :group_size]
 
 
 def make_lists(
@@ -171,11 +171,11 @@ def make_lists(
     n = G if cfg.generation == "sampling" else G + G // 2
     how = dict(temperature=cfg.temperature, generator=generator, attention_mask=mask)
     found = constrained_sample(model, ids, trie, n, **how, score=cfg.score)
-    by_score = found.scores.argsort(-1, descending=True, stable=True)
+    by_score = found.scores.argsort(dim=-1, descending=True, stable=True)
     if cfg.generation == "sampling":
         return _keep(found, by_score)
     kept = dynamic_choice(found.items, target.to(found.items.device), G)
-    ranked = found.scores.gather(1, kept).argsort(-1, descending=True, stable=True)
+    ranked = found.scores.gather(1, kept).argsort(dim=-1, descending=True, stable=True)
     return _keep(found, kept.gather(1, ranked))
 
 # %% ../../nbs/rere/11_train.ipynb #b2dd1ead
