@@ -10,7 +10,7 @@ __all__ = ['histories_of', 'Scorer', 'Popularity', 'Markov', 'NetConfig', 'packe
 # %% ../../nbs/rere/08_baselines.ipynb #dcd71184
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
@@ -66,7 +66,7 @@ class Scorer:
             spare = F.pad(found, (0, 1))
             places = torch.where(seen >= 0, seen, found.shape[1])
             found = spare.scatter(1, places, -torch.inf)[:, :-1]
-        best = found.sort(1, descending=True, stable=True)
+        best = found.sort(dim=1, descending=True, stable=True)
         items = best.indices.masked_fill(best.values == -torch.inf, -1)[:, :k]
         return F.pad(items, (0, k - items.shape[1]), value=-1)
 
@@ -143,7 +143,7 @@ def packed(
 ) -> tuple[Tensor, Tensor]:  # (B,H) items moved to the left, 0 behind them; (B,) how many
     "Histories that begin at the left"
     there = histories >= 0
-    order = there.int().argsort(1, descending=True, stable=True)
+    order = there.int().argsort(dim=1, descending=True, stable=True)
     return histories.gather(1, order).clamp(min=0), there.sum(1)
 
 
