@@ -85,7 +85,9 @@ def same_lists(a, b, tol=1e-4):
 
 
 # ---- against exhaustive scores -------------------------------------------------------------------
-FAMILIES = "llama qwen2 qwen3 gpt2 gpt_neox mistral gemma gemma2 gemma3_text phi3 falcon mamba bloom"
+FAMILIES = (
+    "llama qwen2 qwen3 gpt2 gpt_neox mistral gemma gemma2 gemma3_text phi3 falcon mamba bloom"
+)
 
 
 @pytest.mark.parametrize("kind", FAMILIES.split())
@@ -171,8 +173,7 @@ def test_scores_are_those_of_generate_on_fixed_length_ids(seed):
     codes = torch.randint(8, (120, 3), generator=g) + torch.tensor([4, 12, 20])
     codes = torch.unique(codes, dim=0)
     trie, model, G = ItemTrie.from_sequences(codes), model_of("llama"), 8
-    ids, _ = prompts(2, seed, longest=5)
-    ids = ids[:, -1:].expand(2, 5).contiguous() + torch.arange(5)
+    ids = torch.randint(4, V, (2, 5), generator=g)
 
     def legal(row, tokens):
         done = tokens[5:].tolist()
@@ -211,7 +212,9 @@ def test_lists_do_not_depend_on_batch_order_or_padding(kind):
     rows = [(torch.randint(V - 4, (k,), generator=g) + 4).tolist() for k in sizes]
 
     def lists(parts, side, extra=0):
-        found = [constrained_beam_search(model, i, trie, 6, m) for i, m in parts_of(parts, side, extra)]
+        found = [
+            constrained_beam_search(model, i, trie, 6, m) for i, m in parts_of(parts, side, extra)
+        ]
         order = [i for p in parts for i in p]
         items = torch.cat([f.items for f in found])
         scores = torch.cat([f.scores for f in found])
@@ -249,7 +252,13 @@ def test_settings_of_the_checkpoint_change_nothing(tmp_path):
 
 def test_dropout_is_off_and_modes_come_back():
     config = transformers.GPT2Config(
-        vocab_size=V, n_embd=32, n_layer=2, n_head=2, n_positions=64, resid_pdrop=0.5, embd_pdrop=0.5
+        vocab_size=V,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        resid_pdrop=0.5,
+        embd_pdrop=0.5,
     )
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config).train()
@@ -452,7 +461,7 @@ def test_draws_have_the_probabilities_they_report(temperature):
             return model(input_ids=ids).logits / temperature
 
     p = score_items(heated, [[5, 6]], trie, "renorm")[0].exp()
-    n = 20000
+    n = 4000
     drawn = constrained_sample(
         model, [[5, 6]], trie, n, temperature, torch.Generator().manual_seed(0)
     )
@@ -473,7 +482,9 @@ def test_greedy_draws_follow_the_best_legal_token():
     ids, mask = prompts(3, 17)
     drawn = constrained_sample(model, ids, trie, 2, temperature=0, attention_mask=mask)
     one = constrained_beam_search(model, ids, trie, 1, mask, width=1, score="renorm")
-    assert (drawn.items[:, :1] == one.items).all() and (drawn.items[:, 0] == drawn.items[:, 1]).all()
+    assert (drawn.items[:, :1] == one.items).all() and (
+        drawn.items[:, 0] == drawn.items[:, 1]
+    ).all()
 
 
 def test_groups_for_a_trainer():
