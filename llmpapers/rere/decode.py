@@ -8,9 +8,7 @@ __all__ = ['merge_ends', 'PlainReader', 'RowsReader', 'SharedReader', 'reader_fa
            'TrieLogitsProcessor', 'only_children', 'trie_processor', 'update_rows', 'restrict_rows']
 
 # %% ../../nbs/rere/05_decode.ipynb #06f50c7c
-import copy
 import inspect
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -521,7 +519,7 @@ def _run_on(trie, beams, tokens, nodes, logits, level, score, pool):
         )
     return beams
 
-# %% ../../nbs/rere/05_decode.ipynb #4ad4432e
+# %% ../../nbs/rere/05_decode.ipynb #b0a52f05
 @dataclass(frozen=True)
 class BeamResult:
     "Items found for each prompt"
@@ -552,7 +550,8 @@ def _search(reader, trie, size, width, score, counts):
     "Beam search over the trie with a reader"
     logits = merge_ends(reader.start(), trie.eos_ids)[:, None]
     _check_vocab(trie, logits.shape[-1])
-    n, device, most = len(logits), logits.device, max(1, _most_logits // logits.numel() // width)
+    n, device = len(logits), logits.device
+    most = max(1, min(_most_logits // logits.numel(), 4096) // width)  # forced tokens at once
     beams, pool = _Beams.root(n, trie.depth, device), _Pool(trie, n, size, device)
     lost = torch.full((n,), _nothing, device=device)  # key of the best prefix that was dropped
     level = 0
