@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -47,18 +48,17 @@ def micro_batches(
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     order = sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i))
-    n, best = [int(lengths[i]) for i in order], [(0, 0)]
-    for i in range(1, len(n) + 1):
-        costs = []
-        for j in range(i - 1, -1, -1):
-            size = (i - j) * n[j]
-            if size > max_tokens and i - j > 1:
-                break
-            costs.append((best[j][0] + size + overhead, j))
-        best.append(min(costs))
-    ends = [len(n)] if n else []
+    n = np.array([int(lengths[i]) for i in order], np.int64)
+    cost, cut, low = np.zeros(len(n) + 1, np.int64), np.zeros(len(n) + 1, np.int64), 0
+    for i in range(1, len(n) + 1):  # the last micro-batch of the first i rows begins at some j
+        while low < i - 1 and (i - low) * n[low] > max_tokens:
+            low += 1
+        costs = cost[low:i] + np.arange(i - low, 0, -1) * n[low:i]
+        cut[i] = low + costs.argmin()
+        cost[i] = costs.min() + overhead
+    ends = [len(n)] if len(n) else []
     while ends and ends[-1]:
-        ends.append(best[ends[-1]][1])
+        ends.append(int(cut[ends[-1]]))
     return [order[a:b] for b, a in reversed(list(zip(ends, ends[1:])))]
 
 # %% ../../nbs/rl/08_trainer.ipynb #6b145d11
