@@ -80,11 +80,11 @@ class ItemCoder:
         room = self.max_prompt - len(self.start)
         for i, x in enumerate(ids):
             if len(x) > room:
-                ids[i] = _shorter(self, windows.take([i]), room)
+                ids[i] = _shorter(self, windows.take([i]), x, room)
         return [self.start + x for x in ids]
 
 
-def _shorter(coder, row, room):
+def _shorter(coder, row, ids, room):
     "Tokens of one prompt without its oldest events"
     history = row.history
     for k in range(1, history.shape[1]):
