@@ -83,7 +83,7 @@ def test_restricted_requests_write_items_with_the_right_shares(tmp_path):
     assert out["greedy"][-1] == 2
 
 
-# ---- without the engine: rows that come, go and change places --------------------------------------
+# ---- without the engine: rows that come, go and change places -----------------------------------
 def batch(removed=(), added=(), moved=()):
     return SimpleNamespace(removed=list(removed), added=list(added), moved=list(moved))
 
