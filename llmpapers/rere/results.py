@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.artifacts import artifact
 from ..core.lm import LM
-from .metrics import expected_metrics, list_panel
+from .metrics import bayes_ceiling, expected_metrics, list_panel
 from llmpapers.rere.sft import (
     SidConfig,
     SidTask,
@@ -34,7 +34,7 @@ class StudyConfig:
 
     sid: SidConfig = field(default_factory=SidConfig)  # World and supervised policy
     rl: RereConfig = field(  # Reinforcement learning; the arms change some of it
-        default_factory=lambda: RereConfig(steps=150, batch_size=32, lr=1e-3)
+        default_factory=lambda: RereConfig(steps=150, batch_size=32, lr=3e-4)
     )
 
 
