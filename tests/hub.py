@@ -3,6 +3,7 @@ several architectures, a fast tokenizer with a chat template whose end of sequen
 padding, a vocabulary that is padded beyond the tokenizer, a generation config with opinions"""
 
 import functools
+import json
 import shutil
 from pathlib import Path
 
@@ -90,3 +91,23 @@ def hub_folder(
     tok.save_pretrained(path)
     assert list(Path(path).glob("*.safetensors"))
     return str(path)
+
+
+def log_files(folder):
+    "Small logs as the pages name them: `interactions.csv`, and Amazon reviews of 2023 in `amazon`"
+    rows, about = [], {}
+    for user in range(30):
+        for step in range(8):
+            item = (3 * user + step * step) % 12
+            about[item] = f"thing number {item}"
+            rows.append((f"u{user}", f"i{item}", 1500000000 + 86400 * (7 * user + step)))
+    lines = ["user,item,time,title"]
+    lines += [f"{u},{i},{t},{about[int(i[1:])]}" for u, i, t in rows]
+    (folder / "interactions.csv").write_text("\n".join(lines) + "\n")
+    (folder / "amazon").mkdir()
+    reviews = [dict(user_id=u, parent_asin=i, timestamp=1000 * t) for u, i, t in rows]
+    meta = [dict(parent_asin=f"i{n}", title=title) for n, title in about.items()]
+    name = "Industrial_and_Scientific.jsonl"
+    for path, objects in ((name, reviews), (f"meta_{name}", meta)):
+        text = "".join(json.dumps(x) + "\n" for x in objects)
+        (folder / "amazon" / path).write_text(text)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hub import hub_folder, tokenizer
+from hub import hub_folder, log_files, tokenizer
 from llmpapers.core.lm import load_lm
 
 root = Path(__file__).resolve().parents[1]
@@ -67,6 +67,11 @@ smaller = [
     (r"\"[A-Z]\w*/[A-Za-z][\w.-]+\"", '"hub"'),
     (r"\"model/\"", '"hub"'),
     (r"LLM\(\"tiny\"", 'LLM("hub"'),
+    (r"\"McAuley-Lab/Amazon-Reviews-2023\"", '"amazon"'),
+    (r"\bmin_items=\d+", "min_items=5"),
+    (r"\bsft_paper\b", "replace(sft_paper, steps=2, batch_size=2, grad_accum=1, warmup=0.0)"),
+    (r"\brere_paper\b", "replace(rere_paper, steps=2, batch_size=2, group_size=2)"),
+    (r"\bTitleConfig\(", "TitleConfig(n_users=20, n_test=4, "),
 ]
 
 
@@ -161,6 +166,7 @@ def test_snippet_runs(where, path, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hub_folder(tmp_path / "hub")
+    log_files(tmp_path)
     code = shrunk(code)
     names = imported(path)
     ready = Ready()

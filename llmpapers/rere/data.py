@@ -221,7 +221,7 @@ def _amazon_files(path_or_id, category):
     path = Path(path_or_id)
     if path.is_dir():
         name = category or "*"
-        reviews = (f"{name}_5.json*", f"[!m]{name[1:]}.jsonl*" if category else "[!m]*.jsonl*")
+        reviews = (f"{name}_5.json*", f"{name}.json*" if category else "[!m]*.jsonl*")
         meta = (f"meta_{name}.json*",)
         return _one_file(path, reviews, "reviews"), _one_file(path, meta, "metadata")
     if path.is_file():
