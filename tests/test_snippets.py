@@ -69,6 +69,9 @@ smaller = [
     (r"LLM\(\"tiny\"", 'LLM("hub"'),
     (r"\"McAuley-Lab/Amazon-Reviews-2023\"", '"amazon"'),
     (r"\bmin_items=\d+", "min_items=5"),
+    (r"\bsft_paper\b", "replace(sft_paper, steps=2, batch_size=2, grad_accum=1, warmup=0.0)"),
+    (r"\brere_paper\b", "replace(rere_paper, steps=2, batch_size=2, group_size=2)"),
+    (r"\bTitleConfig\(", "TitleConfig(n_users=20, n_test=4, "),
 ]
 
 

@@ -8,9 +8,7 @@ __all__ = ['merge_ends', 'PlainReader', 'RowsReader', 'SharedReader', 'reader_fa
            'TrieLogitsProcessor', 'only_children', 'trie_processor', 'update_rows', 'restrict_rows']
 
 # %% ../../nbs/rere/05_decode.ipynb #06f50c7c
-import copy
 import inspect
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -521,7 +519,7 @@ def _run_on(trie, beams, tokens, nodes, logits, level, score, pool):
         )
     return beams
 
-# %% ../../nbs/rere/05_decode.ipynb #4ad4432e
+# %% ../../nbs/rere/05_decode.ipynb #b0a52f05
 @dataclass(frozen=True)
 class BeamResult:
     "Items found for each prompt"
@@ -552,7 +550,8 @@ def _search(reader, trie, size, width, score, counts):
     "Beam search over the trie with a reader"
     logits = merge_ends(reader.start(), trie.eos_ids)[:, None]
     _check_vocab(trie, logits.shape[-1])
-    n, device, most = len(logits), logits.device, max(1, _most_logits // logits.numel() // width)
+    n, device = len(logits), logits.device
+    most = max(1, min(_most_logits // logits.numel(), 4096) // width)  # forced tokens at once
     beams, pool = _Beams.root(n, trie.depth, device), _Pool(trie, n, size, device)
     lost = torch.full((n,), _nothing, device=device)  # key of the best prefix that was dropped
     level = 0
@@ -601,7 +600,7 @@ def _settled(beams, pool):
     best = beams.score.masked_fill(~live, -torch.inf).amax(1)
     return bool((~live.any(1) | (pool.score[:, -1] > best)).all())
 
-# %% ../../nbs/rere/05_decode.ipynb #9f530afa
+# %% ../../nbs/rere/05_decode.ipynb #e2c3c1aa
 @contextmanager
 def _evaluating(model):
     "No gradients and no dropout; afterwards every module is in the mode it was in"
@@ -646,16 +645,17 @@ def _checked(model, input_ids, trie, attention_mask, num_items, score, allowed):
 
 
 def _parts(model, ids, trie, width):
-    "Users at once, as many as their logits fit"
+    "Users at once, as many as their logits and masks fit"
     known = model.get_input_embeddings().weight.shape[0] if _is_hf(model) else trie.max_token + 1
-    part = max(1, 2 * _most_logits // (width * known))
+    tokens = ids.shape[-1] + trie.depth * width  # what a hypothesis can look at, most of it masked
+    part = max(1, min(2 * _most_logits // (width * known), _most_logits // (width * tokens)))
     return torch.arange(len(ids), device=ids.device).split(part)
 
 
 def _rows(counts, rows):
     return counts if counts is None or len(counts) == 1 else counts[rows]
 
-# %% ../../nbs/rere/05_decode.ipynb #7b18ee76
+# %% ../../nbs/rere/05_decode.ipynb #6025f0a4
 def constrained_beam_search(
     model,  # Causal language model, or a function from tokens (N,T) to logits (N,T,V)
     input_ids: Tensor,  # (B,P) prompts
@@ -679,7 +679,7 @@ def constrained_beam_search(
         make = pick_reader(model, ids.shape[1] + trie.depth)[0]
         while len(rows):
             found = []
-            for part in _parts(model, rows, trie, width):
+            for part in _parts(model, ids[rows], trie, width):
                 r = rows[part]
                 reader = make(model, ids[r], mask[r])
                 found.append(_search(reader, trie, num_items, width, score, _rows(counts, r)))
@@ -692,7 +692,10 @@ def constrained_beam_search(
         raise ValueError("model: its logits hold NaN, so there is no best item")
     return _result(trie, *out, counts)
 
-# %% ../../nbs/rere/05_decode.ipynb #90033b2a
+# %% ../../nbs/rere/05_decode.ipynb #b3d54450
+_most_draws = 256  # Draws for a prompt that are made at once
+
+
 def _draw(trie, node, logits, level, heat, generator, counts):
     "A legal token for each row: token, node it leads to, log-probability among the legal ones"
     best, mass = None, None
@@ -730,23 +733,27 @@ def constrained_sample(
         model, input_ids, trie, attention_mask, num_items, score, allowed
     )
     heat = check_number("temperature", temperature, "[0, inf)")
-    found = []
+    found, widest = [], min(num_items, _most_draws)
     with _evaluating(model):
         make = pick_reader(model, ids.shape[1] + trie.depth)[0]
-        for r in _parts(model, ids, trie, num_items):
+        for r in _parts(model, ids, trie, widest):
             reader = make(model, ids[r], mask[r])
-            args = (num_items, heat, generator, score, _rows(counts, r))
-            found.append(_sample(reader, trie, *args))
+            start, draws = merge_ends(reader.start(), trie.eos_ids)[:, None], []
+            for first in range(0, num_items, widest):
+                reader.again()
+                n = min(widest, num_items - first)
+                args = (n, heat, generator, score, _rows(counts, r))
+                draws.append(_sample(reader, start, trie, *args))
+            found.append([torch.cat(x, 1) for x in zip(*draws)])
     node, total, logps = (torch.cat(x) for x in zip(*found))
     if total.isnan().any():
         raise ValueError("model: its logits hold NaN, so nothing can be drawn")
     certified = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     return _result(trie, node, total, logps, certified, counts)
 
-# %% ../../nbs/rere/05_decode.ipynb #f5ea71da
-def _sample(reader, trie, n, heat, generator, score, counts):
-    "Draw with a reader: leaves, scores, log-probabilities"
-    logits = merge_ends(reader.start(), trie.eos_ids)[:, None]
+# %% ../../nbs/rere/05_decode.ipynb #44c446a2
+def _sample(reader, logits, trie, n, heat, generator, score, counts):
+    "Draw with a reader that stands behind the prompts: leaves, scores, log-probabilities"
     _check_vocab(trie, logits.shape[-1])
     B, device = len(logits), logits.device
     node = torch.zeros(B, n, dtype=torch.int64, device=device)
@@ -864,7 +871,7 @@ def draw_items(
         if item >= 0
     ]
 
-# %% ../../nbs/rere/05_decode.ipynb #9b8c99f1
+# %% ../../nbs/rere/05_decode.ipynb #11b2f7a1
 class TrieConstraint:
     "The catalogue as a constraint on a request of the floor's engines"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core.artifacts import artifact
 from ..core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm, word_tokenizer
-from ..core.scale import check_flags, check_ranges
+from ..core.scale import check_flags, check_ranges, rng
 from ..core.train import History, TrainConfig, train
 from .data import ItemFormat, Windows, sequence_windows, sid_format
 from .decode import constrained_beam_search
@@ -80,11 +80,11 @@ class ItemCoder:
         room = self.max_prompt - len(self.start)
         for i, x in enumerate(ids):
             if len(x) > room:
-                ids[i] = _shorter(self, windows.take([i]), room)
+                ids[i] = _shorter(self, windows.take([i]), x, room)
         return [self.start + x for x in ids]
 
 
-def _shorter(coder, row, room):
+def _shorter(coder, row, ids, room):
     "Tokens of one prompt without its oldest events"
     history = row.history
     for k in range(1, history.shape[1]):
@@ -258,10 +258,10 @@ class SidConfig:
         )
     )
     sft: TrainConfig = field(  # First: every item of a window
-        default_factory=lambda: TrainConfig(steps=3000, batch_size=128, lr=1e-2, log_every=100)
+        default_factory=lambda: TrainConfig(steps=3000, batch_size=128, lr=3e-2, log_every=100)
     )
     last: TrainConfig = field(  # Then: the last item
-        default_factory=lambda: TrainConfig(steps=1200, batch_size=128, lr=3e-3, log_every=100)
+        default_factory=lambda: TrainConfig(steps=1200, batch_size=128, lr=5e-3, log_every=100)
     )
 
 
@@ -278,12 +278,16 @@ class SidTask(NamedTuple):
 def sid_task(
     cfg: SidConfig,  # Sizes
     seed: int = 0,  # Which world, and which users
+    shuffled: bool = False,  # Deal the codes to the items at random: a control
 ) -> SidTask:  # World, coder, rows
     "The small world of a seed"
     world = make_sid_world(
         cfg.n_items, cfg.n_users, cfg.seq_len, cfg.eps, seed=seed, n_codes=cfg.n_codes
     )
-    fmt = sid_format(world.sid, [cfg.n_codes] * 3, sep=" ")
+    order = torch.arange(cfg.n_items)
+    if shuffled:
+        order = torch.randperm(cfg.n_items, generator=rng(seed, "shuffled codes"))
+    fmt = sid_format(world.sid[order], [cfg.n_codes] * 3, sep=" ")
     coder = ItemCoder(word_tokenizer(fmt.words), fmt, terminated=False, bare=True)
     size = dict(max_len=cfg.history, min_history=cfg.history)
     others = [world.sample(cfg.n_test, cfg.history + 1, seed + 10**6 * k) for k in (1, 2)]
@@ -294,16 +298,18 @@ def sid_task(
 def sid_policy(
     cfg: SidConfig,  # Sizes and training
     seed: int = 0,  # World, weights and order
+    shuffled: bool = False,  # See `sid_task`
 ) -> LM:  # Trained once, then read from the cache
     "The supervised policy of a small world"
 
     def build(out):
-        task = sid_task(cfg, seed)
+        task = sid_task(cfg, seed, shuffled)
         lm = LM(tiny_lm(task.coder.tokenizer, cfg.lm, seed), task.coder.tokenizer, "sid")
         for part, every in ((cfg.sft, True), (cfg.last, False)):
             how = dict(every_item=every, device="cpu")
             lm = train_sft(lm, task.coder, task.train, replace(part, seed=seed), **how).lm
         save_lm(lm, out / "model")
 
-    folder = artifact("rere_sft", dict(config=cfg, seed=seed), build)
+    recipe = dict(config=cfg, seed=seed) | (dict(shuffled=True) if shuffled else {})
+    folder = artifact("rere_sft", recipe, build)
     return load_lm(str(folder / "model"), device="cpu")

@@ -49,6 +49,8 @@ def micro_batches(
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     order = sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i))
     n = np.array([int(lengths[i]) for i in order], np.int64)
+    if len(n) and len(n) * n[0] <= max_tokens and len(n) * (n[0] - n[-1]) <= overhead:
+        return [order]  # no cut can save what a second pass costs
     cost, cut, low = np.zeros(len(n) + 1, np.int64), np.zeros(len(n) + 1, np.int64), 0
     for i in range(1, len(n) + 1):  # the last micro-batch of the first i rows begins at some j
         while low < i - 1 and (i - low) * n[low] > max_tokens:
