@@ -141,7 +141,7 @@ def _keep(found, index):
 def dynamic_choice(
     items: Tensor,  # (B,M) int64 drawn items, M > G
     target: Tensor,  # (B,) int64
-    group_size: int,  # G
+    group_size: int,  # Items of a list, G
 ) -> Tensor:  # (B,G) int64, columns of `items`
     "Which draws dynamic sampling keeps: targets, then distinct errors by count, then copies"
     same = items[:, :, None] == items[:, None, :]
@@ -456,7 +456,7 @@ def objective(
 @torch.no_grad()
 def list_numbers(
     batch,  # Samples of whole lists
-    group_size: int,  # G
+    group_size: int,  # Items of a list, G
 ) -> dict:  # Name -> number
     "What to watch of a batch of lists"
     rewards, present = _lists_of(batch, group_size)
