@@ -269,3 +269,44 @@ def test_preference_training_widens_the_margin_and_leaves_the_start_alone(policy
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_items_that_are_none_are_refused_by_every_rival():
+    rows = sequence_windows(torch.tensor([[0, 1, 2], [1, 2, 0]]), 2)
+    cfg = NetConfig(width=8, layers=1, heads=2, steps=2, batch_size=4)
+    makers = [
+        Popularity,
+        Markov,
+        lambda r, n: train_sasrec(r, n, cfg=cfg),
+        lambda r, n: train_gru4rec(r, n, cfg=cfg),
+    ]
+    for make in makers:
+        with pytest.raises(ValueError, match="rows has (item|target) 2, the catalogue has 2"):
+            make(rows, 2)
+        wrong = dataclasses.replace(rows, target=rows.target.clone().fill_(-100))
+        with pytest.raises(ValueError, match="rows has target -100"):
+            make(wrong, 3)
+        rival = make(rows, 3)
+        for item in (3, 4, 99):
+            with pytest.raises(ValueError, match=f"rows has item {item}, the catalogue has 3"):
+                rival.scores(torch.tensor([[0, item]]))
+        with pytest.raises(ValueError, match="rows has item -2"):
+            rival.scores(torch.tensor([[-2, 0]]))
+        with pytest.raises(ValueError, match="width 0"):
+            rival.scores(torch.zeros(2, 0, dtype=torch.int64))
+        left, right = torch.tensor([[-1, 1]]), torch.tensor([[1, -1]])
+        assert torch.equal(rival.scores(left), rival.scores(right))
+        one = make(sequence_windows(torch.tensor([[0, 0]]), 2), 1)
+        assert one.recommend(torch.tensor([[0], [-1]]), 2).tolist() == [[0, -1], [0, -1]]
+        for allowed in (torch.ones(2, dtype=torch.bool), torch.ones(5, 3, dtype=torch.bool)):
+            with pytest.raises(ValueError, match="allowed has shape"):
+                rival.recommend(left, 2, allowed=allowed)
+        for allowed in ([True, False, True], torch.tensor([0, 1, 2])):
+            with pytest.raises(TypeError, match="allowed: need a bool tensor"):
+                rival.recommend(left, 2, allowed=allowed)
+    with pytest.raises(ValueError, match="rows has item 9"):
+        Fixed(torch.zeros(1, 3)).recommend(torch.tensor([[9]]), 2, exclude_seen=True)
+    with pytest.raises(ValueError, match="valid: need at least one row"):
+        train_sasrec(rows, 3, valid=rows.take([]), cfg=cfg)
+    with pytest.raises(ValueError, match="has no combination"):
+        tune(lambda prior: Markov(rows, 3, prior), dict(prior=[]), rows)

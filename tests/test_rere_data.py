@@ -215,6 +215,143 @@ def test_csv_lines_are_those_of_the_file(tmp_path):
         load_csv(write(tmp_path / "e.csv", b"\n"))
 
 
+def test_a_quote_that_does_not_close_costs_its_line_only(tmp_path):
+    rows = b'1,2,3,"Foo\n1,3,4,bar\n2,3,5,"x"\n3,3,5,y\n1,4,5,"two\n\nlines"\n2,4,5,5" disk\n'
+    log = load_csv(write(tmp_path / "x.csv", b"user,item,time,title\n", rows), title="title")
+    assert log.events.time.tolist() == [4, 5, 5, 5, 5]
+    assert log.titles == {"3": "bar", "4": "two lines"}
+    ((_, reason, n, first),) = log.problems.values.tolist()
+    assert "not CSV" in reason and (n, first) == (1, (2,))
+    long = b"1,2,3," + b"a" * 200_000 + b"\n"
+    log = load_csv(write(tmp_path / "y.csv", b"user,item,time,title\n", long), title="title")
+    assert len(log.titles["2"]) == 200_000
+
+
+@pytest.mark.parametrize(
+    "texts, seconds",
+    [
+        (["20200131", "20200201"], [1580428800, 1580515200]),
+        (["20200131", "20209999"], [20200131, 20209999]),
+        (["13/02/2020", "01/02/2020"], [1581552000, 1580515200]),
+        (["02/13/2020", "01/02/2020"], [1581552000, 1577923200]),
+        (["2020-02-01", "1 Feb 2020"], [1580515200, 1580515200]),
+        (["01/02/2020", "05/05/2020"], [1588636800]),
+        (["13/02/2020", "02/13/2020", "01/02/2020"], [1581552000, 1581552000]),
+        (["now", "today", "10:30", "May", "9999-12-31", "5"], [5]),
+        (["1" + "0" * 400, "True", "0x10", "inf", "7.9"], [7]),
+    ],
+)
+def test_what_is_a_time(texts, seconds):
+    table = pd.DataFrame(dict(user=range(len(texts)), item="i", time=texts))
+    log = as_log(table)
+    assert log.events.time.tolist() == seconds
+    assert log.problems.rows.sum() == len(texts) - len(seconds)
+
+
+def test_values_of_every_kind_are_used_or_counted():
+    odd = [None, pd.NA, np.nan, "nan", "NULL", " ", [1], {}, np.array([1, 2]), "a\ud800"]
+    table = pd.DataFrame(dict(user=pd.Series(odd, dtype=object), item="i", time=1))
+    log = as_log(table)
+    assert log.events.empty and reasons(log) == {("no user", 10, (1, 2, 3, 4, 5))}
+    ids = pd.Series([1, np.float32(2), np.int8(3), "4", 5.5], dtype=object)
+    assert as_log(table[:5].assign(user=ids)).events.user.tolist() == ["1", "2", "3", "4", "5.5"]
+    times = pd.Series([10**400, True, [1], pd.NaT, 8], dtype=object)
+    assert as_log(table[:5].assign(user=1, time=times)).events.time.tolist() == [8]
+    nullable = pd.DataFrame(dict(user=[1, None], item=["a", "b"], time=[1, 2])).convert_dtypes()
+    assert as_log(nullable).events.values.tolist() == [["1", "a", 1]]
+    with pytest.raises(TypeError, match="table: need a pandas DataFrame"):
+        as_log([1])
+    twice = pd.DataFrame([[1, 2, 3, 4]], columns=["user", "user", "item", "time"])
+    with pytest.raises(ValueError, match="more than one column 'user'"):
+        as_log(twice)
+
+
+def test_damaged_objects_cost_their_line(tmp_path):
+    write(
+        tmp_path / "a/Toys_5.json",
+        b'{"reviewerID": "A", "asin": "B", "unixReviewTime": 1' + b"0" * 400 + b"}\n",
+        b'{"user_id": "A", "asin": "B", "timestamp": 1' + b"0" * 400 + b"}\n",
+        b'{"x": ' + b"[" * 100_000 + b"\n",
+        dict(user_id="A", asin=7, timestamp="1600000000000"),
+    )
+    write(
+        tmp_path / "a/meta_Toys.json",
+        dict(title="of nothing"),
+        dict(asin=7, title="a\ud800b"),
+        dict(asin=["B"], title="x"),
+    )
+    log = load_amazon(tmp_path / "a")
+    assert log.events.values.tolist() == [["A", "7", 1600000000]]
+    assert log.titles == {"7": "a\ufffdb"} and log.problems.rows.sum() == 3
+    write(
+        tmp_path / "y/yelp_academic_dataset_business.json",
+        dict(business_id="b", name="Bar", categories=["Restaurants", "Bars"]),
+        dict(name="None", categories="Restaurants"),
+        dict(business_id=["c"], name="C", categories=5),
+        dict(business_id="d", name="D", categories=5),
+    )
+    write(
+        tmp_path / "y/yelp_academic_dataset_review.json",
+        *(dict(user_id="u", business_id=b, date="2015-01-01") for b in ("b", None, ["c"], "d")),
+    )
+    log = load_yelp(tmp_path / "y")
+    assert log.events.item.tolist() == ["Bar"] and log.titles == {"Bar": "Bar"}
+    assert ("no business_id", 2, (2, 3)) in reasons(log) and ("no item", 2, (2, 3)) in reasons(log)
+
+
+def test_packed_files_with_changed_bytes_are_errors(tmp_path):
+    raw = gzip.compress(b"user,item,time\n" + b"1,2,3\n" * 1000)
+    for at in (12, 20, len(raw) // 2, len(raw) - 6):
+        bad = bytearray(raw)
+        bad[at] ^= 255
+        with pytest.raises(ValueError, match="x.csv is damaged"):
+            load_csv(write(tmp_path / "x.csv", bytes(bad)))
+
+
+def test_movielens_columns_are_found_by_name(tmp_path):
+    write(tmp_path / "a/ratings.csv", b"movieId,userId,timestamp\n1,2,978300760\n")
+    write(tmp_path / "a/movies.csv", b"title,movieId\nX,1\n")
+    log = load_movielens(tmp_path / "a")
+    assert log.events.values.tolist() == [["2", "1", 978300760]] and log.titles == {"1": "X"}
+    write(tmp_path / "b/ratings.csv", b"1,2,5.0,978300760\n1,3,5.0,978300760\n")
+    with pytest.raises(ValueError, match="ratings.csv has no column 'userId'"):
+        load_movielens(tmp_path / "b")
+    write(tmp_path / "10m/ratings.dat", b"1::2::5::978300760\n")
+    write(tmp_path / "10m/movies.dat", "2::Am\u00e9lie (2001)::C\n3\n".encode())
+    assert load_movielens(tmp_path / "10m").titles == {"2": "Am\u00e9lie (2001)"}
+    write(tmp_path / "100k/u.data", b"1\t2\t3\t4\n")
+    write(tmp_path / "100k/u.item", b'2|"Q" movie|a\n3|"Open|b\n4|x|c\n')
+    found = load_movielens(tmp_path / "100k").titles
+    assert found == {"2": '"Q" movie', "3": '"Open', "4": "x"}
+
+
+def test_a_file_that_is_missing_is_not_looked_for_on_the_hub(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
+    for name in ("data/ratings.csv", "data/log.tsv.gz"):
+        with pytest.raises(ValueError, match="no file and no id"):
+            load_csv(name)
+    with pytest.raises(ValueError, match="sep=''"):
+        load_csv("x.csv", sep="")
+
+
+def test_rows_without_a_value_are_refused_by_name():
+    for sequences in (torch.tensor([[1, 2, -1]]), torch.tensor([[1.0, 2.0]]), torch.tensor([1, 2])):
+        with pytest.raises(ValueError, match="sequences"):
+            sequence_windows(sequences)
+    holes = pd.DataFrame(dict(user=[1, 1], item=[1, 2], time=[1, None])).convert_dtypes()
+    with pytest.raises(ValueError, match="df has no time in row 1"):
+        make_windows(holes)
+    with pytest.raises(ValueError, match="df has no user in row 1"):
+        k_core(pd.DataFrame(dict(user=["a", None], item=["x", "x"])), 1)
+    with pytest.raises(ValueError, match="needs a column 'time'"):
+        chronological_split(pd.DataFrame(dict(a=range(20))))
+    with pytest.raises(ValueError, match="not finite"):
+        chronological_split(pd.DataFrame(dict(time=pd.to_datetime(["2020-01-01"] * 19 + [None]))))
+    log = as_log(pd.DataFrame(dict(user=[1], item=[1], time=[1])))
+    with pytest.raises(TypeError, match="since='2020-01-01' must be a datetime"):
+        rere_filter(log, since="2020-01-01")
+
+
 def test_data_of_the_hub_and_tables(monkeypatch):
     table = pd.DataFrame(
         dict(

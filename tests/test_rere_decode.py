@@ -584,3 +584,52 @@ def test_more_items_than_there_are():
     assert len(set(items[:n])) == n and min(items[:n]) >= 0 and set(items[n:]) == {-1}
     assert found.certified.all() and (found.lengths[0, n:] == 0).all()
     assert not found.logprobs[0, n:].any()
+
+
+def test_what_a_model_cannot_do_is_said_before_it_is_asked():
+    trie = ItemTrie.from_sequences([[5, 6, 7], [8]], eos_id=END)
+    config = transformers.GPT2Config(vocab_size=V, n_positions=12, n_embd=8, n_layer=1, n_head=1)
+    learned = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.full((2, 9), 5)
+    assert constrained_beam_search(learned, ids, trie, 2).items.shape == (2, 2)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8)
+    sizes |= dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=12)
+    config = transformers.Qwen3Config(vocab_size=V, **sizes)
+    turning = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for model in (learned, turning):
+        for ask in (constrained_beam_search, constrained_sample):
+            with pytest.raises(ValueError, match="input_ids: a prompt of 10 tokens.*reads 12"):
+                ask(model, torch.full((2, 10), 5), trie, 2)
+        with pytest.raises(ValueError, match="reads 12"):
+            score_items(model, torch.full((2, 10), 5), trie)
+    beyond = ItemTrie.from_sequences([[5]], eos_id=[END, V + 4])
+    for ask in (constrained_beam_search, constrained_sample):
+        with pytest.raises(ValueError, match=f"token {V + 4}, the model has"):
+            ask(learned, ids, beyond, 1)
+    with pytest.raises(ValueError, match=f"token {V + 4}, the model has"):
+        score_items(learned, ids, beyond)
+    with pytest.raises(ValueError, match="hold NaN"):
+        score_items(lambda x: torch.full((*x.shape, V), torch.nan), ids, trie)
+    with pytest.raises(TypeError, match="generator: need a torch.Generator, got int"):
+        constrained_sample(learned, ids, trie, 1, generator=5)
+    with pytest.raises(TypeError, match="pass its 'input_ids'"):
+        constrained_beam_search(learned, dict(input_ids=ids), trie, 1)
+
+
+def test_adapters_are_read():
+    peft = pytest.importorskip("peft", reason="the extra lora brings adapters")
+    trie = ItemTrie.from_sequences(catalogue(12, 3), eos_id=END)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model_of("qwen3"), config).eval()
+    ids, mask = prompts(3, 1)
+    want = score_items(model, ids, trie, attention_mask=mask)
+    got = constrained_beam_search(model, ids, trie, 5, mask, 40)
+    torch.testing.assert_close(got.scores, want.gather(1, got.items), atol=1e-4, rtol=0)
+    plain = model(input_ids=ids[:1], attention_mask=mask[:1]).logits[0, -1].log_softmax(-1)
+    one = ItemTrie.from_sequences([[5], [8]])
+    torch.testing.assert_close(
+        score_items(model, ids[:1], one, attention_mask=mask[:1])[0], plain[[5, 8]].detach()
+    )
+    with model.disable_adapter():
+        without = score_items(model, ids, trie, attention_mask=mask)
+    assert (without - want).abs().max() > 1e-2

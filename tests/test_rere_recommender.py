@@ -2,15 +2,21 @@
 folders, and requests of every kind"""
 
 import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -168,6 +174,146 @@ def test_a_folder_is_replaced_whole_and_damage_is_named(tmp_path, shop):
     file.write_text("{")
     with pytest.raises(ValueError, match="damaged recommender.json"):
         Recommender.load(folder, device="cpu")
+
+
+def test_ids_and_sets_of_every_kind(shop):
+    want = ids(shop.recommend([["i1"]], k=3, allowed=["i2", "i3", "i4"]))
+    for allowed in (
+        (x for x in ("i2", "i3", "i4")),
+        {"i2", "i3", "i4"},
+        np.array(["i2", "i3", "i4"]),
+    ):
+        assert ids(shop.recommend([["i1"]], k=3, allowed=allowed)) == want
+    for histories in ("i1", ["i1"], [1], [None], None, {"u": ["i1"]}):
+        with pytest.raises(TypeError, match="histories: need a list of ids for each user"):
+            shop.recommend(histories)
+    for allowed in ("i2", 5, [None, ["i2"]], ["i2", ["i3"]]):
+        with pytest.raises(TypeError, match="allowed: need a list of ids"):
+            shop.recommend([["i1"], ["i2"]], allowed=allowed)
+    for odd in ((x for x in ["nope"]), {"nope"}, [["i1"]], [None], [float("nan")]):
+        with pytest.raises(ValueError, match="is not in the catalogue"):
+            shop.recommend([odd])
+    with pytest.raises(TypeError, match="exclude_seen='no'"):
+        shop.recommend([["i1"]], exclude_seen="no")
+    with pytest.raises(ValueError, match="width=2.5"):
+        shop.recommend([[]], width=2.5)
+
+
+def test_numbers_are_read_as_in_the_table():
+    table = events()
+    table["item"] = table.item.str[1:].astype(int)
+    shop = Recommender.fit(table, history=3, sft=quick, device="cpu")
+    want = shop.recommend([["1", "2"]], k=3)
+    for history in ([1, 2], np.array([1, 2]), [1.0, 2.0], pd.Series([1, 2])):
+        assert shop.recommend([history], k=3) == want
+        assert shop.recommend([history], k=3, skip_unknown=True) == want
+    assert ids(shop.recommend([["1"]], k=3, allowed=[4, 5])) == ids(
+        shop.recommend([["1"]], k=3, allowed=["4", "5"])
+    )
+
+
+def test_a_catalogue_of_one_item():
+    table = pd.DataFrame(dict(user=["a", "a", "b"], item="x", time=range(3)))
+    shop = Recommender.fit(table, history=3, sft=quick, device="cpu")
+    assert ids(shop.recommend([["x"], []], k=3)) == [[], ["x"]]
+    assert ids(shop.recommend([["x"]], k=3, exclude_seen=False)) == [["x"]]
+    with pytest.raises(TypeError, match="interactions: need a table, a Log or a file, got list"):
+        Recommender.fit([1])
+
+
+def test_long_histories_are_cut_to_the_context(tmp_path):
+    table = events(titles=True)
+    policy = hub.hub_folder(tmp_path / "m", "qwen3", max_position_embeddings=160)
+    sft = replace(quick, steps=1, batch_size=2)
+    shop = Recommender.fit(
+        table[table.user < "u3"], policy=policy, history=9, sft=sft, device="cpu"
+    )
+    assert shop.coder.max_prompt == 160 - shop.trie.depth
+    many = [list(shop.catalogue.items)[:9]]
+    assert len(shop.recommend(many, k=2)[0]) == 2
+    small = hub.hub_folder(tmp_path / "s", "qwen3", max_position_embeddings=8)
+    with pytest.raises(ValueError, match="policy: it reads 8 tokens"):
+        Recommender.fit(table, policy=small, sft=sft, device="cpu")
+
+
+def test_saving_deletes_nothing_of_others(tmp_path, shop, monkeypatch):
+    folder = shop.save(tmp_path / "shop")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds 'notes.txt'"):
+        shop.save(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    (tmp_path / "link").symlink_to(folder)
+    shop.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "shop"]
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match="working directory"):
+        shop.save(".")
+    assert Recommender.load(".", device="cpu").catalogue == shop.catalogue
+    (folder / "recommender.json").write_text("{")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="damaged recommender"):
+        shop.save(folder)
+
+
+class Planted:
+    def __reduce__(self):
+        return os.mkdir, ("planted",)
+
+
+def test_damaged_and_planted_files_are_named(tmp_path, shop, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = shop.save(tmp_path / "whole")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        for change in ("gone", b"{", b""):
+            folder = shutil.copytree(whole, tmp_path / "damaged")
+            (folder / name).unlink() if change == "gone" else (folder / name).write_bytes(change)
+            with pytest.raises(ValueError, match="folder: damaged holds no model"):
+                Recommender.load(folder, device="cpu")
+            shutil.rmtree(folder)
+    folder = shutil.copytree(whole, tmp_path / "damaged")
+    (folder / "model.safetensors").unlink()
+    torch.save(dict(a=Planted()), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no pickle is read"):
+        Recommender.load(folder, device="cpu")
+    assert not Path("planted").exists()
+    shutil.copy(whole / "model.safetensors", folder)
+    good = json.loads((folder / "recommender.json").read_text())
+    n = len(shop.catalogue)
+    about, fmt = good["catalogue"], good["format"]
+    for change in (
+        dict(counts=[-1] * n),
+        dict(counts=[float("nan")] * n),
+        dict(catalogue=about | dict(items=["x"] * n)),
+        dict(catalogue=about | dict(items=list(range(n)))),
+        dict(catalogue=about | dict(titles=["a"])),
+        dict(format=fmt | dict(names=fmt["names"][:3])),
+        dict(format=fmt | dict(answers=fmt["answers"][::-1])),
+    ):
+        (folder / "recommender.json").write_text(json.dumps(good | change))
+        with pytest.raises(ValueError, match="damaged recommender.json"):
+            Recommender.load(folder, device="cpu")
+    more = good | dict(history=10**9, counts=[0] * n)
+    (folder / "recommender.json").write_text(json.dumps(more))
+    other = Recommender.load(folder, device="cpu")
+    assert ids(other.recommend([["i1", "i2", "i3"]], k=3)) == ids(
+        shop.recommend([["i1", "i2", "i3"]], k=3)
+    )
+    client = TestClient(create_app(other), raise_server_exceptions=False)
+    answer = client.post("/recommend", json=dict(histories=[[]], k=2))
+    assert answer.status_code == 200
+    assert [r["score"] for r in answer.json()["lists"][0]] == [None, None]
+
+
+def test_requests_at_the_same_time_get_their_own_answers(shop):
+    client = TestClient(create_app(shop), raise_server_exceptions=False)
+    asks = [[f"i{i}"] for i in range(12) if f"i{i}" in shop.number]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda h: client.post("/recommend", json=dict(histories=[h])), asks))
+    assert [a.status_code for a in got] == [200] * len(asks)
+    want = ids(shop.recommend(asks))
+    assert [[r["item"] for r in a.json()["lists"][0]] for a in got] == want
 
 
 # ---- the service ---------------------------------------------------------------------------------

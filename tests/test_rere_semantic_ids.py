@@ -144,3 +144,70 @@ def test_caught_in_words():
         fit_codebooks(torch.rand(5, 2), 0, 4)
     with pytest.raises(ValueError, match="dim=9"):
         behaviour_embeddings(sequence_windows(torch.zeros(2, 3, dtype=torch.int64), 1), 4, 9)
+
+
+def test_numbers_that_are_none_are_refused_by_name():
+    x, _ = blobs()
+    bad = x.clone()
+    bad[3, 1] = torch.nan
+    books = fit_codebooks(x, 2, 4)
+    for call in (
+        lambda v: assign_codes(v, books),
+        lambda v: fit_codebooks(v, 2, 4),
+        lambda v: residual_error(v, books),
+        lambda v: rqvae_ids(v, RQVAEConfig(levels=2, n_codes=4, steps=2, start="random")),
+        lambda v: rqvae_ids(v, RQVAEConfig(levels=2, n_codes=4, steps=2)),
+    ):
+        for wrong in (bad, x[0], x[:0]):
+            with pytest.raises(ValueError, match="x has shape"):
+                call(wrong)
+    with pytest.raises(ValueError, match=r"codebooks\[1\] has shape"):
+        assign_codes(x, [books[0], books[1] * torch.nan])
+    with pytest.raises(ValueError, match="codebooks is empty"):
+        assign_codes(x, [])
+    with pytest.raises(ValueError, match="windows has an item"):
+        behaviour_embeddings(sequence_windows(torch.tensor([[0, 7]])), 3, 2)
+
+
+def test_equal_items_few_items_and_one_item():
+    for x in (torch.zeros(10, 3), torch.ones(10, 3)):
+        ids = residual_ids(x, 2, 4, unique=True)
+        assert len(ids.inversion()) == 10 and ids.n_codes == (1, 1, 10)
+        assert residual_error(x, ids.codebooks)[1:] == [0.0, 0.0]
+    for n in (1, 3):
+        ids = residual_ids(torch.randn(n, 4), 3, 256, unique=True)
+        assert len(ids.inversion()) == n
+
+
+def test_rows_without_a_history_are_not_the_last_item():
+    rows = sequence_windows(torch.tensor([[0, 1, 2], [1, 2, 0]]), 2)
+    found = behaviour_embeddings(rows, 4, 2)
+    more = rows.take(list(range(len(rows))) + [0])
+    more.history[-1] = -1
+    assert torch.equal(behaviour_embeddings(more, 4, 2), found)
+
+
+def test_damaged_ids_are_named(tmp_path):
+    from safetensors.torch import save_file
+
+    x, _ = blobs()
+    ids = residual_ids(x, 2, 4)
+    file = ids.save(tmp_path) / "semantic_ids.safetensors"
+    raw = file.read_bytes()
+    for damage in (raw[:-5], b"", b"{}"):
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match="damaged or holds no ids"):
+            load_ids(tmp_path)
+    for codes, meta in (
+        (ids.codes, None),
+        (ids.codes, {"n_codes": "[2, 4]"}),
+        (ids.codes, {"n_codes": "7"}),
+        (x, {"n_codes": "[4, 4]"}),
+        (ids.codes - 1, {"n_codes": "[4, 4]"}),
+    ):
+        save_file({"codes": codes}, file, metadata=meta)
+        with pytest.raises(ValueError, match="damaged or holds no ids"):
+            load_ids(tmp_path)
+    book = ids.codebooks[0]
+    twice = SemanticIds(ids.codes, ids.n_codes, (book, book))
+    assert torch.equal(load_ids(twice.save(tmp_path)).codebooks[1], book)

@@ -205,3 +205,31 @@ def test_the_small_world_has_three_sets_of_users():
 def test_fields_of_the_coder_are_checked(name, bad):
     with pytest.raises(ValueError, match=f"{name}="):
         ItemCoder(word_tokenizer(["a"]), title_format(["a"]), **{name: bad})
+
+
+def test_items_beyond_the_catalogue_are_named():
+    good = rows(2)
+    for value in (-1, len(titles), 99):
+        wrong = replace(good, target=good.target.clone().fill_(value))
+        with pytest.raises(ValueError, match=f"targets hold item {value}"):
+            sft_examples(coder(), wrong)
+    for value in (-2, len(titles)):
+        wrong = replace(good, history=good.history.clone().fill_(value))
+        with pytest.raises(ValueError, match=f"histories hold item {value}"):
+            coder().prompts(wrong)
+
+
+def test_no_rows_are_no_lists_and_no_training():
+    none = rows(2).take([])
+    assert best_items(policy(), coder(), none, 4).shape == (0, 4)
+    with pytest.raises(ValueError, match="windows is empty"):
+        train_sft(policy(), coder(), none, TrainConfig(steps=1))
+
+
+def test_a_folder_belongs_to_its_rows(tmp_path):
+    cfg = TrainConfig(steps=2, batch_size=4)
+    first = train_sft(policy(), coder(), rows(), cfg, out=tmp_path / "run", device="cpu")
+    again = train_sft(policy(), coder(), rows(), cfg, out=tmp_path / "run", device="cpu")
+    assert first.history == again.history
+    with pytest.raises(ValueError, match="out: run holds a run on other rows"):
+        train_sft(policy(), coder(), rows(seed=1), cfg, out=tmp_path / "run", device="cpu")

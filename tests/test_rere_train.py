@@ -425,3 +425,16 @@ def test_bad_input_is_named():
         RereTrainer(policy().model, replace(small, group_size=3)).step(a_batch())
     with pytest.raises(ValueError, match="has no model to search with"):
         rollout().search(object(), [prompt_of(0, 1)], None)
+
+
+def test_a_folder_belongs_to_its_rows(tmp_path):
+    run(out=tmp_path / "run")
+    with pytest.raises(ValueError, match="out: run holds a run on other rows"):
+        run(windows=task.train.take(list(range(10))), out=tmp_path / "run")
+
+
+def test_targets_beyond_the_catalogue_are_named():
+    for value in (-1, world.n_items):
+        wrong = replace(task.train, target=task.train.target.clone().fill_(value))
+        with pytest.raises(ValueError, match="windows: a target is none of the 30 items"):
+            run(windows=wrong)

@@ -34,7 +34,28 @@ def histories_of(
     histories = rows.history if isinstance(rows, Windows) else torch.as_tensor(rows)
     if histories.dim() != 2 or histories.is_floating_point():
         raise ValueError(f"rows: need Windows or (B,H) items, got {tuple(histories.shape)}")
+    if not histories.shape[1]:
+        raise ValueError("rows has histories of width 0; an empty history is a row of -1")
+    if histories.numel() and histories.min() < -1:
+        raise ValueError(f"rows has item {int(histories.min())}; items are from 0 on, -1 is none")
     return histories.long()
+
+
+def _known(rows, n_items):
+    "Histories, refused where they name an item beyond the catalogue"
+    histories = histories_of(rows)
+    if histories.numel() and histories.max() >= n_items:
+        raise ValueError(f"rows has item {int(histories.max())}, the catalogue has {n_items} items")
+    return histories
+
+
+def _check_rows(rows, n_items):
+    "ValueError where training rows name an item that is not in the catalogue"
+    check_number("n_items", n_items, "int [1, inf)")
+    _known(rows, n_items)
+    if len(rows) and not 0 <= rows.target.min() <= rows.target.max() < n_items:
+        wrong = rows.target[(rows.target < 0) | (rows.target >= n_items)][0]
+        raise ValueError(f"rows has target {int(wrong)}, the catalogue has {n_items} items")
 
 
 class Scorer:
@@ -60,9 +81,16 @@ class Scorer:
         if found.isnan().any():
             raise ValueError(f"{type(self).__name__} gave scores that are not numbers")
         if allowed is not None:
+            if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
+                raise TypeError("allowed: need a bool tensor (I,) or (B,I)")
+            if allowed.shape not in (found.shape, found.shape[1:]):
+                raise ValueError(
+                    f"allowed has shape {tuple(allowed.shape)}; scores {tuple(found.shape)} need "
+                    f"{tuple(found.shape[1:])} or {tuple(found.shape)}"
+                )
             found = found.masked_fill(~allowed.expand_as(found), -torch.inf)
         if exclude_seen:
-            seen = histories_of(rows)
+            seen = _known(rows, found.shape[1])
             spare = F.pad(found, (0, 1))
             places = torch.where(seen >= 0, seen, found.shape[1])
             found = spare.scatter(1, places, -torch.inf)[:, :-1]
@@ -79,6 +107,7 @@ class Popularity(Scorer):
         train: Windows,  # Rows to count
         n_items: int,  # Size of the catalogue
     ):
+        _check_rows(train, n_items)
         counts = torch.bincount(train.target, minlength=n_items).double()
         self.share = (counts + 1) / (counts + 1).sum()
 
@@ -87,7 +116,7 @@ class Popularity(Scorer):
         rows: "Windows|Tensor",  # Rows, or histories (B,H)
     ) -> Tensor:  # (B,I) log shares
         "Logarithm of each item's share"
-        return self.share.log().float().expand(len(histories_of(rows)), -1)
+        return self.share.log().float().expand(len(_known(rows, len(self.share))), -1)
 
 
 class Markov(Scorer):
@@ -100,9 +129,10 @@ class Markov(Scorer):
         prior: float = 5.0,  # Observations that popularity counts for, m
     ):
         check_number("prior", prior, "(0, inf)")
+        _check_rows(train, n_items)
         pairs = torch.zeros(n_items, n_items, dtype=torch.float64)
-        known = train.history[:, -1] >= 0
-        places = train.history[known, -1], train.target[known]
+        last = _last(train.history)
+        places = last[last >= 0], train.target[last >= 0]
         pairs.index_put_(places, torch.ones(len(places[0]), dtype=torch.float64), accumulate=True)
         share = Popularity(train, n_items).share
         law = (pairs + prior * share) / (pairs.sum(1, keepdim=True) + prior)
@@ -113,7 +143,13 @@ class Markov(Scorer):
         rows: "Windows|Tensor",  # Rows, or histories (B,H)
     ) -> Tensor:  # (B,I) log-probabilities, equation (1)
         "Logarithm of the chance to follow the last item"
-        return self.log_law[histories_of(rows)[:, -1]]
+        return self.log_law[_last(_known(rows, len(self.log_law) - 1))]
+
+
+def _last(histories):
+    "(B,) the last item of each history, wherever it is padded; -1 where there is none"
+    at = torch.arange(1, histories.shape[1] + 1) * (histories >= 0)
+    return histories.gather(1, (at.amax(1, keepdim=True) - 1).clamp(min=0))[:, 0]
 
 # %% ../../nbs/rere/08_baselines.ipynb #a265782d
 @dataclass(frozen=True)
@@ -183,7 +219,7 @@ class ItemNet(nn.Module, Scorer):
         rows: "Windows|Tensor",  # Rows, or histories (B,H)
     ) -> Tensor:  # (B,I) on the CPU
         "Scores after the whole history; of longer ones the latest items count"
-        histories = histories_of(rows)[:, -self.max_len :].to(self.items.weight.device)
+        histories = _known(rows, self.n_items)[:, -self.max_len :].to(self.items.weight.device)
         items, size = packed(histories)
         mode = self.training
         self.eval()
@@ -304,8 +340,9 @@ def _fit(net, rows, valid, cfg, device):
 
 
 def _made(kind, rows, n_items, valid, cfg, device):
-    if not len(rows) or rows.target.max() >= n_items:
-        raise ValueError(f"rows: need at least one, with items below n_items={n_items}")
+    if not len(rows) or (valid is not None and not len(valid)):
+        raise ValueError(f"{'valid' if len(rows) else 'rows'}: need at least one row")
+    _check_rows(rows, n_items)
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
         net = kind(n_items, cfg, rows.history.shape[1])
@@ -355,6 +392,8 @@ def tune(
         found = fit(**params)
         quality = ndcg(ranks_of(found.recommend(valid, k), valid.target), k)
         made.append((found, params, quality))
+    if not made:
+        raise ValueError(f"grid={dict(grid)} has no combination; each keyword needs a value")
     best, params, _ = max(made, key=lambda row: row[2])
     return Tuned(best, params, [{**p, f"ndcg@{k}": round(q, 4)} for _, p, q in made])
 

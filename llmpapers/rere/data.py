@@ -13,9 +13,13 @@ import csv
 import gzip
 import json
 import re
+import zlib
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,24 +78,73 @@ class Problems:
 
 # %% ../../nbs/rere/02_data.ipynb #9a2d36b5
 def _seconds(raw, unit):
-    "Seconds (float64) and which values are a time; numbers first, then dates"
+    "Seconds (float64), which values are a time, and which are dates with two readings"
     raw = list(raw)
-    numbers = [None if isinstance(v, date) else v for v in raw]
-    found = pd.to_numeric(pd.Series(numbers, dtype=object), errors="coerce").to_numpy(float)
+    numbers = pd.Series([v if _may_count(v) else None for v in raw], dtype=object)
+    found = pd.to_numeric(numbers, errors="coerce").to_numpy(float, na_value=np.nan)
     found = found / dict(s=1, ms=1000)[unit]
+    if unit == "s":
+        found = _days_as_seconds(found)
     rest = [i for i in np.nonzero(np.isnan(found))[0] if isinstance(raw[i], date | str)]
-    dates = pd.Series([raw[i] for i in rest], dtype=object)
-    dates = pd.to_datetime(dates, errors="coerce", utc=True, format="mixed")
-    found[rest] = (dates - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+    found[rest], unclear_rest = _date_seconds([raw[i] for i in rest])
+    unclear = np.zeros(len(raw), bool)
+    unclear[rest] = unclear_rest
     timed = np.isfinite(found)
-    return np.floor(np.where(timed, found, 0)), timed
+    return np.floor(np.where(timed, found, 0)), timed, unclear
+
+
+def _may_count(v):
+    "Whether a value may be a number: no date, no truth value, no integer beyond all times"
+    if isinstance(v, int) and not isinstance(v, bool):
+        return abs(v) < 2**62
+    return isinstance(v, str | float | np.number | Decimal)
+
+
+def _days_as_seconds(found):
+    "Numbers like 20200131 as seconds, if all of them are days of the years 1900 to 2099"
+    numbers = found[np.isfinite(found)]
+    if not len(numbers) or (numbers < 19000101).any() or (numbers > 20991231).any():
+        return found
+    days = pd.to_datetime(pd.Series(numbers).map("{:.0f}".format), format="%Y%m%d", errors="coerce")
+    if days.isna().any():
+        return found
+    found = found.copy()
+    found[np.isfinite(found)] = days.dt.as_unit("s").astype("int64")
+    return found
+
+
+_numeric_date = re.compile(r"\s*(\d{1,2})[-/.](\d{1,2})[-/.]\d{4}")
+
+
+def _date_seconds(raw):
+    "Seconds of dates, NaN for other texts, and which cannot be told apart as day and month"
+    texts = [v if not isinstance(v, str) or re.search(r"\d{4}", v) else None for v in raw]
+    parts = [_numeric_date.match(v) if isinstance(v, str) else None for v in texts]
+    parts = [(0, 0) if m is None else (int(m[1]), int(m[2])) for m in parts]
+    day_first, month_first = (any(p[i] > 12 for p in parts) for i in (0, 1))
+    known = day_first != month_first
+    unclear = [not known and 0 < a != b and max(a, b) <= 12 for a, b in parts]
+    texts = pd.Series([None if u else v for u, v in zip(unclear, texts)], dtype=object)
+    seconds = np.full(len(texts), np.nan)
+    numeric = np.array([a > 0 for a, _ in parts], bool)
+    for which, first in ((~numeric, False), (numeric, day_first and known)):
+        how = dict(errors="coerce", utc=True, format="mixed", dayfirst=first)
+        found = pd.to_datetime(texts[which], **how).dt.as_unit("s")
+        seconds[which] = found.astype("int64").where(found.notna(), np.nan)
+    return seconds, unclear
+
+
+_missing = {"nan", "none", "null", "nat", "<na>"}  # what programs write where nothing is
+_half_character = re.compile(r"[\ud800-\udfff]")  # no text that can be stored
 
 
 def _id(v):
-    "An id as text; None, NaN and blanks as the empty text, whole floats as integers"
-    if v is None or v != v:
+    "An id as text, whole floats as integers; the empty text where there is none"
+    if v is None or v is pd.NA or isinstance(v, list | tuple | dict | set | np.ndarray) or v != v:
         return ""
-    return str(int(v) if isinstance(v, float) and v.is_integer() else v).strip()
+    whole = isinstance(v, float | np.floating) and float(v).is_integer()
+    text = str(int(v) if whole else v).strip()
+    return "" if text.lower() in _missing or _half_character.search(text) else text
 
 
 def _text(raw):
@@ -101,12 +154,13 @@ def _text(raw):
 
 def _events(file, lines, users, items, times, problems, unit="s"):
     "Events from raw columns; what cannot be used goes to `problems`"
-    seconds, timed = _seconds(times, unit)
+    seconds, timed, unclear = _seconds(times, unit)
     df = pd.DataFrame(dict(user=_text(users), item=_text(items), time=seconds))
     lines = np.asarray(lines)
     faults = {
         "no user": (df.user == "").to_numpy(),
         "no item": (df.item == "").to_numpy(),
+        "day and month of the date cannot be told apart; write YYYY-MM-DD": unclear,
         "time is neither a number nor a date": ~timed,
         "time is outside the years 1 to 5000 (in milliseconds?)": np.abs(seconds) > 9.5e10,
     }
@@ -131,8 +185,8 @@ def _lines(path):
                 line = line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line
                 if line.strip():
                     yield n, line
-    except (EOFError, gzip.BadGzipFile) as e:
-        raise ValueError(f"{Path(path).name} is damaged: the compressed file ends early") from e
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise ValueError(f"{Path(path).name} is damaged: it cannot be unpacked ({e})") from e
 
 
 def _json_rows(path, problems):
@@ -143,7 +197,7 @@ def _json_rows(path, problems):
             row = json.loads(line)
         except UnicodeDecodeError:
             problems.note(name, "not UTF-8", [n])
-        except ValueError:
+        except (ValueError, RecursionError):
             problems.note(name, "not JSON", [n])
         else:
             if isinstance(row, dict):
@@ -152,27 +206,76 @@ def _json_rows(path, problems):
                 problems.note(name, "not a JSON object", [n])
 
 
-def _split_rows(path, problems, sep, encoding="utf-8", columns=None):
+def _decoded(line, encoding):
+    "A line as text: UTF-8, or else the older encoding of the format"
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        return line.decode(encoding, "replace")
+
+
+_most_lines = 100  # Of one row, whose fields may hold line breaks
+
+
+def _fields(lines, sep, quoted):
+    "(line number, fields) of (number, text) pairs; text of the fault instead of the fields"
+    lines, ahead = iter(lines), deque()
+    while (first := ahead.popleft() if ahead else next(lines, None)) is not None:
+        if not quoted or '"' not in first[1]:
+            yield first[0], first[1].rstrip("\r\n").split(sep)
+            continue
+        row = [first[1]]
+        while True:
+            try:
+                fields = next(csv.reader(row, delimiter=sep, strict=True))
+                for _ in row[1:]:
+                    ahead.popleft()
+                break
+            except csv.Error as e:
+                fields = f"not CSV ({e})"
+            if len(row) > len(ahead):
+                ahead.extend(islice(lines, 1))
+            if "unexpected end" not in fields or len(row) > min(len(ahead), _most_lines):
+                break
+            row.append(ahead[len(row) - 1][1])
+        yield first[0], fields
+
+
+def _split_rows(path, problems, sep, encoding="utf-8", columns=None, quoted=True):
     "(line number, list of fields) of a text file whose fields are parted by `sep`"
-    name, at = Path(path).name, [0]
-
-    def texts():
-        for number, line in _lines(path):
-            at[0] = number
-            yield line.decode(encoding, "replace")
-
-    if len(sep) > 1:
-        rows = (text.rstrip("\r\n").split(sep) for text in texts())
-    else:
-        rows = csv.reader(texts(), delimiter=sep)
-    for row in rows:
+    name = Path(path).name
+    texts = ((n, _decoded(line, encoding)) for n, line in _lines(path))
+    for n, row in _fields(texts, sep, quoted and len(sep) == 1):
+        if isinstance(row, str):
+            problems.note(name, row, [n])
+            continue
         columns = columns or len(row)
         if len(row) != columns:
-            problems.note(name, f"{len(row)} columns instead of {columns}", list(at))
+            problems.note(name, f"{len(row)} columns instead of {columns}", [n])
         elif any("\ufffd" in x for x in row):
-            problems.note(name, "not UTF-8", list(at))
+            problems.note(name, "not UTF-8", [n])
         else:
-            yield at[0], row
+            yield n, row
+
+
+def _table(path, problems, sep=","):
+    "A text file with a header as a table of texts, and the numbers of its lines"
+    rows = list(_split_rows(path, problems, sep))
+    if not rows:
+        raise ValueError(f"{Path(path).name} is empty; it needs a header")
+    (_, columns), *rows = rows
+    return pd.DataFrame([row for _, row in rows], columns=columns), [n for n, _ in rows]
+
+
+def _columns_of(table, names, file):
+    "Columns of a table as lists, or an error that names what is missing or doubled"
+    if lost := [c for c in names if c not in table.columns]:
+        raise ValueError(
+            f"{file} has no column {', '.join(map(repr, lost))}; it has {list(table.columns)}"
+        )
+    if twice := [c for c in names if list(table.columns).count(c) > 1]:
+        raise ValueError(f"{file} has more than one column {twice[0]!r}")
+    return [list(table[c]) for c in names]
 
 # %% ../../nbs/rere/02_data.ipynb #aba59d44
 def clean_title(
@@ -181,15 +284,16 @@ def clean_title(
     "A title as one line"
     if not isinstance(title, str):
         return ""
-    return " ".join(title.split())
+    return _half_character.sub("\ufffd", " ".join(title.split()))
 
 
 def _titles(pairs):
     "{item: title} of (item, raw title); the first title of an item stays"
     titles = {}
     for item, raw in pairs:
-        if title := clean_title(raw):
-            titles.setdefault(str(item), title)
+        item, title = _id(item), clean_title(raw)
+        if item and title:
+            titles.setdefault(item, title)
     return titles
 
 
@@ -212,8 +316,16 @@ def _amazon_row(row):
     return (
         row.get("user_id"),
         row.get("parent_asin") or row.get("asin"),
-        time / 1000 if isinstance(time, int | float) else None,
+        _thousandth(time),
     )
+
+
+def _thousandth(time):
+    "Milliseconds, a number or its digits, as seconds; None for anything else"
+    try:
+        return None if isinstance(time, bool) else float(time) / 1000
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _amazon_files(path_or_id, category):
@@ -267,16 +379,19 @@ def load_yelp(
     business = _one_file(path, ("yelp_academic_dataset_business.json*",), "businesses")
     problems, names = Problems(), {}
     for n, row in _json_rows(business, problems):
-        kinds = [k.strip() for k in (row.get("categories") or "").split(",")]
-        if category is None or category in kinds:
+        kinds = row.get("categories") or []  # a list until 2017, then a text
+        kinds = [k.strip() for k in kinds.split(",")] if isinstance(kinds, str) else kinds
+        if not (number := _id(row.get("business_id"))):
+            problems.note(business.name, "no business_id", [n])
+        elif category is None or (isinstance(kinds, list) and category in kinds):
             if not (name := clean_title(row.get("name"))):
                 problems.note(business.name, "no name", [n])
-            names[row.get("business_id")] = name
+            names[number] = name
     rows = [
-        (n, row.get("user_id"), row.get("business_id"), row.get("date"))
+        (n, row.get("user_id"), _id(row.get("business_id")), row.get("date"))
         for n, row in _json_rows(reviews, problems)
-        if row.get("business_id") in names or not row.get("business_id")
     ]
+    rows = [row for row in rows if row[2] in names or not row[2]]
     lines, users, items, times = _columns(rows)
     if by_name:
         items = [names.get(i, "") or i for i in items]
@@ -285,10 +400,10 @@ def load_yelp(
     return Log(events, _titles(names.items()), problems.table())
 
 # %% ../../nbs/rere/02_data.ipynb #ab2a0fa2
-_MOVIELENS = {  # file of ratings -> separator, file of movies, its separator and encoding, header
-    "ratings.dat": ("::", "movies.dat", "::", "latin-1", False),
-    "ratings.csv": (",", "movies.csv", ",", "utf-8", True),
-    "u.data": ("\t", "u.item", "|", "latin-1", False),
+_MOVIELENS = {  # file of ratings -> separator, file of movies, its separator
+    "ratings.dat": ("::", "movies.dat", "::"),
+    "ratings.csv": (",", "movies.csv", ","),
+    "u.data": ("\t", "u.item", "|"),
 }
 
 
@@ -300,15 +415,22 @@ def load_movielens(
     name = next((n for n in _MOVIELENS if (folder / n).is_file()), None)
     if name is None:
         raise ValueError(f"path: {folder.name} holds none of {', '.join(_MOVIELENS)}")
-    sep, movies, movie_sep, encoding, header = _MOVIELENS[name]
-    problems = Problems()
-    rows = list(_split_rows(folder / name, problems, sep, columns=4))[header:]
-    rows = [(n, user, item, time) for n, (user, item, _, time) in rows]
-    events = _events(name, *_columns(rows), problems)
-    about = []
-    if (folder / movies).is_file():
-        about = list(_split_rows(folder / movies, problems, movie_sep, encoding))[header:]
-    return Log(events, _titles((row[0], row[1]) for _, row in about), problems.table())
+    sep, movies, movie_sep = _MOVIELENS[name]
+    problems, about = Problems(), []
+    if sep == ",":
+        table, lines = _table(folder / name, problems)
+        columns = [lines, *_columns_of(table, ("userId", "movieId", "timestamp"), name)]
+    else:
+        rows = _split_rows(folder / name, problems, sep, columns=4, quoted=False)
+        columns = _columns([(n, user, item, time) for n, (user, item, _, time) in rows])
+    events = _events(name, *columns, problems)
+    if (folder / movies).is_file() and sep == ",":
+        table, _ = _table(folder / movies, problems)
+        about = list(zip(*_columns_of(table, ("movieId", "title"), movies)))
+    elif (folder / movies).is_file():
+        rows = _split_rows(folder / movies, problems, movie_sep, "latin-1", quoted=False)
+        about = [row[:2] for _, row in rows if len(row) > 1]
+    return Log(events, _titles(about), problems.table())
 
 # %% ../../nbs/rere/02_data.ipynb #41f47561
 def as_log(
@@ -324,16 +446,14 @@ def as_log(
     "A log from a table with columns of any names"
     if unit not in ("s", "ms"):
         raise ValueError(f"unit={unit!r} must be 's' or 'ms'")
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"table: need a pandas DataFrame, got {type(table).__name__}")
     wanted = [c for c in (user, item, time, title) if c is not None]
-    if lost := [c for c in wanted if c not in table.columns]:
-        raise ValueError(
-            f"{name} has no column {', '.join(map(repr, lost))}; it has {list(table.columns)}"
-        )
+    users, items, times, *titles = _columns_of(table, wanted, name)
     problems = Problems()
     lines = np.arange(len(table)) + first_line
-    raw = (list(table[c]) for c in (user, item, time))
-    events = _events(name, lines, *raw, problems, unit)
-    pairs = zip(_text(table[item]), table[title]) if title else ()
+    events = _events(name, lines, users, items, times, problems, unit)
+    pairs = zip(items, *titles) if titles else ()
     return Log(events, _titles(pairs), problems.table())
 
 
@@ -349,18 +469,17 @@ def load_csv(
 ) -> Log:  # Its events
     "Events from any file or data set with columns for user, item and time"
     path, columns = Path(path_or_id), dict(user=user, item=item, time=time, title=title, unit=unit)
+    if not isinstance(sep, str) or not sep:
+        raise ValueError(f"sep={sep!r} must be one or more characters")
     if not path.is_file():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
+        named = re.search(r"\.(csv|tsv|txt|dat|inter|data|gz)$", path.name)
+        if named or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
             raise ValueError(f"path_or_id={path.name!r} is no file and no id of the hub")
         table = need("datasets").load_dataset(str(path_or_id), split=split).to_pandas()
         return as_log(table, **columns, name=str(path_or_id))
     problems = Problems()
-    rows = list(_split_rows(path, problems, sep))
-    if not rows:
-        raise ValueError(f"{path.name} is empty; it needs a header")
-    table = pd.DataFrame([row for _, row in rows[1:]], columns=rows[0][1])
+    table, numbers = _table(path, problems, sep)
     log = as_log(table, **columns, name=path.name)
-    numbers = [n for n, _ in rows[1:]]
     return Log(log.events, log.titles, _renumbered(log.problems, numbers, problems))
 
 
@@ -379,6 +498,9 @@ def k_core(
     if lost := [c for c in ("user", "item") if c not in df.columns]:
         raise ValueError(f"df has no column {lost[0]!r}; it has {list(df.columns)}")
     users, items = (pd.factorize(df[c])[0] for c in ("user", "item"))
+    for name, numbers in dict(user=users, item=items).items():
+        if (numbers < 0).any():
+            raise ValueError(f"df has no {name} in row {int((numbers < 0).argmax())}")
     keep = np.ones(len(df), bool)
     while True:
         enough = [np.bincount(c[keep], minlength=len(df) + 1)[c] >= k for c in (users, items)]
@@ -411,6 +533,9 @@ def rere_filter(
     min_items: int | None = None,  # Move the beginning back by years until as many items are left
 ) -> Filtered:  # The filtered log
     "The filter of ReRe's data"
+    for name, t in dict(since=since, until=until).items():
+        if t is not None and not isinstance(t, datetime):
+            raise TypeError(f"{name}={t!r} must be a datetime, e.g. datetime(2016, 10, 1)")
     since, until = (t and t.replace(tzinfo=t.tzinfo or UTC) for t in (since, until))
     words = {i: len(t.split()) for i, t in log.titles.items()}
     n_words = log.events.item.map(words).fillna(0)
@@ -536,6 +661,8 @@ def make_windows(
     for c in ("user", "item", "time"):
         if c not in df.columns or not pd.api.types.is_integer_dtype(df[c]):
             raise ValueError(f"df needs an integer column {c!r}; number_items(log).events has it")
+        if df[c].isna().any():
+            raise ValueError(f"df has no {c} in row {int(df[c].isna().to_numpy().argmax())}")
     if (df.item < 0).any():
         raise ValueError(f"df has item {df.item.min()}; items are numbers from 0 on")
     df = df.sort_values(["user", "time"], kind="stable")
@@ -549,6 +676,16 @@ def sequence_windows(
     min_history: int = 1,  # Events that must come before the target
 ) -> Windows:  # A row for each event that has enough before it; its time is its place
     "Rows of history and target from sequences of equal length"
+    sequences = torch.as_tensor(sequences)
+    if sequences.dim() != 2 or sequences.is_floating_point():
+        raise ValueError(
+            f"sequences is {sequences.dtype} of shape {tuple(sequences.shape)}; need (U,T) integers"
+        )
+    if (sequences < 0).any():
+        raise ValueError(
+            f"sequences has item {int(sequences.min())}; items are numbers from 0 on, and users of "
+            "different lengths go through make_windows"
+        )
     n, length = sequences.shape
     user = np.repeat(np.arange(n), length)
     time = np.tile(np.arange(length), n)
@@ -570,8 +707,10 @@ def chronological_split(
     "Cut rows in the order of their time; equal times keep their order"
     if len(ratios) != 3 or min(ratios) <= 0 or not np.isclose(sum(ratios), 1):
         raise ValueError(f"ratios={tuple(ratios)} must be three positive shares that sum to one")
+    if not isinstance(df, Windows) and "time" not in getattr(df, "columns", ()):
+        raise ValueError("df needs a column 'time', or to be Windows")
     time = np.asarray(df.time)
-    if time.dtype.kind == "f" and not np.isfinite(time).all():
+    if pd.isna(time).any() or (time.dtype.kind == "f" and not np.isfinite(time).all()):
         raise ValueError("df has a time that is not finite")
     n = len(time)
     order = np.argsort(time, kind="stable")

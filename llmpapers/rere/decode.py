@@ -10,7 +10,7 @@ __all__ = ['merge_ends', 'PlainReader', 'RowsReader', 'SharedReader', 'reader_fa
 # %% ../../nbs/rere/05_decode.ipynb #06f50c7c
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,6 +32,10 @@ def merge_ends(
     "Count several ends as one"
     if len(ends) < 2:
         return logits
+    if max(ends) >= logits.shape[-1]:
+        raise ValueError(
+            f"trie: an item may end with token {max(ends)}, the model has {logits.shape[-1]} tokens"
+        )
     logits = logits.clone()
     logits[..., ends[0]] = logits[..., list(ends)].logsumexp(-1)
     logits[..., list(ends[1:])] = -torch.inf
@@ -329,6 +333,8 @@ def pick_reader(
 # %% ../../nbs/rere/05_decode.ipynb #e0493065
 def _prompts(input_ids, attention_mask):
     "Prompts with their real tokens at the right end, and the mask of these"
+    if isinstance(input_ids, Mapping):
+        raise TypeError("input_ids: got what a tokenizer returns; pass its 'input_ids'")
     ids = torch.as_tensor(input_ids)
     if ids.ndim != 2 or not ids.numel() or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(
@@ -623,6 +629,17 @@ def _check_vocab(trie, n_tokens):
         )
 
 
+def _check_context(model, ids, trie):
+    "ValueError where prompts leave no room for an item"
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    need_ = ids.shape[1] + trie.depth - 1  # the last token of an item is not read
+    if longest is not None and need_ > longest:
+        raise ValueError(
+            f"input_ids: a prompt of {ids.shape[1]} tokens and an item of up to {trie.depth} are "
+            f"too long, the model reads {longest}"
+        )
+
+
 def _checked(model, input_ids, trie, attention_mask, num_items, score, allowed):
     "Prompts, mask and running sums of the part of the catalogue, on the model's device"
     check_number("num_items", num_items, "int [1, inf)")
@@ -635,6 +652,7 @@ def _checked(model, input_ids, trie, attention_mask, num_items, score, allowed):
         known = model.get_input_embeddings().weight.shape[0]
         if ids.max() >= known:
             raise ValueError(f"input_ids has the token {int(ids.max())}, the model only {known}")
+        _check_context(model, ids, trie)
         device = next(model.parameters()).device
         ids, mask = ids.to(device), mask.to(device)
     trie = trie.to(ids.device)
@@ -733,6 +751,8 @@ def constrained_sample(
         model, input_ids, trie, attention_mask, num_items, score, allowed
     )
     heat = check_number("temperature", temperature, "[0, inf)")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: need a torch.Generator, got {type(generator).__name__}")
     found, widest = [], min(num_items, _most_draws)
     with _evaluating(model):
         make = pick_reader(model, ids.shape[1] + trie.depth)[0]
@@ -796,6 +816,8 @@ def score_items(
             _all_scores(make(model, ids[r], mask[r]), trie, leaves, score)
             for r in _parts(model, ids, trie, 16 * trie.depth)
         ]
+    if any(x.isnan().any() for x in out):
+        raise ValueError("model: its logits hold NaN, so items have no score")
     copies = (trie.last[leaves] - trie.first[leaves]).long()
     in_order = torch.cat(out).repeat_interleave(copies, 1)
     return torch.empty_like(in_order).index_copy(1, trie.by_string, in_order)

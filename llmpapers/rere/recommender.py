@@ -8,11 +8,12 @@ __all__ = ['fit_sft', 'Recommendation', 'Recommender', 'as_table', 'Limits', 'cr
 # %% ../../nbs/rere/12_recommender.ipynb #0a62e234
 import argparse
 import json
+import math
 import os
 import secrets
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from llmpapers.rere.data import (
     ItemFormat,
     Log,
     Windows,
+    _id,
     as_log,
     load_csv,
     make_windows,
@@ -73,6 +75,10 @@ class Recommender:
         self.trie = coder.trie if trie is None else trie
         if len(self.trie.items) != n:
             raise ValueError(f"trie has {len(self.trie.items)} items, catalogue {n}")
+        if not len(catalogue.titles) == len(coder.fmt.names) == n or (self.counts < 0).any():
+            raise ValueError(f"catalogue has {n} items; each needs a title, a name and a count")
+        if not all(isinstance(i, str) for i in catalogue.items) or len(set(catalogue.items)) < n:
+            raise ValueError("catalogue: ids of items are texts, each there once")
         self.number = {item: i for i, item in enumerate(catalogue.items)}
         self.report = {}  # what `fit` read: events, users, items, refused rows
 
@@ -90,6 +96,9 @@ def _log_of(interactions, title):
     if isinstance(interactions, pd.DataFrame):
         there = "title" if "title" in interactions.columns else None
         return as_log(interactions, title=title or there)
+    if not isinstance(interactions, str | Path):
+        kind = type(interactions).__name__
+        raise TypeError(f"interactions: need a table, a Log or a file, got {kind}")
     return load_csv(interactions, title=title)
 
 
@@ -99,7 +108,17 @@ def _format(names, catalogue, windows, levels, n_codes, seed, sep):
         return title_format(catalogue.titles)
     n = len(catalogue)
     x = behaviour_embeddings(windows, n, min(32, n))
-    return residual_ids(x, levels, min(n_codes, n), seed, unique=True).format(sep)
+    return residual_ids(x, levels, max(2, min(n_codes, n)), seed, unique=True).format(sep)
+
+
+def _fitted_to(model, coder):
+    "The coder with prompts that leave room for an item in the context of the model"
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is None or longest - coder.trie.depth >= coder.max_prompt:
+        return coder
+    if longest <= coder.trie.depth:
+        raise ValueError(f"policy: it reads {longest} tokens, an item has up to {coder.trie.depth}")
+    return replace(coder, max_prompt=longest - coder.trie.depth)
 
 
 def _embedded(fmt, history, seed):
@@ -146,6 +165,7 @@ def fit(
         lm = policy if isinstance(policy, LM) else load_lm(str(policy), device=device)
         lm = add_item_tokens(lm, fmt.words) if names == "codes" else lm
     coder = ItemCoder(lm.tokenizer, fmt, names == "titles", bare=policy is None, seed=seed)
+    coder = _fitted_to(lm.model, coder)
     lm = train_sft(lm, coder, windows, replace(sft, seed=seed), device=device).lm
     if rl is not None:
         lm = train_rere(lm, coder, windows, rl, device=device).lm
@@ -156,9 +176,12 @@ def fit(
 
 # %% ../../nbs/rere/12_recommender.ipynb #5ba7f798
 @patch
-def _numbers(self: Recommender, ids, skip):
-    "Numbers of ids; unknown ones are refused or skipped"
-    known = [self.number.get(i) for i in ids]
+def _numbers(self: Recommender, ids, skip, what):
+    "Numbers of ids; unknown ones are refused or skipped; numbers are read as in `fit`"
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise TypeError(f"{what}: need a list of ids for each user, got {ids!r}")
+    ids = list(ids)
+    known = [self.number.get(i if isinstance(i, str) else _id(i)) for i in ids]
     if None in known and not skip:
         raise ValueError(
             f"item {ids[known.index(None)]!a} is not in the catalogue; "
@@ -173,12 +196,16 @@ def _mask(self: Recommender, histories, allowed, exclude_seen, skip):
     B, n = len(histories), len(self.catalogue)
     mask = torch.ones(B, n, dtype=torch.bool)
     if allowed is not None:
-        each = [allowed] * B if all(isinstance(a, str) for a in allowed) else list(allowed)
+        if isinstance(allowed, str) or not isinstance(allowed, Iterable):
+            raise TypeError(f"allowed: need a list of ids, or one for each user, got {allowed!r}")
+        each = list(allowed)
+        if all(isinstance(a, str) or not isinstance(a, Iterable) for a in each):
+            each = [each] * B
         if len(each) != B:
             raise ValueError(f"allowed has {len(each)} lists for {B} histories")
         mask[:] = False
         for row, ids in zip(mask, each):
-            row[self._numbers(ids, skip)] = True
+            row[self._numbers(ids, skip, "allowed")] = True
     if exclude_seen:
         for row, numbers in zip(mask, histories):
             row[numbers] = False
@@ -199,9 +226,14 @@ def recommend(
     "Lists of items for users"
     check_number("k", k, "int [1, inf)")
     check_number("batch", batch, "int [1, inf)")
-    if isinstance(histories, str) or any(isinstance(h, str) for h in histories):
-        raise TypeError("histories: need a list of ids for each user, got a text")
-    taken = [self._numbers(h, skip_unknown) for h in histories]
+    check_number("width", width, "int [1, inf) or None")
+    for name, flag in dict(exclude_seen=exclude_seen, skip_unknown=skip_unknown).items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}={flag!r} must be True or False")
+    if isinstance(histories, str | Mapping) or not isinstance(histories, Iterable):
+        kind = type(histories).__name__
+        raise TypeError(f"histories: need a list of ids for each user, got {kind}")
+    taken = [self._numbers(h, skip_unknown, "histories") for h in histories]
     mask = self._mask(taken, allowed, exclude_seen, skip_unknown)
     found = [None] * len(taken)
     order = sorted(range(len(taken)), key=lambda u: len(taken[u][-self.history :]))
@@ -218,7 +250,7 @@ def recommend(
 @patch
 def _prompts(self: Recommender, taken):
     "Token ids of histories"
-    H = self.history
+    H = min(self.history, max(map(len, taken)))
     rows = torch.tensor([[-1] * (H - len(h[-H:])) + h[-H:] for h in taken])
     same = torch.zeros(len(taken), dtype=torch.int64)  # one wording for all
     return self.coder.prompts(Windows(rows, same, same, same, same))
@@ -250,7 +282,7 @@ def _popular(self: Recommender, mask, k):
     "The most popular items that may be shown, with the logarithm of their shares as scores"
     order = self.counts.argsort(descending=True, stable=True)
     order = order[mask[order]][:k]
-    share = self.counts / self.counts.sum()
+    share = self.counts / self.counts.sum().clamp(min=1)
     return self._named(order.tolist(), share[order].log().tolist())
 
 # %% ../../nbs/rere/12_recommender.ipynb #b3866429
@@ -269,15 +301,33 @@ def as_table(
 _coder_fields = ("terminated", "max_prompt", "bare", "seed")
 
 
+def _check_replaceable(folder):
+    "ValueError if a folder is more than a saved recommender, so that nothing else is deleted"
+    if not (folder / "recommender.json").exists():
+        raise ValueError(f"folder: {folder.name} exists and holds no recommender; give a new one")
+    if Path.cwd().is_relative_to(folder):
+        raise ValueError(f"folder: {folder.name} is in use as the working directory")
+    try:
+        ours = json.loads((folder / "recommender.json").read_text(encoding="utf-8"))["files"]
+        more = sorted({p.name for p in folder.iterdir()} - set(ours))
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"folder: {folder.name} holds a damaged recommender; remove it") from e
+    if more:
+        raise ValueError(
+            f"folder: {folder.name} holds {more[0]!r}, which is not of the recommender and would "
+            "be lost; move it or give another folder"
+        )
+
+
 @patch
 def save(
     self: Recommender,
     folder,  # Where; a recommender that is already there is replaced
 ) -> Path:  # The folder
     "Write model, tokenizer, trie and catalogue into one folder"
-    folder = Path(folder)
-    if folder.exists() and not (folder / "recommender.json").exists():
-        raise ValueError(f"folder: {folder.name} exists and holds no recommender; give a new one")
+    folder = Path(folder).resolve()
+    if folder.exists():
+        _check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     mark = f"{os.getpid()}-{secrets.token_hex(4)}"
     new, old = (folder.with_name(f".{folder.name}.{mark}.{x}") for x in ("new", "old"))
@@ -293,6 +343,7 @@ def save(
     try:
         save_lm(self.lm, new)
         self.trie.save(new / "trie.safetensors")
+        rest["files"] = sorted(["recommender.json", *(p.name for p in new.iterdir())])
         (new / "recommender.json").write_text(json.dumps(rest), encoding="utf-8")
         if folder.exists():
             os.replace(folder, old)
@@ -317,17 +368,35 @@ def load(
     if not file.is_file():
         raise ValueError(f"folder: {folder.name} holds no recommender.json")
     trie = ItemTrie.load(folder / "trie.safetensors")
-    lm = load_lm(str(folder), device=device)
+    if not any(p.name != "trie.safetensors" for p in folder.glob("*.safetensors")):
+        raise ValueError(f"folder: {folder.name} holds no model.safetensors; no pickle is read")
+    try:
+        lm = load_lm(str(folder), device=device)
+    except Exception as e:  # whatever a damaged file makes transformers raise
+        why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        raise ValueError(f"folder: {folder.name} holds no model that can be read ({why})") from e
     try:
         rest = json.loads(file.read_text(encoding="utf-8"))
         fmt, about = ({k: _tupled(v) for k, v in rest[x].items()} for x in ("format", "catalogue"))
         coder = ItemCoder(lm.tokenizer, ItemFormat(**fmt), **rest["coder"])
         parts = (coder, Catalogue(**about), rest["counts"], rest["history"], trie)
         made = cls(lm._replace(name=rest["name"]), *parts)
+        _check_strings(coder, trie)
         made.report = dict(rest["report"])
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise ValueError(f"folder: {folder.name} has a damaged recommender.json ({e})") from e
     return made
+
+
+def _check_strings(coder, trie):
+    "ValueError if a thousand strings of the trie are not those of the coder"
+    n = len(trie.items)
+    which = torch.arange(0, n, -(-n // 1000))
+    end = [coder.tokenizer.eos_token_id] if coder.terminated else []
+    want = [ids + end for ids in coder.encode([coder.fmt.answers[i] for i in which.tolist()])]
+    got = [[t for t in row if t >= 0] for row in trie.strings(which).tolist()]
+    if want != got:
+        raise ValueError("its items are not those of trie.safetensors")
 
 
 def _tupled(value):
@@ -411,13 +480,16 @@ def create_app(
     def health():
         return dict(items=len(recommender.catalogue), policy=recommender.lm.name)
 
+    def as_json(r):
+        return r._asdict() | dict(score=r.score if math.isfinite(r.score) else None)
+
     def answer(query):
         try:
             with lock:
                 lists = recommender.recommend(**query.model_dump())
         except (ValueError, TypeError) as e:
             return refused(str(e))
-        return dict(lists=[[r._asdict() for r in row] for row in lists])
+        return dict(lists=[[as_json(r) for r in row] for row in lists])
 
     answer.__annotations__["query"] = Query
     app.post("/recommend")(answer)

@@ -97,6 +97,8 @@ def semantic_reward(
             f"items or target name {max(int(items.max()), int(target.max()))}, "
             f"embeddings has {len(embeddings)} rows"
         )
+    if not embeddings.isfinite().all():
+        raise ValueError("embeddings has values that are not finite numbers")
     unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
     cosine = (unit[items.clamp(min=0)] * unit[target][:, None]).sum(-1)
     return torch.where(items >= 0, cosine, 0.0)
@@ -112,7 +114,10 @@ def cf_reward(
             f"scores has shape {tuple(scores.shape)}; it needs one row for each of the "
             f"{len(items)} lists and one column an item, up to {int(items.max())}"
         )
-    return torch.where(items >= 0, scores.float().gather(1, items.clamp(min=0)), 0.0)
+    found = torch.where(items >= 0, scores.float().gather(1, items.clamp(min=0)), 0.0)
+    if not found.isfinite().all():
+        raise ValueError("scores has values that are not finite numbers for items of the lists")
+    return found
 
 # %% ../../nbs/rere/09_rewards.ipynb #aecc5db1
 reward_kinds = ("rule", "ranking", "ranking_only", "semantic", "collaborative")
@@ -157,7 +162,7 @@ class ItemReward:
         if self.kind == "semantic":
             return ListReward(semantic_reward(items, target, self.embeddings), hit, present)
         if self.kind == "collaborative":
-            scores = self.scores(histories).to(items.device)
+            scores = torch.as_tensor(self.scores(histories), device=items.device)
             return ListReward(cf_reward(items, scores), hit, present)
         value = torch.zeros(items.shape, device=items.device)
         if self.kind != "ranking_only":

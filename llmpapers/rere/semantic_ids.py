@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,15 +26,25 @@ from ..core.train import TrainConfig, train
 from .data import ItemFormat, Windows, sid_format
 
 # %% ../../nbs/rere/06_semantic_ids.ipynb #704d071c
+def _vectors(x, name):
+    "(I,D) float64, refused if it holds anything but numbers"
+    found = as_array(x, name).astype(np.float64)
+    if found.ndim != 2 or not found.size or not np.isfinite(found).all():
+        raise ValueError(f"{name} has shape {found.shape}; it needs (I,D) finite numbers")
+    return found
+
+
 def assign_codes(
     x,  # (I,D) embeddings
     codebooks: Sequence,  # L matrices (K,D), the centres of each level
 ) -> Tensor:  # (I,L) int64 codes
     "Codes of embeddings by equation (1)"
-    rest = torch.as_tensor(as_array(x, "x"), dtype=torch.float64)
+    rest = torch.as_tensor(_vectors(x, "x"))
+    if not len(codebooks):
+        raise ValueError("codebooks is empty; an id needs at least one level")
     codes = []
     for level, book in enumerate(codebooks):
-        book = torch.as_tensor(book, dtype=torch.float64)
+        book = torch.as_tensor(_vectors(book, f"codebooks[{level}]"))
         if book.dim() != 2 or book.shape[1] != rest.shape[1]:
             raise ValueError(
                 f"codebooks[{level}] has shape {tuple(book.shape)}, x has width {rest.shape[1]}"
@@ -54,9 +65,7 @@ def fit_codebooks(
     "Codebooks by residual k-means"
     check_number("levels", levels, "int [1, 26]")
     check_number("n_codes", n_codes, "int [2, inf)")
-    rest = as_array(x, "x").astype(np.float64)
-    if rest.ndim != 2 or not len(rest) or not np.isfinite(rest).all():
-        raise ValueError(f"x has shape {rest.shape}; it needs (I,D) finite numbers")
+    rest = _vectors(x, "x")
     k_means = need("sklearn.cluster", "search").KMeans
     books = []
     for level in range(levels):
@@ -72,9 +81,9 @@ def residual_error(
     codebooks: Sequence,  # The centres of each level
 ) -> list:  # L+1 shares of the squared length that are left after 0, 1, ..., L codes
     "How much of the embeddings the codes do not explain"
-    rest = torch.as_tensor(as_array(x, "x"), dtype=torch.float64)
+    rest = torch.as_tensor(_vectors(x, "x"))
     codes = assign_codes(rest, codebooks)
-    total = rest.square().sum()
+    total = rest.square().sum().clamp(min=torch.finfo(torch.float64).tiny)  # zeros: nothing is left
     left = [1.0]
     for level, book in enumerate(codebooks):
         rest = rest - torch.as_tensor(book, dtype=torch.float64)[codes[:, level]]
@@ -89,6 +98,18 @@ class SemanticIds:
     codes: Tensor  # (I,L) int64
     n_codes: tuple  # Number of codes of each level
     codebooks: tuple = ()  # Centres of the levels, if the codes come from embeddings
+
+    def __post_init__(self):
+        codes = self.codes
+        if codes.dim() != 2 or not codes.numel() or codes.dtype != torch.int64:
+            raise ValueError(
+                f"codes is {codes.dtype} of shape {tuple(codes.shape)}; need (I,L) int64"
+            )
+        most = codes.max(0).values.tolist()
+        if len(self.n_codes) != len(most) or any(m >= n for m, n in zip(most, self.n_codes)):
+            raise ValueError(f"n_codes={tuple(self.n_codes)} does not hold the codes up to {most}")
+        if (codes < 0).any():
+            raise ValueError(f"codes has {int(codes.min())}; codes are numbers from 0 on")
 
     def __len__(self):
         return len(self.codes)
@@ -259,7 +280,7 @@ def rqvae_ids(
     cfg: RQVAEConfig = RQVAEConfig(),  # Sizes and training
 ) -> SemanticIds:  # Ids of the items; centres are in the latent space
     "Semantic ids from a trained quantiser"
-    x = torch.tensor(as_array(x, "x"), dtype=torch.float32)
+    x = torch.tensor(_vectors(x, "x"), dtype=torch.float32)
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
         net = RQVAE(x.shape[1], cfg)
@@ -290,11 +311,14 @@ def behaviour_embeddings(
 ) -> Tensor:  # (I,2*dim) float32 of length one: as a predecessor, then as a successor
     "Embeddings of items from what follows what"
     check_number("dim", dim, f"int [1, {n_items}]")
-    before, after = windows.history[:, -1], windows.target
+    known = windows.history[:, -1] >= 0
+    before, after = windows.history[known, -1], windows.target[known]
+    if len(after) and (max(before.max(), after.max()) >= n_items or after.min() < 0):
+        raise ValueError(f"windows has an item that is none of the n_items={n_items}")
     pairs = torch.zeros(n_items, n_items, dtype=torch.float64)
     pairs.index_put_((before, after), torch.ones(len(after), dtype=torch.float64), accumulate=True)
     total = pairs.sum()
-    expected = pairs.sum(1, keepdim=True) * pairs.sum(0, keepdim=True) / total
+    expected = pairs.sum(1, keepdim=True) * pairs.sum(0, keepdim=True) / total.clamp(min=1)
     pmi = torch.where(pairs > 0, (pairs / expected).log(), 0).clamp(min=0)
     u, size, v = torch.linalg.svd(pmi)
     root = size[:dim].sqrt()
@@ -311,7 +335,7 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"codes": self.codes.contiguous()}
-    tensors |= {f"codebook{i}": b.contiguous() for i, b in enumerate(self.codebooks)}
+    tensors |= {f"codebook{i}": b.clone().contiguous() for i, b in enumerate(self.codebooks)}
     new = folder / "semantic_ids.safetensors.new"
     save_file(tensors, new, metadata={"n_codes": json.dumps(list(self.n_codes))})
     os.replace(new, folder / "semantic_ids.safetensors")
@@ -325,11 +349,14 @@ def load_ids(
     path = Path(folder) / "semantic_ids.safetensors"
     if not path.is_file():
         raise ValueError(f"folder: {Path(folder).name} holds no {path.name}")
-    with need("safetensors").safe_open(path, "pt") as f:
-        n_codes = tuple(json.loads(f.metadata()["n_codes"]))
-    tensors = load_file(path)
-    books = [tensors[f"codebook{i}"] for i in range(len(tensors) - 1)]
-    return SemanticIds(tensors["codes"], n_codes, tuple(books))
+    try:
+        with safe_open(path, "pt") as f:
+            n_codes = tuple(json.loads((f.metadata() or {})["n_codes"]))
+        tensors = load_file(path)
+        books = [tensors[f"codebook{i}"] for i in range(len(tensors) - 1)]
+        return SemanticIds(tensors["codes"], n_codes, tuple(books))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"folder: {path.name} is damaged or holds no ids ({e})") from e
 
 # %% ../../nbs/rere/06_semantic_ids.ipynb #f860e82b
 def shuffled_ids(

@@ -37,7 +37,7 @@ from llmpapers.rere.grpo import (
 )
 from .metrics import list_metrics
 from .rewards import ItemReward, reward_kinds
-from .sft import ItemCoder, best_items, left_padded, start_policy
+from .sft import ItemCoder, best_items, left_padded, same_rows, start_policy
 from .trie import ItemTrie
 from ..rl.losses import PolicyLossConfig
 from ..rl.rollout import GroupRollout, ToolBatcher
@@ -521,6 +521,9 @@ class RowSource:
     ):
         if not len(windows):
             raise ValueError("windows is empty; training needs at least one row")
+        n_items = len(coder.fmt.answers)
+        if not 0 <= windows.target.min() <= windows.target.max() < n_items:
+            raise ValueError(f"windows: a target is none of the {n_items} items of the catalogue")
         self.ids, self.seed, self.last = coder.prompts(windows), seed, (None, None)
         self.target, self.row = windows.target.tolist(), windows.row.tolist()
         self.history = [[i for i in h if i >= 0] for h in windows.history.tolist()]
@@ -579,6 +582,8 @@ def train_rere(
             f"valid begins at time {int(valid.time.min())}, training rows go on until "
             f"{int(windows.time.max())}; use chronological_split"
         )
+    source = RowSource(coder, windows, cfg.seed)
+    same_rows(out, list(zip(source.ids, source.target)))
     lm, half = start_policy(policy, device)
     if half and not cfg.bf16:
         cfg = replace(cfg, bf16=True)
@@ -597,7 +602,6 @@ def train_rere(
         decoder=False,
         save_every=cfg.save_every,
     )
-    source = RowSource(coder, windows, cfg.seed)
     kept = dict(folder=out, metrics=note)
     run = train_policy(lm, trainer, rollout, source, cfg.steps, arrangement, **kept)
     return RereRun(run.rows, lm, trainer)
