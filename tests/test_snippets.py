@@ -66,11 +66,16 @@ smaller = [
     (r"\bblock_size=\d+", "block_size=32"),
     (r"\"[A-Z]\w*/[A-Za-z][\w.-]+\"", '"hub"'),
     (r"\"model/\"", '"hub"'),
+    (r"\"intfloat/e5-base-v2\"", '"minilm"'),
+    (r"\bquestions=\d+", "questions=2"),
     (r"LLM\(\"tiny\"", 'LLM("hub"'),
     (r"\"McAuley-Lab/Amazon-Reviews-2023\"", '"amazon"'),
     (r"\bmin_items=\d+", "min_items=5"),
-    (r"\bsft_paper\b", "replace(sft_paper, steps=2, batch_size=2, grad_accum=1, warmup=0.0)"),
-    (r"\brere_paper\b", "replace(rere_paper, steps=2, batch_size=2, group_size=2)"),
+    (
+        r"(?<!import )\bsft_paper\b",
+        "replace(sft_paper, steps=2, batch_size=2, grad_accum=1, warmup=0.0)",
+    ),
+    (r"(?<!import )\brere_paper\b", "replace(rere_paper, steps=2, batch_size=2, group_size=2)"),
     (r"\bTitleConfig\(", "TitleConfig(n_users=20, n_test=4, "),
 ]
 
@@ -166,6 +171,8 @@ def test_snippet_runs(where, path, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hub_folder(tmp_path / "hub")
+    page = dict(id="1", contents='"Norma"\nNorma is an opera by Bellini.')
+    (tmp_path / "wiki-18.jsonl").write_text(json.dumps(page) + "\n")
     log_files(tmp_path)
     code = shrunk(code)
     names = imported(path)

@@ -62,7 +62,7 @@ def create_app(
     max_topk: int = 50,  # Most pages for each query
     max_queries: int = 256,  # Most queries of a request
     max_chars: int = 2000,  # Longest query, characters
-):  # FastAPI application with the routes /retrieve and /health
+) -> object:  # FastAPI application with the routes /retrieve and /health
     "A retrieval server for both protocols; bad requests get status 422"
     limits = dict(
         default_topk=default_topk, max_topk=max_topk, max_queries=max_queries, max_chars=max_chars

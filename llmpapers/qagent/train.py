@@ -185,7 +185,7 @@ class AtlasConfig:
     )
 
 
-def atlas_tokenizer():  # Tokenizer: one token a word, tags included
+def atlas_tokenizer() -> object:  # Tokenizer: one token a word, tags included
     "The tokenizer of the small world"
     tag_words = [f"<{slash}{t}>" for t in tags for slash in ("", "/")]
     return word_tokenizer(world_words([*tag_words, "no", "results", "retry", "failure", "."]))

@@ -151,7 +151,7 @@ def build_world(
     coverage: float = 0.75,  # Share of the cities that have a page
     geo: str = "suffix",  # "suffix": a city's last word tells its country; "shuffled": it does not
     test_share: float = 0.25,  # Share of the films whose questions are kept for testing
-) -> World:
+) -> World:  # Pages, facts, and the films that are kept for testing
     "A world of films, people and cities, its corpus and its questions"
     for name, n in (("n_films", n_films), ("n_people", n_people), ("n_cities", n_cities)):
         check_number(name, n, "int [4, inf)")

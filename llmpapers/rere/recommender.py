@@ -459,7 +459,7 @@ class _BodyLimit:
 def create_app(
     recommender: Recommender,  # What is served
     limits: Limits = Limits(),  # What a request may ask for
-):  # A FastAPI application: POST /recommend, GET /health
+) -> object:  # A FastAPI application: POST /recommend, GET /health
     "An endpoint around a recommender"
     fastapi = need("fastapi", "search")
     app, lock = fastapi.FastAPI(title="Recommender"), threading.Lock()
