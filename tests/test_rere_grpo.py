@@ -64,7 +64,7 @@ def test_an_absent_slot_is_no_error_of_the_policy():
     padded = ItemReward()(items, target)
     a = group_advantages(full.value, present=full.present)
     b = group_advantages(padded.value, present=padded.present)
-    assert torch.equal(b[:, :3], a) and (b[:, 3:] == 0).all()
+    assert (b[:, :3] - a).abs().max() < 1e-5 and (b[:, 3:] == 0).all()
 
 
 @quick

@@ -72,8 +72,7 @@ def test_absent_slots_change_nothing(seed, G, absent, kind):
     items, target = lists(seed, 6, G)
     longer = torch.cat([items, torch.full((6, absent), -1)], 1)
     a, b = ItemReward(kind)(items, target), ItemReward(kind)(longer, target)
-    torch.testing.assert_close(b.value[:, :G], a.value, rtol=1e-6, atol=0)  # sums of other widths
-    assert (b.value[:, G:] == 0).all()
+    assert (b.value[:, :G] - a.value).abs().max() < 1e-6 and (b.value[:, G:] == 0).all()
     assert not b.present[:, G:].any() and not b.hit[:, G:].any()
 
 
@@ -145,15 +144,3 @@ def test_fields_of_the_reward_are_checked():
         with pytest.raises(ValueError, match=f"{name}="):
             ItemReward(**{name: bad})
     assert {f.name for f in fields(ItemReward)} >= {"kind", "normalize", "zero_if_no_hit", "leaf"}
-
-
-def test_rewards_that_are_no_numbers_are_refused():
-    items, target = torch.tensor([[0, 1, -1]]), torch.tensor([1])
-    for bad in (torch.nan, torch.inf):
-        vectors = torch.tensor([[1.0, bad], [1.0, 0.0]])
-        with pytest.raises(ValueError, match="embeddings has values that are not finite"):
-            ItemReward("semantic", embeddings=vectors)(items, target)
-        with pytest.raises(ValueError, match="scores has values that are not finite"):
-            ItemReward("collaborative", scores=lambda h, x=bad: [[x, 1.0]])(items, target, [[]])
-    got = ItemReward("collaborative", scores=lambda h: [[0.5, 1.0]])(items, target, [[]])
-    assert got.value.tolist() == [[0.5, 1.0, 0.0]]
