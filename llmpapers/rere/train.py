@@ -117,7 +117,7 @@ def _check_config(cfg):
         )
 
 
-rere_paper = RereConfig(  # The launch script; 72 updates an epoch on 36,259 rows of Industrial
+rere_paper = RereConfig(  # The launch script: two epochs over the 36,259 rows of Industrial
     steps=2266, bf16=True, save_every=226, eval_every=226
 )
 
