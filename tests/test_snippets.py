@@ -51,6 +51,7 @@ smaller = [
     (r"\bslots=\d+", "slots=4"),
     (r"\bmax_(active|inflight_per_actor)=\d+", r"max_\1=4"),
     (r"\bactors=\d+", "actors=1"),
+    (r"\bn_actors=\d+", "n_actors=2"),
     (r"\bgpus_per_actor=1", "gpus_per_actor=0"),
     (r"\bnum_gpus=1", "num_cpus=.5"),
     (r"\bmax_model_len=\d+", "max_model_len=64"),
