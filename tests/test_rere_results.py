@@ -1,6 +1,7 @@
 """ReRe's study: every arm runs, is made once, starts from one policy, and is what its name says"""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,11 +9,11 @@ import torch
 from hub import hub_folder
 from llmpapers.core.lm import TinyLMConfig
 from llmpapers.core.train import TrainConfig
-from llmpapers.rere.baselines import NetConfig
+from llmpapers.rere.baselines import Markov, NetConfig
 from llmpapers.rere.results import (
-    LastItemScores,
     StudyConfig,
     TitleConfig,
+    _after_last,
     arms,
     depths,
     grid,
@@ -86,7 +87,7 @@ def test_names_of_arms():
 
 def test_scores_of_the_last_item():
     task = sid_task(sid, 0)
-    scores = LastItemScores(task.train, 60)
+    scores = partial(_after_last, Markov(task.train, 60))
     table = scores([[1, 2], [2]])
     assert torch.equal(table[0], table[1]) and torch.allclose(table.exp().sum(1), torch.ones(2))
     last, target = int(task.train.history[0, -1]), int(task.train.target[0])

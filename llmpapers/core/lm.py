@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['specials', 'archs', 'char_tokenizer', 'word_tokenizer', 'encode_batch', 'TinyLMConfig', 'hf_config', 'tiny_lm',
-           'n_params', 'LM', 'save_lm', 'load_lm']
+           'n_params', 'LM', 'new_folder', 'save_lm', 'load_lm']
 
 # %% ../../nbs/core/04_lm.ipynb #dc3a0cea
 import os
@@ -233,6 +233,26 @@ class LM(NamedTuple):
     name: str  # Tiny name, folder, or hub id
 
 # %% ../../nbs/core/04_lm.ipynb #36180e44
+@contextmanager
+def new_folder(
+    folder: Path,  # What is to be made, or replaced
+):  # The path of a new folder beside it, which takes its place if all goes well
+    "Write a folder whole or not at all"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tag = f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}"
+    new, old = folder.with_name(f".{tag}.new"), folder.with_name(f".{tag}.old")
+    try:
+        yield new
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+    finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        for p in (new, old):
+            shutil.rmtree(p, ignore_errors=True)
+
+
 def save_lm(
     lm: LM,  # What to save
     folder,  # Where; a model that is already there is replaced
@@ -243,21 +263,9 @@ def save_lm(
         (folder / "config.json").exists() or (folder.is_dir() and not any(folder.iterdir()))
     ):
         raise ValueError(f"folder: {folder} exists and holds no model; give a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tag = f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}"
-    new, old = folder.with_name(f".{tag}.new"), folder.with_name(f".{tag}.old")
-    try:
-        with _no_bars():
-            lm.model.save_pretrained(new)
-            lm.tokenizer.save_pretrained(new)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        for p in (new, old):
-            shutil.rmtree(p, ignore_errors=True)
+    with new_folder(folder) as new, _no_bars():
+        lm.model.save_pretrained(new)
+        lm.tokenizer.save_pretrained(new)
     return folder
 
 # %% ../../nbs/core/04_lm.ipynb #da92d4be

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core.embed import encode, load_encoder
 from ..core.ranking import exact_search
@@ -375,61 +376,6 @@ class RemoteRetriever:
                 "Give a probe that must find something, or probe=None"
             )
 
-    def _post(self, body):
-        "One request, tried again after failures that may pass"
-        httpx = need("httpx", "search")
-        if self._client is None:
-            self._client = httpx.Client(timeout=self.timeout, transport=self.transport)
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(min(0.1 * 2**attempt, 2.0))
-            try:
-                r = self._client.post(self.url, json=body)
-            except httpx.HTTPError as e:
-                why = f"{type(e).__name__}: {e}"
-                continue
-            if r.status_code < 400:
-                return self._json(r)
-            why = f"status {r.status_code}: {r.text[:200]}"
-            if r.status_code < 500:
-                break
-        raise RetrievalError(f"{self.url} did not answer ({why})")
-
-    def _json(self, response):
-        try:
-            answer = response.json()
-        except ValueError as e:
-            raise RetrievalError(f"{self.url} sent no JSON: {response.text[:80]!r}") from e
-        result = answer.get("result") if isinstance(answer, Mapping) else None
-        if not isinstance(result, list):
-            raise RetrievalError(f'{self.url} sent no list under "result"')
-        return result
-
-    def search(
-        self,
-        queries: Sequence[str],  # Any number
-        k: int = 5,  # Most pages for each
-    ) -> list[list[Doc]]:  # Pages of each query; an error if one of them has no text
-        "Ask the server"
-        queries = check_queries(queries, k)
-        if not queries:
-            return []
-        if self.protocol == "search_r1":
-            body = dict(queries=queries, topk=k, return_scores=True)
-            results = self._post(body)
-        else:
-            results = [self._post(dict(query=q, topk=k, return_scores=True)) for q in queries]
-        if len(results) != len(queries) or not all(isinstance(r, list) for r in results):
-            raise RetrievalError(
-                f"{self.url} sent {len(results)} results for {len(queries)} queries"
-            )
-        pages = [
-            [_as_doc(x, f"result {j} of query {i} from {self.url}") for j, x in enumerate(row[:k])]
-            for i, row in enumerate(results)
-        ]
-        self.asked, self.empty = self.asked + len(pages), self.empty + pages.count([])
-        return pages
-
     def close(self) -> None:
         "Let the connections go"
         if self._client is not None:
@@ -438,6 +384,65 @@ class RemoteRetriever:
 
     def __getstate__(self):
         return self.__dict__ | dict(_client=None)
+
+# %% ../../nbs/qagent/02_retrieval.ipynb #86c50259
+@patch
+def _post(self: RemoteRetriever, body):
+    "One request, tried again after failures that may pass"
+    httpx = need("httpx", "search")
+    if self._client is None:
+        self._client = httpx.Client(timeout=self.timeout, transport=self.transport)
+    for attempt in range(self.retries + 1):
+        if attempt:
+            time.sleep(min(0.1 * 2**attempt, 2.0))
+        try:
+            r = self._client.post(self.url, json=body)
+        except httpx.HTTPError as e:
+            why = f"{type(e).__name__}: {e}"
+            continue
+        if r.status_code < 400:
+            return self._json(r)
+        why = f"status {r.status_code}: {r.text[:200]}"
+        if r.status_code < 500:
+            break
+    raise RetrievalError(f"{self.url} did not answer ({why})")
+
+
+@patch
+def _json(self: RemoteRetriever, response):
+    try:
+        answer = response.json()
+    except ValueError as e:
+        raise RetrievalError(f"{self.url} sent no JSON: {response.text[:80]!r}") from e
+    result = answer.get("result") if isinstance(answer, Mapping) else None
+    if not isinstance(result, list):
+        raise RetrievalError(f'{self.url} sent no list under "result"')
+    return result
+
+# %% ../../nbs/qagent/02_retrieval.ipynb #49dd3676
+@patch
+def search(
+    self: RemoteRetriever,
+    queries: Sequence[str],  # Any number
+    k: int = 5,  # Most pages for each
+) -> list[list[Doc]]:  # Pages of each query; an error if one of them has no text
+    "Ask the server"
+    queries = check_queries(queries, k)
+    if not queries:
+        return []
+    if self.protocol == "search_r1":
+        body = dict(queries=queries, topk=k, return_scores=True)
+        results = self._post(body)
+    else:
+        results = [self._post(dict(query=q, topk=k, return_scores=True)) for q in queries]
+    if len(results) != len(queries) or not all(isinstance(r, list) for r in results):
+        raise RetrievalError(f"{self.url} sent {len(results)} results for {len(queries)} queries")
+    pages = [
+        [_as_doc(x, f"result {j} of query {i} from {self.url}") for j, x in enumerate(row[:k])]
+        for i, row in enumerate(results)
+    ]
+    self.asked, self.empty = self.asked + len(pages), self.empty + pages.count([])
+    return pages
 
 # %% ../../nbs/qagent/02_retrieval.ipynb #92a9c38d
 class Corpus(NamedTuple):

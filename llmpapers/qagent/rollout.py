@@ -170,7 +170,7 @@ class SearchEnv:
         if leave := getattr(self.ask, "leave", None):
             leave()
 
-
+# %% ../../nbs/qagent/05_rollout.ipynb #9229a3d5
 def as_prompt(
     question: "Question | str",  # With golds, or only words
 ) -> dict:  # Plain data for the floor
@@ -235,6 +235,7 @@ class OneCall:
         self._go()
 
     def _go(self):
+        self.waiting = [(queries, f) for queries, f in self.waiting if not f.done()]
         if not self.waiting or len(self.waiting) < self.players:
             return
         waiting, self.waiting = self.waiting, []

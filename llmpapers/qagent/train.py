@@ -21,7 +21,7 @@ import torch
 from ..core.artifacts import artifact
 from ..core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm, word_tokenizer
 from ..core.scale import check_choices, check_ranges, rng
-from ..core.train import TrainConfig, train
+from ..core.train import TrainConfig, lr_factor, train
 from .generator import Generator
 from .grpo import aggregations
 from .metrics import em_nonstrict, em_strict, f1, hit
@@ -339,7 +339,7 @@ def train_grpo(
     lm.model.requires_grad_(True)
     weights = [p for p in lm.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=0.0)
-    rise = max(1, round(cfg.warmup * cfg.steps))
+    plan = TrainConfig(steps=cfg.steps, warmup=cfg.warmup, schedule="constant")
     loss = PolicyLossConfig(
         "ppo",
         aggregations[cfg.agg],
@@ -352,7 +352,7 @@ def train_grpo(
         loss,
         temperature=cfg.rollout.temperature,
         ref_model=copy.deepcopy(lm.model) if cfg.beta else None,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_warm, rise)),
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lr_factor, cfg=plan)),
         watch_entropy=True,
         seed=cfg.seed,
     )
@@ -382,10 +382,6 @@ def train_grpo(
         metrics=watch.row,
     )
     return SearchRun(run.rows, lm, trainer)
-
-
-def _warm(rise, step):
-    return min(1.0, (step + 1) / rise)
 
 # %% ../../nbs/qagent/10_train.ipynb #494ad419
 _limits = RolloutConfig()

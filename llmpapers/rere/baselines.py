@@ -306,7 +306,7 @@ def _net_loss(net, batch):
 def _n_labels(batch):
     return int((batch["labels"] != -100).sum())
 
-
+# %% ../../nbs/rere/08_baselines.ipynb #ebb1ded0
 def _fit(net, rows, valid, cfg, device):
     "Train a net; with validation rows the best weights are kept"
     best = {}

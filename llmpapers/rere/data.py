@@ -112,7 +112,7 @@ def _days_as_seconds(found):
     found[np.isfinite(found)] = days.dt.as_unit("s").astype("int64")
     return found
 
-
+# %% ../../nbs/rere/02_data.ipynb #2abe4cde
 _numeric_date = re.compile(r"\s*(\d{1,2})[-/.](\d{1,2})[-/.]\d{4}")
 
 
@@ -133,7 +133,7 @@ def _date_seconds(raw):
         seconds[which] = found.astype("int64").where(found.notna(), np.nan)
     return seconds, unclear
 
-
+# %% ../../nbs/rere/02_data.ipynb #392e9dc0
 _missing = {"nan", "none", "null", "nat", "<na>"}  # what programs write where nothing is
 _half_character = re.compile(r"[\ud800-\udfff]")  # no text that can be stored
 
@@ -213,7 +213,7 @@ def _decoded(line, encoding):
     except UnicodeDecodeError:
         return line.decode(encoding, "replace")
 
-
+# %% ../../nbs/rere/02_data.ipynb #e754b836
 _most_lines = 100  # Of one row, whose fields may hold line breaks
 
 

@@ -9,9 +9,6 @@ __all__ = ['fit_sft', 'Recommendation', 'Recommender', 'as_table', 'Limits', 'cr
 import argparse
 import json
 import math
-import os
-import secrets
-import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +19,15 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm, word_tokenizer
+from llmpapers.core.lm import (
+    LM,
+    TinyLMConfig,
+    load_lm,
+    new_folder,
+    save_lm,
+    tiny_lm,
+    word_tokenizer,
+)
 from ..core.scale import check_number, need
 from ..core.train import TrainConfig
 from llmpapers.rere.data import (
@@ -328,9 +333,6 @@ def save(
     folder = Path(folder).resolve()
     if folder.exists():
         _check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
-    new, old = (folder.with_name(f".{folder.name}.{mark}.{x}") for x in ("new", "old"))
     rest = dict(
         format=asdict(self.coder.fmt),
         coder={k: getattr(self.coder, k) for k in _coder_fields},
@@ -340,22 +342,14 @@ def save(
         report=self.report,
         name=self.lm.name,
     )
-    try:
+    with new_folder(folder) as new:
         save_lm(self.lm, new)
         self.trie.save(new / "trie.safetensors")
         rest["files"] = sorted(["recommender.json", *(p.name for p in new.iterdir())])
         (new / "recommender.json").write_text(json.dumps(rest), encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        for path in (new, old):
-            shutil.rmtree(path, ignore_errors=True)
     return folder
 
-
+# %% ../../nbs/rere/12_recommender.ipynb #e71944a2
 @patch(cls_method=True)
 def load(
     cls: Recommender,

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['depths', 'grid', 'variants', 'rere', 'supervised', 'shuffled', 'rivals', 'arms', 'title_arms', 'StudyConfig',
-           'LastItemScores', 'list_report', 'rival_lists', 'study_outcome', 'TitleConfig', 'word_coder', 'title_task',
-           'title_policy', 'title_outcome']
+           'list_report', 'rival_lists', 'study_outcome', 'TitleConfig', 'word_coder', 'title_task', 'title_policy',
+           'title_outcome']
 
 # %% ../../nbs/rere/13_results.ipynb #5719ca55
 import json
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -88,28 +89,9 @@ rivals = ("popularity", "Markov", "GRU4Rec", "SASRec", "S-DPO", "D3", "BIGRec")
 arms = (*supervised, *grid, *variants, *shuffled, *rivals)
 
 # %% ../../nbs/rere/13_results.ipynb #4fcd8632
-class LastItemScores:
-    "A frozen recommender for the collaborative reward: what followed the last item in training"
-
-    def __init__(
-        self,
-        windows,  # Training rows
-        n_items: int,  # Size of the catalogue
-        smooth: float = 0.1,  # Added to each count, spread by popularity
-    ):
-        counts = torch.zeros(n_items, n_items)
-        pair = windows.history[:, -1] * n_items + windows.target
-        counts.view(-1).index_add_(0, pair, torch.ones(len(pair)))
-        popular = counts.sum(0) + 1
-        counts = counts + smooth * n_items * popular / popular.sum()
-        self.table = (counts / counts.sum(1, keepdim=True)).log()
-
-    def __call__(
-        self,
-        histories: list,  # Items of each history
-    ) -> Tensor:  # (B,I) log-probabilities
-        "Score every item"
-        return self.table[[h[-1] for h in histories]]
+def _after_last(markov, histories):
+    "Scores of all items by what followed the last one in training: the collaborative reward"
+    return markov.scores(torch.tensor([[h[-1]] for h in histories]))
 
 
 def list_report(
@@ -144,13 +126,14 @@ def _trained(cfg, arm, seed, task, start):
     change = dict(grid | variants).get(arm, {})
     if "lr" in change:
         change = change | dict(lr=change["lr"] * cfg.rl.lr)
+    n = len(task.world.sid)
     run = train_rere(
         start,
         task.coder,
         task.train,
         replace(cfg.rl, seed=seed, **change),
         embeddings=torch.nn.functional.one_hot(task.world.sid).flatten(1).float(),
-        scores=LastItemScores(task.train, len(task.world.sid)),
+        scores=partial(_after_last, Markov(task.train, n, prior=0.1 * n)),
     )
     return run.lm, run.rows
 
@@ -260,7 +243,7 @@ def title_task(
     parts = [sequence_windows(x, **size) for x in (world.sequences, *others)]
     return SidTask(world, coder, *parts)
 
-
+# %% ../../nbs/rere/13_results.ipynb #dcaf493d
 def title_policy(
     cfg: TitleConfig,  # Sizes
     seed: int = 0,  # World, weights and order
