@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm"), pytest.mark.tim
 
 common = r"""
 import json, sys, random
+import llvmlite.binding  # as numba does, whose library object vLLM stumbles over
 import torch
 from pathlib import Path
 from llmpapers.core.lm import LM, TinyLMConfig, save_lm, tiny_lm, word_tokenizer

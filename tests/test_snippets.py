@@ -15,6 +15,7 @@ import torch
 
 from hub import hub_folder, log_files, tokenizer
 from llmpapers.core.lm import load_lm
+from llmpapers.rl.vllm import _beside_numba
 
 root = Path(__file__).resolve().parents[1]
 fence = re.compile(r"```python\n(.*?)```", re.S)
@@ -171,6 +172,9 @@ def _reward(prompt, response, info):
 def test_snippet_runs(where, path, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; by itself it takes most of the memory
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # ends with the test
+    _beside_numba()
     hub_folder(tmp_path / "hub")
     page = dict(id="1", contents='"Norma"\nNorma is an opera by Bellini.')
     (tmp_path / "wiki-18.jsonl").write_text(json.dumps(page) + "\n")

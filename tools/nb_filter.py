@@ -9,6 +9,7 @@ import ast
 import json
 import re
 import sys
+import threading
 
 DROP = {"hide", "default_exp", "default_cls_lvl"}  # cells that a page never shows
 EXPORT = {"export", "exports", "exporti"}
@@ -36,6 +37,7 @@ SHOWN = (
     "image/jpeg",
     "text/plain",
 )
+one_parses = threading.Lock()  # Python 3.11's parser counts the depth of all threads together
 _directive = re.compile(r"^\s*#\s*\|\s*([\w-]+)")
 
 
@@ -95,7 +97,8 @@ def caption_call(src: str):  # (number, the cell without it) or None
     if "caption(" not in src:
         return None
     try:
-        last = ast.parse(re.sub(r"^(\s*)[%!]", r"\1#", src, flags=re.M)).body[-1]
+        with one_parses:
+            last = ast.parse(re.sub(r"^(\s*)[%!]", r"\1#", src, flags=re.M)).body[-1]
     except (SyntaxError, IndexError):
         return None
     call = getattr(last, "value", None)

@@ -27,7 +27,18 @@ from urllib.parse import unquote
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from nb_filter import EXPORT, OPTIONS, OURS, SHOWN, body, convert, directives, option, text  # noqa: E402
+from nb_filter import (
+    EXPORT,
+    OPTIONS,
+    OURS,
+    SHOWN,
+    body,
+    convert,
+    directives,
+    one_parses,
+    option,
+    text,
+)  # noqa: E402
 
 here = Path(__file__).parent
 READER = "markdown"
@@ -174,7 +185,8 @@ class Page:
 def defined(src):
     "Public functions and classes that a cell defines"
     try:
-        tree = ast.parse(src)
+        with one_parses:
+            tree = ast.parse(src)
     except SyntaxError:
         return []
     kinds = (ast.FunctionDef, ast.ClassDef)

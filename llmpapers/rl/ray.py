@@ -170,13 +170,16 @@ class RolloutPool:
         # its engine decodes at once is the engine's own `max_active`
         max_inflight_per_actor: int = 16,
         ray_options: dict | None = None,  # Options of the actors, e.g. dict(num_cpus=1, num_gpus=1)
-        respawn: int = 3,  # Actors replaced within ten versions before giving up
+        # Actors replaced within ten versions before giving up; None: three for each actor, since a
+        # group whose rollouts kill their process may do so on all of them at each of its attempts
+        respawn: int | None = None,
         timeout_s: float | None = None,  # Deadline of one rollout, seconds
         start_timeout_s: float = 600.0,  # How long actors may take to start, seconds
     ):
         for n, x in (("n_actors", n_actors), ("max_inflight_per_actor", max_inflight_per_actor)):
             if not isinstance(x, int) or x < 1:
                 raise ValueError(f"{n}={x!r} must be a positive integer")
+        respawn = 3 * n_actors if respawn is None else respawn
         if respawn < 0:
             raise ValueError(f"respawn={respawn} must be at least 0")
         self.factory = engine_factory

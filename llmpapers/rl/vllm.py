@@ -9,6 +9,7 @@ __all__ = ['VLLMEngine']
 import hashlib
 import os
 import secrets
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -109,6 +110,22 @@ def _keep_seeds(worker):
 
     runner.sample_tokens = sample
 
+
+def _beside_numba():
+    "Have llvmlite's library object answer that it has no `__dict__`"
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is None or not hasattr(ffi.lib, "__dict__"):
+        return
+    kind = type(ffi.lib)
+    function = kind.__getattr__
+
+    def attribute(self, name):
+        if name == "__dict__":
+            raise AttributeError(name)
+        return function(self, name)
+
+    kind.__getattr__ = attribute
+
 # %% ../../nbs/rl/09_vllm.ipynb #3895192f
 class VLLMEngine:
     "vLLM in this process as a rollout engine"
@@ -134,6 +151,7 @@ class VLLMEngine:
         memory = dict(VLLM_CPU_KVCACHE_SPACE=str(int(kv_gib))) if cpu else {}
         for k, v in (_vllm_env | memory).items():
             os.environ.setdefault(k, v)
+        _beside_numba()
         with _quiet():
             vllm, processor = need("vllm", "vllm"), _constraint_processor()
         args = dict(
