@@ -291,6 +291,7 @@ def rows(seed, b=6, n=9):
     return batch, -torch.rand(batch.input_ids.shape, generator=g)
 
 
+@pytest.mark.slow
 @props
 @given(
     st.integers(0, 2**20),

@@ -72,6 +72,7 @@ def flat(lm):
     return torch.cat([p.detach().flatten() for p in lm.model.parameters()])
 
 
+@pytest.mark.slow
 def test_amp_one_is_grpo_and_the_plug_acts(lm, problems):
     """Bit for bit the weights of plain GRPO with amp = 1, whatever the strategy; other weights with
     1.5; the given model is untouched"""

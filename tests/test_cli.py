@@ -136,6 +136,7 @@ def slow_series(tmp_path, seconds):
     return dict(LLMPAPERS_NBS=str(tmp_path / "nbs"))
 
 
+@pytest.mark.slow
 def test_a_log_hears_from_a_long_cell(tmp_path):
     "Plain lines, at the interval asked for: notebook, cell, first line, elapsed and expected time"
     env = slow_series(tmp_path, 4)
@@ -151,6 +152,7 @@ def test_a_log_hears_from_a_long_cell(tmp_path):
     assert "about 2.5 minutes" in r.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_terminal_shows_one_line_that_changes(tmp_path):
     import pty
@@ -181,6 +183,7 @@ def test_a_bad_interval_is_refused(command):
     refused(cli(command, *args, "--every", "0"), "--every")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_benchmark_on_record_runs_from_any_folder(tmp_path):
     "It shows what is on record though no checkout of the peer is given; progress goes to stderr"

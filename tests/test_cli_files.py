@@ -127,6 +127,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", BAD.values(), ids=BAD.keys())
 def test_a_damaged_notebook_is_named(rooms, capsys, text):
     "By every way in: the command's verbs and the functions below them"
@@ -192,6 +193,7 @@ def test_a_run_in_a_folder_with_braces_and_number_signs(rooms, capsys):
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source, words, kept",
     [

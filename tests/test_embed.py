@@ -300,6 +300,7 @@ def test_lists_of_different_length_anywhere_in_a_parquet_file(tmp_path):
             load_matrix(file(rows))
 
 
+@pytest.mark.slow
 def test_an_id_that_is_not_cached_says_so_offline(tmp_path):
     code = "from llmpapers.core.embed import load_encoder\nload_encoder('no/such-encoder')"
     env = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
@@ -308,6 +309,7 @@ def test_an_id_that_is_not_cached_says_so_offline(tmp_path):
     assert done.returncode == 1 and "name='no/such-encoder' cannot be loaded" in last, last
 
 
+@pytest.mark.slow
 def test_minilm_is_offline_and_itself(tmp_path):
     "The default needs no network; two sentences that mean the same are closer than a third"
     code = (

@@ -82,6 +82,7 @@ def imported():
     return dict(json.loads(line) for line in python(PROBE, json.dumps(modules)).splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("imports")
 def test_probe_starts_clean(imported):
     "The forked probe can see a module that loads something optional: nothing of it is there before"

@@ -125,6 +125,7 @@ def test_progress_refuses_a_bad_interval():
         Progress("x", 1, every=0)
 
 
+@pytest.mark.slow
 def test_save_outputs_goes_on_after_a_failure(tmp_path):
     "One notebook fails: it keeps its outputs, the others are saved and measured, paths are hidden"
     room = tmp_path / "nbs" / "demo"

@@ -125,6 +125,7 @@ def test_scores_do_not_depend_on_padding_or_company(kind):
     assert net.training and not net.scores(rows).requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fit", [train_sasrec, train_gru4rec])
 def test_a_rule_is_learnt_and_a_run_repeats(fit):
     start = torch.randint(0, 8, (200, 1), generator=torch.Generator().manual_seed(0))

@@ -387,6 +387,7 @@ def test_no_request_is_an_error_of_the_server(client, query):
     assert client.post("/recommend", content=json.dumps(query)).status_code in (200, 413, 422)
 
 
+@pytest.mark.slow
 def test_the_command_serves_on_this_machine_only(tmp_path, shop):
     folder = shop.save(tmp_path / "shop")
     with socket.socket() as s:

@@ -37,6 +37,7 @@ def requests(lengths, seed=0, new=10, temperature=1.0):
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=8),

@@ -158,6 +158,7 @@ def test_a_rollout_that_ends_badly_in_turns(how):
     assert len(rows) == 3
 
 
+@pytest.mark.slow
 def test_a_rollout_that_hangs():
     """A deadline ends it; the others go on"""
 
@@ -172,6 +173,7 @@ def test_a_rollout_that_hangs():
     assert [f["group_id"] for f in c.failed] == [BAD] and "timeout_s" in c.failed[0]["error"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_saved_fails_when_it_arrives(tmp_path):
     """With a checkpoint folder, info that JSON does not hold, or would change, is a failed member;
     NumPy numbers are numbers"""
@@ -717,6 +719,7 @@ kinds = [("llama", True), ("llama", False), ("qwen3", True), ("gpt_neox", False)
 kinds += [("mistral", False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, tied", kinds, ids=[f"{k}-{t}" for k, t in kinds])
 def test_a_bf16_checkpoint_learns(kind, tied, tmp_path):
     """From a folder like the hub's, in both loops: what is rewarded becomes more likely, weights in

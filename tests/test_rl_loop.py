@@ -109,6 +109,7 @@ def test_ratio_zero_is_the_synchronous_loop(loss):
     assert c.trained == list(range(12))
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 10**6))
 def test_completion_order_does_not_matter(seed):
@@ -129,6 +130,7 @@ def test_completion_order_does_not_matter(seed):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     st.sampled_from([0, 0.5, 1, 1.5, 2, 3.25]),
@@ -249,6 +251,7 @@ def test_the_end_of_the_data():
     assert sorted(c.trained) == list(range(10)) and [r["step"] for r in c.rows] == [1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0])
 def test_stop_and_resume_trains_each_prompt_once(tmp_path, alpha):
     out = []
@@ -279,6 +282,7 @@ def test_stop_and_resume_trains_each_prompt_once(tmp_path, alpha):
     assert sorted(out) == list(range(30)) and t.n == 10
 
 
+@pytest.mark.slow
 def test_resume_equals_the_run_that_was_not_interrupted(tmp_path):
     def run(folder, stop_at=None):
         t, e = make()
@@ -626,6 +630,7 @@ def test_more_data_after_a_partial_batch(tmp_path):
     assert sorted(seen) == list(range(18)) and c.buffer.version == 5 and t.sizes == [4, 4, 4]
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 999), st.sampled_from([1.0, 2.0]))
 def test_abort_trains_every_group_whatever_was_ready(seed, alpha):
@@ -670,6 +675,7 @@ class Band(GroupRollout):
         ]
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.sampled_from([0, 0.5, 1, 2]), st.integers(0, 999), st.sampled_from(["wait", "abort"]))
 def test_groups_in_one_call_bound_no_loss_and_retries(alpha, seed, on_stale):

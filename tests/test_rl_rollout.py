@@ -532,6 +532,7 @@ def test_one_call_a_turn_for_a_batch_of_64_episodes(loop, kind):
     assert trainer.rewards == [3.0] * 128
 
 
+@pytest.mark.slow
 def test_ten_thousand_calls_leave_nothing_behind():
     def echo(items):
         return items

@@ -409,6 +409,7 @@ torch.distributed.destroy_process_group()
 pathlib.Path(folder, sys.argv[2] + ".pkl").write_bytes(dill.dumps(res))"""
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(two_ranks):
     batches = [make_batch(i, size=5) for i in range(2)]
     bad = replace(batches[0], behavior_logprobs=batches[0].behavior_logprobs.clone())

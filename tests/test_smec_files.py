@@ -326,6 +326,7 @@ def test_losses_in_half_precision(dtype):
         rank_loss(torch.zeros(2, 2, dtype=torch.int64))
 
 
+@pytest.mark.slow
 @given(seeds)
 @settings(max_examples=25, deadline=None)
 def test_grades_of_any_type_and_blocks_of_any_size(seed):

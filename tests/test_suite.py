@@ -70,6 +70,7 @@ def run(tmp_path_factory):
     return r.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("suite")
 def test_a_group_stays_on_one_worker(run):
     workers = re.findall(r"\[(gw\d)\].*PASSED \S*test_one\[", run)
@@ -108,6 +109,7 @@ def test_summary(run):
     assert order == ["03", "02", "01", "00"], run
 
 
+@pytest.mark.slow
 def test_cpu_time_of_children_counts():
     "A child's child that burns two seconds is seen; one that is left behind is named and ended"
     burn = "import time\nwhile time.process_time() < 2: pass"

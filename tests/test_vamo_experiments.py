@@ -232,6 +232,7 @@ def test_an_arm_does_not_depend_on_the_others(logs):
 
 
 # ---- statistics and bad input --------------------------------------------------------------------
+@pytest.mark.slow
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 @some
 def test_holm_is_the_step_down_rule(p):

@@ -462,6 +462,7 @@ def test_no_number_is_taken(name, bad):
                 aggregate(name, **x)
 
 
+@pytest.mark.slow
 @given(
     seeds, st.sampled_from([*available()]), st.integers(1, 5), st.sampled_from([1e-12, 1.0, 1e12])
 )

@@ -424,6 +424,7 @@ def test_guidance(seed, t):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temporal", kinds)
 def test_64_plans_at_once_are_64_single_ones(temporal):
     B = 64
@@ -740,6 +741,7 @@ def test_training_days_of_all_tasks():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [MultiTaskPlanner, CausalPlanner])
 def test_training_is_reproducible_and_lowers_the_loss(kind):
     m = Market(MarketConfig(days=4, volume=1500.0), 0)
