@@ -17,7 +17,7 @@ import make_readme  # noqa: E402
 import nb_filter  # noqa: E402
 import render_docs  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("docs")
+pytestmark = [pytest.mark.build, pytest.mark.xdist_group("docs")]
 PNG = (
     "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4z8AARAwQCgAf7gP9"
     "i18U1AAAAABJRU5ErkJggg=="

@@ -8,6 +8,8 @@ import pytest
 
 from common import root
 
+pytestmark = pytest.mark.slow
+
 lib = root / "llmpapers"
 modules = sorted(
     ".".join(("llmpapers", *p.relative_to(lib).with_suffix("").parts))

@@ -10,6 +10,8 @@ import pytest
 
 from common import Processes, machine_traces, root
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = """
 import pytest
 

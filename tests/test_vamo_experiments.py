@@ -66,6 +66,7 @@ def other(t: Trajectories):
 
 
 # ---- logs and leaks ------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_days_are_in_time_order_and_no_bidder_is_in_two_sets(logs):
     for log in logs:
         train, val, spread = log.days[:-2], log.days[-2], log.days[-1]
