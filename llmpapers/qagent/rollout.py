@@ -361,7 +361,7 @@ def to_trajectory(
         tuple(docs.values()),
         tuple(q for s in steps for q in s.get("queries", ())),
         steps[-1].get("stop", "length") if sample.info["ended"] == "done" else "length",
-        _counts(steps),
+        _counts(steps) | dict(prompt_ids=tuple(sample.prompt_ids)),
     )
 
 # %% ../../nbs/qagent/05_rollout.ipynb #e8da1f15
