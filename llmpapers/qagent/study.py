@@ -214,12 +214,13 @@ def scores(
     cfg: StudyConfig,  # Sizes
     retriever=None,  # Its retriever; None: BM25 over the world's pages
     reader=None,  # Who reads; None: the extractive reader
+    kind: str = "bridge",  # Of the questions
 ) -> dict:  # Means over the questions, and over those that the corpus can answer
     "Scores of an agent in a world"
     table = evaluate(
         policy,
         retriever or BM25(world.docs),
-        world.questions("bridge", "test"),
+        world.questions(kind, "test"),
         reader or ExtractiveReader(),
         cfg.atlas.rollout,
     )
