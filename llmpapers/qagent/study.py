@@ -153,6 +153,8 @@ watched += ("entropy", "kl/ref", "rollout/reward")
 def _binned(rows, key, n=10):
     "Means of a column over parts of a run"
     values = np.array([r[key] for r in rows if key in r])
+    if not len(values):
+        return []
     return [round(float(x.mean()), 4) for x in np.array_split(values, min(n, len(values)))]
 
 
