@@ -66,10 +66,10 @@ class StopAfter:
         unknown = getattr(tokenizer, "unk_token_id", None)
         if lost := [t for t, ids in pieces.items() if not ids or unknown in ids]:
             raise ValueError(f"texts: the tokenizer cannot write {lost[0]!r}")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.texts = tokenizer, tuple(texts)
         self.single = frozenset(ids[0] for ids in pieces.values() if len(ids) == 1)
-        self.split = tuple(t for t, ids in pieces.items() if len(ids) > 1)
-        self.tail = 2 * max(map(len, self.split), default=0)  # more tokens than a text can have
+        self.tail = 1 + max(map(len, self.texts))  # in tokens; none is shorter than a character
+        self.closing = {}  # token id -> can a text end in it?
 
     def allowed(
         self,
@@ -78,11 +78,15 @@ class StopAfter:
         "What may follow"
         if not token_ids:
             return None
-        if token_ids[-1] in self.single:
+        last = int(token_ids[-1])
+        if last in self.single:
             return ()
-        if self.split:
+        if last not in self.closing:
+            piece = self.tokenizer.decode([last])
+            self.closing[last] = any(t[-1] in piece for t in self.texts) or "\ufffd" in piece
+        if self.closing[last]:
             text = self.tokenizer.decode(list(token_ids[-self.tail :]))
-            if any(t in text for t in self.split):
+            if any(t in text for t in self.texts):
                 return ()
         return None
 
@@ -97,8 +101,10 @@ class SearchEnv:
         first: Callable,  # Question -> what the policy is shown, a text or messages
         stop=None,  # Constraint on each turn, see `StopAfter`
         reward: Callable | None = None,  # Of the finished `Trajectory`; may be a coroutine
+        markers: tuple[str, ...] = (),  # Special tokens, which no page may contain; see `escape`
     ):
         self.ask, self.cfg, self.first, self.stop, self.score = ask, cfg, first, stop, reward
+        self.markers = markers
 
     def reset(
         self,
@@ -134,7 +140,7 @@ class SearchEnv:
         self.docs |= new
         self.queries += asked.queries
         return self._say(
-            render_information(results, self.cfg.style, self.cfg.max_doc_chars),
+            render_information(results, self.cfg.style, self.cfg.max_doc_chars, self.markers),
             docs=[asdict(d) for d in new.values()],
             queries=list(asked.queries),
             dropped=len(asked.dropped),
@@ -309,6 +315,10 @@ def _instruct(chat_template, question):
     return [dict(role="user", content=text)] if chat_template else text
 
 # %% ../../nbs/qagent/05_rollout.ipynb #32d342b6
+def _markers(tokenizer):
+    return tuple(getattr(tokenizer, "all_special_tokens", ()))
+
+
 def search_rollout(
     ask: "Retriever | Callable",  # A retriever, or something that is awaited with queries
     tokenizer,  # Of the policy
@@ -324,8 +334,9 @@ def search_rollout(
         raise ValueError("tokenizer: has no end-of-sequence token, so no turn could end early")
     ask = BatchedSearch(ask, cfg.topk) if hasattr(ask, "search") else ask
     first = partial(_instruct, chat_template) if first is None else first
+    stop, markers = StopAfter(tokenizer, stops), _markers(tokenizer)
     return EpisodeRollout(
-        partial(SearchEnv, ask, cfg, first, StopAfter(tokenizer, stops), reward),
+        partial(SearchEnv, ask, cfg, first, stop, reward, markers),
         tokenizer,
         SamplingConfig(cfg.max_new_tokens, cfg.temperature, (eos,), seed),
         max_turns=cfg.max_searches + 1,
@@ -393,7 +404,8 @@ async def _scripted(policy, env, prompt):
 
 
 async def _scripted_batch(policy, ask, cfg, prompts):
-    envs = [SearchEnv(ask, cfg, str) for _ in prompts]
+    markers = _markers(policy.tokenizer)
+    envs = [SearchEnv(ask, cfg, str, markers=markers) for _ in prompts]
     return await asyncio.gather(*(_scripted(policy, e, p) for e, p in zip(envs, prompts)))
 
 
