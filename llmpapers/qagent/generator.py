@@ -198,7 +198,9 @@ class OpenAIGenerator:
         return out
 
     def _one(self, client, text):
-        key = os.environ.get(self.key_variable)
+        key = os.environ.get(self.key_variable, "").strip()
+        if not key.isascii():
+            raise ValueError(f"{self.key_variable} holds characters that no header can carry")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         body = dict(
             model=self.model,
@@ -224,5 +226,8 @@ class OpenAIGenerator:
             except (ValueError, KeyError, IndexError, TypeError):
                 self.last_error = "an answer of another form"
                 return None
-            return content.strip() if isinstance(content, str) and content.strip() else None
+            if isinstance(content, str) and content.strip():
+                return content.strip()
+            self.last_error = "an empty answer"
+            return None
         return None
