@@ -67,8 +67,16 @@ def parse_action(
 
 # %% ../../nbs/qagent/04_protocol.ipynb #2844e605
 tags = ("plan", "search", "query", "information", "reflection", "reflect", "answer", "think")
-_tag = re.compile(rf"<\s*+/?+\s*+(?:{'|'.join(tags)})\s*+>|<\s*+\|[^<>|]{{1,64}}\|\s*+>")
-harmless = "\u2039"  # stands for an opening bracket that began a tag
+_tag = rf"<\s*+/?+\s*+(?:{'|'.join(tags)})\s*+>|<\s*+\|[^<>|]{{1,64}}\|\s*+>"
+harmless = "\u2039"  # stands for the first character of a tag
+_blank_letters = "\u115f\u1160\uffa0"  # called letters, and shown as nothing
+
+
+@lru_cache(maxsize=64)
+def _pattern(markers):
+    "What begins a tag, or one of the markers, in a normalised text"
+    usable = {m.lower() for m in markers if len(m.strip()) > 1 and m[0] != harmless}
+    return re.compile("|".join([_tag, *map(re.escape, sorted(usable))]))
 
 
 @lru_cache(maxsize=4096)
@@ -76,24 +84,26 @@ def _normal(char):
     "A character as it will be read: compatible form, lower case, nothing for what has no width"
     plain = unicodedata.normalize("NFKC", char).lower()
     unseen = ("Cf", "Mn", "Cc")  # without width, marks on others, control characters
-    return "".join(c for c in plain if unicodedata.category(c) not in unseen or c.isspace())
+    seen = (c for c in plain if unicodedata.category(c) not in unseen or c.isspace())
+    return "".join(c for c in seen if c not in _blank_letters)
 
 
-def _tag_starts(text):
-    "Places of the brackets that begin a tag"
+def _tag_starts(text, markers=()):
+    "Places of the characters that begin a tag"
     normal = [_normal(c) for c in text]
     plain = "".join(normal)
-    if "<" not in plain:
+    if "<" not in plain and not markers:
         return []
     origin = [i for i, n in enumerate(normal) for _ in n]
-    return [origin[m.start()] for m in _tag.finditer(plain)]
+    return [origin[m.start()] for m in _pattern(markers).finditer(plain)]
 
 
 def escape(
     text: str,  # Written by anybody
+    markers: tuple[str, ...] = (),  # More that must not survive: a tokenizer's special tokens
 ) -> str:  # The same without anything that can be read as a tag
     "Take their opening bracket from tags and from markers of chat templates"
-    while starts := _tag_starts(text):
+    while starts := _tag_starts(text, markers):
         chars = list(text)
         for i in starts:
             chars[i] = harmless
@@ -106,14 +116,15 @@ nothing_found = "no results"
 
 
 def _line(text, most):
-    "Any text as one escaped line"
-    return escape(" ".join(text.split()))[:most]
+    "Any text as one line"
+    return " ".join(text.split())[:most]
 
 
 def render_information(
     results: Sequence[Sequence[Doc]],  # For each query its pages
     style: str = "global",  # One of `styles`
     max_doc_chars: int = 1200,  # Longest page, characters
+    markers: tuple[str, ...] = (),  # Special tokens of the tokenizer, see `escape`
 ) -> str:  # The block with its tags
     "What the agent is told after a search"
     if style not in styles:
@@ -131,7 +142,7 @@ def render_information(
                 head = f"Passage #{number} "
                 lines += [head + title, head + text] if style == "qagent" else [head + title, text]
     joint = " " if style == "plain" else "\n"
-    body = joint.join(lines) if lines else nothing_found
+    body = escape(joint.join(lines), markers) if lines else nothing_found  # whole: pages may join
     return f"{joint}<information>{joint}{body}{joint}</information>{joint}"
 
 
@@ -203,8 +214,9 @@ class Trajectory:
 # %% ../../nbs/qagent/04_protocol.ipynb #627ebd78
 def _closes(text, tag):
     "Does a text, blanks aside, end with a closed block of a tag?"
-    text = text.rstrip()
-    return text.endswith(f"</{tag}>") and f"<{tag}>" in text
+    text, end = text.rstrip(), f"</{tag}>"
+    begin = text.rfind(f"<{tag}>")
+    return begin >= 0 and text.endswith(end) and text.find(end, begin) == len(text) - len(end)
 
 
 def _searches_follow_plans(text):

@@ -31,6 +31,7 @@ from .rewards import ReaderReward, passages_text, stage1_reward
 from llmpapers.qagent.rollout import (
     Policy,
     RolloutConfig,
+    Rounds,
     ScriptedPolicy,
     as_prompt,
     rollout,
@@ -269,15 +270,17 @@ def _advantages(kind, batch):
 class _Watch:
     "What the groups of a batch did; asked as a filter that keeps everything"
 
-    def __init__(self, metrics):
-        self.metrics, self.seen = metrics, []
+    def __init__(self, kind, metrics):
+        self.kind, self.metrics = kind, metrics
+        self.seen, self.now = {}, []  # group id -> its members' numbers; groups of this update
 
     def __call__(self, group):
         rewards = [s.reward for s in group.samples]
+        members = self.seen[group.group_id] = []
         for s in group.samples:
             steps = s.info["steps"]
             last = steps[-1] if steps else {}
-            self.seen.append(
+            members.append(
                 {
                     "search/answered": last.get("stop") == "answer",
                     "search/format": bool(last.get("format")),
@@ -289,11 +292,16 @@ class _Watch:
             )
         return True
 
+    def advantages(self, batch):
+        "Advantages of a batch; which groups it has is remembered for its row"
+        self.now = batch.group_ids.unique().tolist()
+        return _advantages(self.kind, batch)
+
     def row(self, row):
-        "Add the means to a row of the trainer"
-        for name in self.seen[0] if self.seen else ():
-            row[name] = float(np.mean([x[name] for x in self.seen]))
-        self.seen.clear()
+        "Add the means over the groups of the update to a row of the trainer"
+        members = [m for g in self.now for m in self.seen.pop(g, ())]
+        for name in members[0] if members else ():
+            row[name] = float(np.mean([m[name] for m in members]))
         if self.metrics is not None:
             self.metrics(row)
 
@@ -356,12 +364,12 @@ def train_grpo(
         watch_entropy=True,
         seed=cfg.seed,
     )
-    trainer.advantages_fn = partial(_advantages, cfg.advantage)
+    watch = _Watch(cfg.advantage, metrics)
+    trainer.advantages_fn = watch.advantages
     limits = replace(cfg.rollout, on_error="raise")
-    form = search_rollout(
-        retriever, lm.tokenizer, limits, reward, cfg.chat_template, first, cfg.seed
-    )
-    watch = _Watch(metrics)
+    in_turns = cfg.loop == "sync" and not cfg.actors  # then a seed decides every bit
+    ask = Rounds(retriever, limits.topk) if in_turns else retriever
+    form = search_rollout(ask, lm.tokenizer, limits, reward, cfg.chat_template, first, cfg.seed)
     run = train_policy(
         lm,
         trainer,
