@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpapers.core.lm import LM, TinyLMConfig, tiny_lm, word_tokenizer
-from llmpapers.core.train import TrainConfig
+from llmpapers.core.train import TrainConfig, sft_batch
 from llmpapers.rere.baselines import (
     D3,
     BIGRec,
@@ -33,7 +33,7 @@ from llmpapers.rere.baselines import (
     tune,
 )
 from llmpapers.rere.data import sequence_windows, sid_format
-from llmpapers.rere.sft import ItemCoder, sft_batch, sft_examples, train_sft
+from llmpapers.rere.sft import ItemCoder, sft_examples, train_sft
 from llmpapers.rere.world import make_sid_world
 
 
@@ -161,6 +161,16 @@ def test_s_dpo_is_its_definition_and_dpo_for_one(seed, n, beta):
     torch.testing.assert_close(got, want)
     dpo = -F.logsigmoid(-lead[:, 0]).mean()
     torch.testing.assert_close(s_dpo_loss(pos, neg[:, :1], ref_pos, ref_neg[:, :1], beta), dpo)
+
+
+@pytest.mark.parametrize("name", ["logp_pos", "logp_neg", "ref_pos", "ref_neg"])
+def test_s_dpo_names_the_argument_with_nan(name):
+    given = dict(logp_pos=(2,), logp_neg=(2, 3), ref_pos=(2,), ref_neg=(2, 3))
+    given = {k: -torch.ones(n) for k, n in given.items()}
+    assert s_dpo_loss(**given).isfinite()
+    given[name][1] = torch.nan
+    with pytest.raises(ValueError, match=f"^{name} has"):
+        s_dpo_loss(**given)
 
 
 @settings(deadline=None, max_examples=30)

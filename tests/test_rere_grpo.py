@@ -203,6 +203,7 @@ def test_the_reference_moves(alpha):
         (lambda a, m: policy_loss(a, torch.ones(3), m), r"adv \(3,\)"),
         (lambda a, m: policy_loss(a, torch.ones(2), m, beta=-1.0), "beta=-1.0"),
         (lambda a, m: policy_loss(a, torch.ones(2), m[:, :1]), "mask"),
+        (lambda a, m: policy_loss(a, torch.tensor([1.0, torch.nan]), m), "adv is NaN in 1 of 2"),
         (lambda a, m: group_advantages(torch.ones(3)), "rewards has shape"),
         (lambda a, m: group_advantages(torch.ones(2, 3), present=m), "present has shape"),
         (lambda a, m: group_advantages(torch.full((1, 2), torch.nan)), "NaN"),

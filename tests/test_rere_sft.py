@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hub import hub_folder, tokenizer
 from llmpapers.core.lm import LM, TinyLMConfig, char_tokenizer, load_lm, tiny_lm, word_tokenizer
-from llmpapers.core.train import TrainConfig
+from llmpapers.core.train import TrainConfig, sft_batch
 from llmpapers.rere.data import Windows, sequence_windows, sid_format, title_format
 from llmpapers.rere.sft import (
     ItemCoder,
@@ -17,7 +17,6 @@ from llmpapers.rere.sft import (
     add_item_tokens,
     best_items,
     left_padded,
-    sft_batch,
     sft_examples,
     sft_paper,
     sid_task,

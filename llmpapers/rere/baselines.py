@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from ..core.lm import LM
 from ..core.scale import check_number, check_ranges
-from ..core.train import History, TrainConfig, train
+from ..core.train import History, TrainConfig, sft_batch, train
 from .data import Windows
 from .decode import score_items
 from .metrics import ndcg, ranks_of
-from .sft import ItemCoder, left_padded, sft_batch
+from .sft import ItemCoder, left_padded
 
 # %% ../../nbs/rere/08_baselines.ipynb #ad009433
 def histories_of(
@@ -450,6 +450,10 @@ def s_dpo_loss(
         raise ValueError(
             f"{len(logp_pos)} targets, negatives {tuple(logp_neg.shape)}; D is 1 or more"
         )
+    given = dict(logp_pos=logp_pos, logp_neg=logp_neg, ref_pos=ref_pos, ref_neg=ref_neg)
+    for name, x in given.items():
+        if x.isnan().any():
+            raise ValueError(f"{name} has {int(x.isnan().sum())} NaN of {x.numel()}")
     lead = beta * ((logp_neg - ref_neg) - (logp_pos - ref_pos)[:, None])
     return F.softplus(lead.logsumexp(1)).mean()
 

@@ -127,6 +127,11 @@ def policy_loss(
         raise ValueError(f"beta={beta!r} must be at least 0")
     mask = mask.bool()
     adv = (adv if adv.shape == logp.shape else adv[:, None]).expand_as(logp)
+    if (broken := adv.isnan() & mask).any():
+        raise ValueError(
+            f"adv is NaN in {int(broken.any(-1).sum())} of {len(adv)} strings; "
+            "look at the rewards that it comes from"
+        )
     logp = torch.where(mask, logp, 0.0)
     old = logp.detach() if old_logp is None else torch.where(mask, old_logp, 0.0)
     per_token = _surrogate(kind, logp, old, adv, mask, clip)
