@@ -49,4 +49,4 @@ def poisoned(
     lie: Callable,  # Question -> text of the page that is added
 ) -> list[Doc]:  # The corpus and one page for each question
     "A corpus with a page for each of some questions"
-    return [*docs, *(Doc(f"lie:{i}", q.text, lie(q)) for i, q in enumerate(questions))]
+    return [*docs, *(Doc(f"lie:{i}", "", lie(q)) for i, q in enumerate(questions))]
