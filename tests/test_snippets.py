@@ -78,6 +78,7 @@ smaller = [
         "replace(sft_paper, steps=2, batch_size=2, grad_accum=1, warmup=0.0)",
     ),
     (r"(?<!import )\brere_paper\b", "replace(rere_paper, steps=2, batch_size=2, group_size=2)"),
+    (r"\(study_gpu\b", "(study_small"),
     (r"\bTitleConfig\(", "TitleConfig(n_users=20, n_test=4, "),
 ]
 
