@@ -117,7 +117,7 @@ def _kernel():
         _compiled.append(need("numba", "search").njit(cache=True, nogil=True)(_best_pages))
     return _compiled[0]
 
-# %% ../../nbs/qagent/02_retrieval.ipynb #39282902
+# %% ../../nbs/qagent/02_retrieval.ipynb #6a53f697
 presets = {"lucene-default": (0.9, 0.4)}  # name -> k1 and b
 
 
@@ -146,7 +146,7 @@ def _scored(doc, score):
     "A page with its score; several times quicker than `dataclasses.replace`"
     return Doc(doc.id, doc.title, doc.text, score)
 
-
+# %% ../../nbs/qagent/02_retrieval.ipynb #39282902
 class BM25:
     "Lexical search over pages, equation (1)"
 

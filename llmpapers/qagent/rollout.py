@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+from fastcore.basics import patch
+
 from ..core.lm import LM, load_lm
 from ..core.scale import check_choices, check_number, check_ranges, need
 from llmpapers.qagent.protocol import (
@@ -159,24 +161,28 @@ class SearchEnv:
         info = dict(stop=why, format=ended.format_ok)
         return StepResult("", float(reward), done=True, info=info)
 
-    def trajectory(
-        self,
-        stop_reason: str,  # How it ended
-    ) -> Trajectory:  # Its segments have texts and no tokens
-        "What was said and found so far"
-        return Trajectory(
-            self.prompt["question"],
-            tuple(self.prompt["golds"]),
-            tuple(self.parts),
-            tuple(self.docs.values()),
-            tuple(self.queries),
-            stop_reason,
-        )
+# %% ../../nbs/qagent/05_rollout.ipynb #589b4fb5
+@patch
+def trajectory(
+    self: SearchEnv,
+    stop_reason: str,  # How it ended
+) -> Trajectory:  # Its segments have texts and no tokens
+    "What was said and found so far"
+    return Trajectory(
+        self.prompt["question"],
+        tuple(self.prompt["golds"]),
+        tuple(self.parts),
+        tuple(self.docs.values()),
+        tuple(self.queries),
+        stop_reason,
+    )
 
-    def close(self) -> None:
-        "Tell whoever collects queries that no more will come"
-        if leave := getattr(self.ask, "leave", None):
-            leave()
+
+@patch
+def close(self: SearchEnv) -> None:
+    "Tell whoever collects queries that no more will come"
+    if leave := getattr(self.ask, "leave", None):
+        leave()
 
 # %% ../../nbs/qagent/05_rollout.ipynb #9229a3d5
 def as_prompt(
@@ -187,7 +193,7 @@ def as_prompt(
         return dict(question=question, golds=[])
     return dict(question=question.text, golds=list(question.golds))
 
-# %% ../../nbs/qagent/05_rollout.ipynb #33fb8f80
+# %% ../../nbs/qagent/05_rollout.ipynb #a4dc99ce
 def _search_all(retriever, topk, queries):
     return retriever.search(list(queries), topk)
 
@@ -213,7 +219,7 @@ class BatchedSearch:
         "Ask, together with whoever asks at about the same time"
         return await asyncio.gather(*map(self.batcher, queries))
 
-
+# %% ../../nbs/qagent/05_rollout.ipynb #33fb8f80
 class OneCall:
     "A retriever for a batch of episodes: asked once all that are still in play wait for it"
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..core.artifacts import artifact
 from ..core.lm import LM, TinyLMConfig, load_lm, save_lm
+from ..core.stats import binned_means
 from ..core.train import TrainConfig
 from .generator import ExtractiveReader
 from .protocol import Trajectory
@@ -150,14 +151,6 @@ watched = ("search/answered", "search/format", "search/searches", "search/no_sig
 watched += ("entropy", "kl/ref", "rollout/reward")
 
 
-def _binned(rows, key, n=10):
-    "Means of a column over parts of a run"
-    values = np.array([r[key] for r in rows if key in r])
-    if not len(values):
-        return []
-    return [round(float(x.mean()), 4) for x in np.array_split(values, min(n, len(values)))]
-
-
 def study_agent(
     cfg: StudyConfig,  # Sizes
     arm: str,  # One of `arms`
@@ -187,7 +180,7 @@ def study_agent(
         reward = _paid_by(what, retriever, asked)
         run = train_grpo(start, retriever, asked, reward, update, first=str)
         save_lm(run.lm, out / "model")
-        curves = {k: _binned(run.rows, k) for k in watched}
+        curves = {k: [round(x, 4) for x in binned_means(run.rows, k, 10)] for k in watched}
         (out / "curves.json").write_text(json.dumps(curves), encoding="utf-8")
 
     recipe = dict(config=cfg, arm=arm, coverage=coverage, seed=seed)

@@ -17,10 +17,11 @@ from torch import Tensor
 from ..core.artifacts import artifact
 from ..core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm
 from ..core.scale import rng
+from ..core.stats import binned_means
 from ..core.train import TrainConfig
 from .baselines import Markov, Popularity
 from .metrics import expected_metrics
-from .results import _binned, depths, grid, list_report, rere
+from .results import depths, grid, list_report, rere
 from .sft import SidConfig, SidTask, best_items, sid_task, train_sft
 from .train import RereConfig, train_rere
 
@@ -149,7 +150,7 @@ def tuned_outcome(
             metrics=list_report(lists, task),
             valid=valid_ndcg(valid, task),
             tries=tries,
-            curves={k: _binned(rows, k) for k in names},
+            curves={k: binned_means(rows, k) for k in names},
         )
         (out / "outcome.json").write_text(json.dumps(found), encoding="utf-8")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.artifacts import artifact
 from ..core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm, word_tokenizer
+from ..core.stats import binned_means
 from ..core.train import TrainConfig
 from llmpapers.rere.baselines import (
     D3,
@@ -104,16 +105,6 @@ def list_report(
     panel = list_panel(lists[:, :10], law.shape[1], counts, law)
     return expected_metrics(lists, law, depths) | {k: float(v) for k, v in vars(panel).items()}
 
-
-def _binned(rows, key, n=15):
-    "Means of a column over parts of a run"
-    values = np.array([r[key] for r in rows if key in r])
-    return (
-        [float(x.mean()) for x in np.array_split(values, min(n, len(values)))]
-        if len(values)
-        else []
-    )
-
 # %% ../../nbs/rere/13_results.ipynb #b4f0f6ca
 def _trained(cfg, arm, seed, task, start):
     "Policy of an arm, and the rows of its run"
@@ -185,7 +176,9 @@ def study_outcome(
             lm, rows = _trained(cfg, arm, seed, task, start)
             lists = best_items(lm, task.coder, task.test, max(depths))
         names = ("rere/zero_groups", "rere/diversity", "kl/ref", "rollout/reward")
-        found = dict(metrics=list_report(lists, task), curves={k: _binned(rows, k) for k in names})
+        found = dict(
+            metrics=list_report(lists, task), curves={k: binned_means(rows, k) for k in names}
+        )
         (out / "outcome.json").write_text(json.dumps(found), encoding="utf-8")
 
     folder = artifact("rere_outcome", dict(config=cfg, arm=arm, seed=seed), build)
