@@ -1,6 +1,7 @@
 """What all tests share: a quiet, offline environment, a kernel for this interpreter, and a summary
 of times and skips"""
 
+import gc
 import json
 import os
 import shutil
@@ -90,7 +91,15 @@ def pytest_configure(config):
         os.environ.pop(k, None)  # kernels draw inline, as they do for a reader
 
 
+def pytest_collection_finish(session):
+    """What test modules imported stays until the end, so collections need not walk through it:
+    statsmodels collects at every call, a controller at every run"""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure(config):
+    gc.unfreeze()
     if not is_worker(config) and hasattr(config, "run_folder"):
         shutil.rmtree(config.run_folder, ignore_errors=True)
 

@@ -2,7 +2,6 @@
 none, checkpoints of other runs, optimisers of other models, adapters, half precision"""
 
 import asyncio
-import gc
 import os
 import random
 import sys
@@ -256,18 +255,8 @@ class Steps:
         return {}
 
 
-@pytest.fixture
-def frozen():
-    """What is alive now is left out of later collections. A controller does so for its run; 200
-    short runs would walk through all that was imported 200 times"""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.slow
-def test_abort_trains_every_prompt_once(frozen):
+def test_abort_trains_every_prompt_once():
     """`on_stale="abort"` in 200 random schedules through the controller"""
 
     def play(seed):
