@@ -236,11 +236,11 @@ def chosen_config(
     tried: list,  # From `choose`, or from a record of it
 ) -> TunedConfig:  # With the best rates
     "The study at the rates that are best on validation"
-    best = {}
-    for name in choices:
-        rows = _tried_rates(tried, name)
-        best[name], values = max(rows, key=_mean_valid)["rate"], {r["rate"] for r in rows}
-        if len(values) > 1 and best[name] in (min(values), max(values)):
-            text = f"{name}: the best rate, {best[name]:g}, is at an end of those that were tried"
+    rows = {name: _tried_rates(tried, name) for name in choices}
+    best = {name: max(found, key=_mean_valid)["rate"] for name, found in rows.items()}
+    for name, rate in best.items():
+        values = {r["rate"] for r in rows[name]}
+        if len(values) > 1 and rate in (min(values), max(values)):
+            text = f"{name}: the best rate, {rate:g}, is at an end of those that were tried"
             warnings.warn(f"{text}; a better one may lie outside", stacklevel=2)
     return replace(cfg, rates=best)
