@@ -503,9 +503,7 @@ class Corpus(NamedTuple):
 
     docs: list[Doc]  # In the file's order
     refused: list[tuple[int, str]]  # Line number, and why the line was left out
-    damaged: list[
-        int
-    ] = []  # Numbers of lines that are kept and have U+FFFD for bytes that were none
+    damaged: list[int] = []  # Lines that are kept, with U+FFFD for what was no UTF-8
 
     @property
     def report(self) -> str:  # Pages, lines left out with the first reasons, damaged lines
@@ -515,9 +513,8 @@ class Corpus(NamedTuple):
             first = "; ".join(f"line {n}: {why[:80]}" for n, why in self.refused[:3])
             text += f" ({first}{'; ...' if len(self.refused) > 3 else ''})"
         if self.damaged:
-            first = ", ".join(map(str, self.damaged[:3])) + (
-                ", ..." if len(self.damaged) > 3 else ""
-            )
+            more = ", ..." if len(self.damaged) > 3 else ""
+            first = ", ".join(map(str, self.damaged[:3])) + more
             text += f", {len(self.damaged)} lines with bytes that are no UTF-8 (line {first})"
         return text
 

@@ -274,9 +274,7 @@ def scores(
     retriever=None,  # Its retriever; None: BM25 over the world's pages
     reader=None,  # Who reads; None: the extractive reader
     kind: str = "bridge",  # Of the questions
-) -> (
-    dict
-):  # Means over the questions, and over those that the corpus can answer; counts of failures
+) -> dict:  # Means over all questions and over answerable ones; counts of failures
     "Scores of an agent in a world"
     _check_study(cfg, 0, 0)
     if not isinstance(world, World):

@@ -290,9 +290,7 @@ def _trl_row(t):
 
 def to_trl(
     trajectories: Sequence[Trajectory],  # Played by a model; those that failed keep their place
-) -> (
-    dict
-):  # Lists "prompt_ids", "completion_ids", "logprobs", "env_mask"; "docs", "answer", "failed"
+) -> dict:  # Lists under the names of TRL; "docs", "answer" and "failed" for reward functions
     "Rollouts in the form that TRL's `rollout_func` returns"
     if isinstance(trajectories, Trajectory) or not isinstance(trajectories, Sequence):
         kind = type(trajectories).__name__
