@@ -385,7 +385,7 @@ def test_a_server_that_answers():
         (503, b"busy", 3, "status 503"),
         (429, {}, 3, "status 429"),
         (400, dict(error="bad"), 1, "status 400"),
-        (401, dict(error="key"), 1, "status 401"),
+        (422, dict(error="long" * 99), 1, 'status 422: {"error": "longlong'),
         (200, b"{broken", 1, "another form"),
         (200, b"", 1, "another form"),
         (200, [], 1, "another form"),
@@ -452,3 +452,55 @@ def test_what_the_client_refuses():
     for bad in (dict(timeout=0), dict(retries=-1), dict(concurrency=0), dict(max_tokens=0)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             OpenAIGenerator("http://127.0.0.1:1/v1", "m", **bad)
+
+
+# ---- what a server refuses for good, and what it says -------------------------------------------
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_refuses_everything(status, monkeypatch):
+    """An error that names address, model and variable, and neither the key nor anything of it"""
+    monkeypatch.setenv("MY_KEY", "sk-secret-123")
+    said = dict(error="Incorrect API key provided: sk-secret-123. " + "See the manual. " * 40)
+    with chat_server(lambda n: (status, said, 0)) as (server, url):
+        reader = OpenAIGenerator(url, "small", key_variable="MY_KEY")
+        with pytest.raises(ReaderError, match="base_url, model='small'.*MY_KEY is set") as e:
+            reader.answer(["a", "b"], [[], []])
+        assert f"status {status}: " in str(e.value) and "manual" in str(e.value)
+        assert "sk-secret" not in str(e.value) + reader.last_error
+        assert reader.failed == 2 and len(reader.last_error) < 220 and len(server.seen) == 2
+    with chat_server(lambda n: (status, said, 0) if n else (200, reply("x"), 0)) as (server, url):
+        got, reader = ask(url, n=3, concurrency=1)
+        assert got == ["x", None, None] and f"status {status}" in reader.last_error
+
+
+def test_addresses():
+    for bad, match in (
+        ("localhost:8000/v1", "base_url='localhost:8000/v1' must begin with http"),
+        ("//x/v1", "must begin with"),
+        ("http://", "must begin with"),
+        ("http://[", "is no address"),
+        ("http://x/v1/chat/completions/", "give base_url='http://x/v1'"),
+        ("", "base_url"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            OpenAIGenerator(bad, "m")
+    for bad in (None, 3, b"http://x"):
+        with pytest.raises(TypeError, match="base_url is a"):
+            OpenAIGenerator(bad, "m")
+    for bad in (None, ""):
+        with pytest.raises(ValueError, match="model="):
+            OpenAIGenerator("http://x/v1", bad)
+
+
+def test_a_question_that_cannot_be_sent():
+    with chat_server(lambda n: (200, reply("x"), 0)) as (server, url):
+        reader = OpenAIGenerator(url, "small")
+        assert reader.answer(["a", "b \ud800"], [[], []]) == ["x", None]
+        assert "UnicodeEncodeError" in reader.last_error and reader.failed == 1
+
+
+def test_an_outage_is_no_wrong_answer():
+    t = made([], [], ["x"])
+    with pytest.raises(ValueError, match="naive_answer is None"):
+        gbr_reward(t, "x", None)
+    with pytest.raises(ValueError, match="generator_answer is None"):
+        gbr_reward(t, None, "x")

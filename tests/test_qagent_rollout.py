@@ -823,3 +823,79 @@ def test_a_stage_of_training_can_be_paid_by_answers():
     """The reward of the first stage through the whole path, on rollouts that seldom earn it"""
     run = train_grpo(searcher(), index, asked, stage1_reward, brief, first=str)
     assert len(run.rows) == 3 and all(0 <= r["search/format"] <= 1 for r in run.rows)
+
+
+# ---- one bad query, one bad question -----------------------------------------------------------
+class Picky(Counted):
+    "A retriever that one query brings down"
+
+    def search(self, queries, k):
+        self.calls.append(list(queries))
+        if any("bad" in q for q in queries):
+            raise RetrievalError("cannot parse")
+        return index.search(queries, k)
+
+
+@pytest.mark.parametrize("how", [OneCall, BatchedSearch])
+def test_one_bad_query_costs_itself(how):
+    """A failed call is repeated query by query; of a turn only the bad query is missing"""
+
+    async def play(retriever, turns):
+        ask = (
+            how(retriever, 1, len(turns)) if how is OneCall else how(retriever, 1, max_wait_s=0.05)
+        )
+        return await asyncio.gather(*map(ask, turns), return_exceptions=True)
+
+    got = run_async(play(Picky(), [("film",), ("bad",), ("city", "bad")]))
+    assert len(got[0][0]) == 1 and "cannot parse" in str(got[1])
+    assert len(got[2][0]) == 1 and "cannot parse" in str(got[2][1])
+
+
+def test_nobody_is_asked_again_where_nobody_answers():
+    dead = RemoteRetriever("http://127.0.0.1:9/retrieve", probe=None, retries=0, timeout=0.5)
+    retriever = Counted(dead)
+
+    async def play():
+        ask = OneCall(retriever, 1, 3)
+        return await asyncio.gather(*(ask((f"q{i}",)) for i in range(3)), return_exceptions=True)
+
+    got = run_async(play())
+    assert len(retriever.calls) == 1 and all("did not answer" in str(e) for e in got)
+
+
+def test_a_turn_keeps_what_was_found():
+    """Two queries of one turn, one of them bad: the other's page, the reason, and no notice"""
+    turns = ["<search><query> film </query><query> bad </query></search>", "<answer> x </answer>"]
+    scripted = ScriptedPolicy(lambda q, k, docs: turns[k])
+    (t,) = rollout(scripted, Picky(), ["?"])
+    assert t.queries == ("film",) and len(t.docs) == 1 and t.meta["searches"] == 1
+    assert t.meta["errors"] == ["RetrievalError: cannot parse"] and "<information>" in t.text
+    with pytest.raises(RetrievalError, match="cannot parse"):
+        rollout(scripted, Picky(), ["?"], RolloutConfig(on_error="raise"))
+
+
+def test_the_reason_of_a_failed_rollout_is_kept():
+    """A question that does not fit, and one that no tokenizer takes, between two that are played"""
+    model = tiny_lm(words, replace(small, max_len=64), 0)
+    policy = as_policy(LM(model, words, "tiny"))
+    limits = RolloutConfig(max_searches=1, max_new_tokens=4, max_len=64, style="plain")
+    texts = ["film", "film " * 100, "film \ud800", "film"]
+    found = rollout(policy, index, texts, limits, n=2)
+    assert [t.stop_reason == "error" for t in found] == [False] * 2 + [True] * 4 + [False] * 2
+    assert all(len(t.meta["errors"]) == 1 and t.meta["searches"] == 0 for t in found[2:6])
+    assert "max_context=64" in found[2].meta["errors"][0]
+    assert len(found[2].meta["prompt_ids"]) == 100 and found[4].meta["errors"][0]
+
+
+def test_what_is_no_policy_is_named():
+    lm = LM(tiny_lm(words, small, 0), words, "tiny")
+    scripted = ScriptedPolicy(lambda q, k, docs: "<answer> x </answer>")
+    for args, match in (
+        (("hub/id", index, ["?"]), r"policy is a str.*HFPolicy\('hub/id'\)"),
+        ((lm, index, ["?"]), "policy is a LM.*as_policy"),
+        ((scripted, world.docs, ["?"]), "retriever is a list.*BM25"),
+        ((scripted, index, ["?"], None), "cfg is a NoneType"),
+        ((scripted, index, ["?"], {}), "cfg is a dict"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            rollout(*args)

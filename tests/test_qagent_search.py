@@ -324,3 +324,91 @@ def test_worlds(seed, geo, coverage):
                 assert q.golds[0] in pages[q.support_ids[-1]]
     if geo == "suffix":
         assert all(suffix_country(c) == land for c, land in w.facts.country.items())
+
+
+# ---- bad lines, bad answers, bad files --------------------------------------------------------
+def test_a_bad_line_costs_one_line(tmp_path):
+    """Scores that are none, deep nesting, ids that are empty: each is refused and named"""
+    lines = [
+        '{"id": "a", "text": "x", "score": [1]}',
+        '{"id": "b", "text": "x", "score": NaN}',
+        '{"id": "c", "text": "x", "score": "high"}',
+        "[" * 100_000,
+        '{"id": "", "text": "x"}',
+        '{"id": ["d"], "text": "x"}',
+        '{"id": "e", "text": "good", "score": 2}',
+    ]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    got = load_docs(tmp_path / "d.jsonl", max_refused=1)
+    assert got.docs == [Doc("e", "", "good", 2.0)] and not got.damaged
+    assert [n for n, _ in got.refused] == [1, 2, 3, 4, 5, 6]
+    assert "score '[1]'" in got.refused[0][1] and "nested" in got.refused[3][1]
+    assert got.report.startswith("1 pages, 6 lines left out (line 1: has the score")
+    for bad in (-1, 0, 1.5, "x"):
+        with pytest.raises(ValueError, match="limit="):
+            load_docs(tmp_path / "d.jsonl", limit=bad)
+    with pytest.raises(ValueError, match="max_refused="):
+        load_docs(tmp_path / "d.jsonl", max_refused=2)
+
+
+def test_bytes_that_are_no_text_are_counted(tmp_path):
+    lines = [b'{"id": 1, "text": "caf\xe9"}', b'{"id": 2, "text": "plain"}']
+    lines.append(b'{"id": 3, "text": "half \\ud800"}')
+    (tmp_path / "d.jsonl").write_bytes(b"\n".join(lines))
+    got = load_docs(tmp_path / "d.jsonl")
+    assert [d.text for d in got.docs] == ["caf\ufffd", "plain", "half \ufffd"]
+    assert (
+        got.damaged == [1, 3] and "2 lines with bytes that are no UTF-8 (line 1, 3)" in got.report
+    )
+
+
+@pytest.mark.parametrize("data", [b"no gzip", gzip.compress(b"a" * 999)[:-9]])
+def test_a_broken_archive(tmp_path, capsys, data):
+    (tmp_path / "d.jsonl.gz").write_bytes(data)
+    with pytest.raises(ValueError, match="d.jsonl.gz cannot be read"):
+        load_docs(tmp_path / "d.jsonl.gz")
+    with pytest.raises(SystemExit) as e:
+        main(["--docs", str(tmp_path / "d.jsonl.gz")])
+    assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_command_tells_what_it_serves(tmp_path, capsys, monkeypatch):
+    """An empty corpus is refused; lines left out are counted, the first of them named"""
+    from llmpapers.qagent import server
+
+    (tmp_path / "d.jsonl").write_text("\n")
+    with pytest.raises(SystemExit) as e:
+        main(["--docs", str(tmp_path / "d.jsonl")])
+    assert e.value.code == 2 and "has no page" in capsys.readouterr().err
+    lines = [json.dumps(dict(id=i, text="fish")) for i in range(30)] + ["{broken"]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(server, "serve", lambda *args: None)
+    assert main(["--docs", str(tmp_path / "d.jsonl")]) == 0
+    assert "30 pages, 1 lines left out (line 31: Expecting" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("score", ["high", [1], math.nan, 10**400, True])
+def test_scores_that_are_none(score):
+    page = json.dumps(dict(result=[[dict(id="1", text="x", score=score)]]))
+    answer = httpx.Response(200, content=page.encode())
+    with pytest.raises(RetrievalError, match="result 0 of query 0 .* has the score"):
+        client(lambda request: answer).search(["q"], 1)
+
+
+def test_what_cannot_be_sent_or_read():
+    with pytest.raises(RetrievalError, match=r"queries\[1\]"):
+        client(dict(result=[[], []])).search(["q", "\udfff"], 1)
+    deep = httpx.Response(200, content=b"[" * 100_000)
+    with pytest.raises(RetrievalError, match="sent no JSON"):
+        client(lambda request: deep).search(["q"], 1)
+    for url in ("http://[", "ftp://x", "localhost:1", "http://\ud800"):
+        with pytest.raises(RetrievalError):
+            RemoteRetriever(url, probe=None, retries=0).search(["q"], 1)
+
+
+def test_a_retriever_behind_the_route_that_fails():
+    from fastapi.testclient import TestClient
+
+    app = create_app(client(lambda request: httpx.Response(503)))
+    r = TestClient(app, raise_server_exceptions=False).post("/retrieve", json=dict(query="a"))
+    assert r.status_code == 502 and "503" in r.json()["detail"]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from llmpapers.core.lm import TinyLMConfig
@@ -93,8 +94,73 @@ def test_the_choice_is_the_best_mean_on_validation():
     for r in tried:
         r["valid"] = [0.1, 0.1]
     tried[2]["valid"], tried[-1]["valid"] = [0.3, 0.0], [0.11, 0.1]
-    cfg = chosen_config(small, tried)
+    with pytest.warns(UserWarning, match="at an end"):
+        cfg = chosen_config(small, tried)
     assert cfg.rates["beam"] == tried[2]["rate"] and cfg.rates["continued"] == tried[-1]["rate"]
     assert cfg.rates["sampling"] == choices["sampling"][1][0]
     with pytest.raises(ValueError, match="no row for 'beam'"):
         chosen_config(small, [r for r in tried if r["name"] != "beam"])
+
+
+def rows_of(valid, name="beam"):
+    "A choice in which one way has these values, and the others are best inside their grids"
+    rows = [dict(name=name, rate=10.0 ** -(3 + i), valid=v) for i, v in enumerate(valid)]
+    inside = ([0.1], [0.2], [0.1])
+    others = [dict(name=k, rate=10.0**-i, valid=v) for k in choices for i, v in enumerate(inside)]
+    return rows + [r for r in others if r["name"] != name]
+
+
+def test_a_choice_without_values_is_none():
+    """No world, no number, other worlds: an error that names the way and the rate"""
+    for valid, match in (
+        ([[]], r"'beam' at the rate 0.001 has valid=\[\]"),
+        ([[0.1], [float("nan")]], r"'beam' at the rate 0.0001 has valid=\[nan\]"),
+        ([[0.1], [0.1, 0.9]], "'beam' at the rate 0.0001 has other worlds"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            chosen_config(small, rows_of(valid))
+    with pytest.raises(ValueError, match="seeds is empty"):
+        choose(small, ())
+
+
+def test_a_rate_at_the_end_of_its_grid_is_told(recwarn):
+    assert chosen_config(small, rows_of([[0.1], [0.3], [0.2]])).rates["beam"] == 1e-4
+    assert chosen_config(small, rows_of([[0.1]])).rates["beam"] == 1e-3 and not recwarn.list
+    for values, rate in (([[0.3], [0.2], [0.1]], 1e-3), ([[0.1], [0.2], [0.3]], 1e-5)):
+        with pytest.warns(UserWarning, match=f"beam: the best rate, {rate:g}, is at an end"):
+            assert chosen_config(small, rows_of(values)).rates["beam"] == pytest.approx(rate)
+
+
+def test_sizes_are_checked():
+    good = dict(small.rates)
+    for kw, match in (
+        (dict(starts=0), "starts=0"),
+        (dict(starts=1.5), "starts=1.5"),
+        (dict(rates={}), "rates={} must have a rate for each of beam, sampling"),
+        (dict(rates=good | dict(greedy=1e-3)), "rates=.*greedy"),
+        (dict(rates=None), "rates=None"),
+        (dict(rates=good | dict(beam=-1)), r"rates\['beam'\]=-1"),
+        (dict(rates=good | dict(sampling="x")), r"rates\['sampling'\]='x'"),
+        (dict(rates=good | dict(dynamic=float("nan"))), r"rates\['dynamic'\]=nan"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            replace(small, **kw)
+    for make, kind, match in (
+        (lambda: tuned_outcome("small", "SFT", 0), TypeError, "cfg is a str"),
+        (lambda: tuned_start("small", 0), TypeError, "cfg is a str"),
+        (lambda: tuned_outcome(small, "SFT", -1), ValueError, "seed=-1"),
+        (lambda: tuned_start(small, 1.5), ValueError, "seed=1.5"),
+        (lambda: tuned_outcome(small, "SFT", "0"), ValueError, "seed='0'"),
+    ):
+        with pytest.raises(kind, match=match):
+            make()
+    assert tuned_outcome(small, "SFT", np.int64(0)) == tuned_outcome(small, "SFT", 0)
+
+
+def test_the_key_of_an_outcome_is_that_of_its_sizes():
+    """What an arm reads, under the name of the dataclass: entries that were made stay valid"""
+    from llmpapers.core.artifacts import _plain
+
+    assert _plain(rates._read_by(TunedConfig(), "SFT")) == _plain(TunedConfig()) | dict(rates={})
+    kept = _plain(rates._read_by(TunedConfig(), rates.rere))
+    assert kept == _plain(TunedConfig()) | dict(rates=dict(beam=3e-4))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['presets', 'Retriever', 'check_queries', 'words_of', 'bm25_loop', 'page_text', 'check_docs', 'BM25', 'Dense', 'Hybrid',
-           'Cached', 'RetrievalError', 'RemoteRetriever', 'Corpus', 'load_docs', 'hop_queries']
+           'Cached', 'RetrievalError', 'Unreachable', 'whole_text', 'RemoteRetriever', 'Corpus', 'load_docs',
+           'hop_queries']
 
 # %% ../../nbs/qagent/02_retrieval.ipynb #fe8e3a53
 import json
@@ -12,8 +13,10 @@ import math
 import re
 import threading
 import time
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -40,14 +43,15 @@ class Retriever(Protocol):
 def check_queries(
     queries: Sequence[str],  # What a retriever is asked
     k: int,  # Pages for each
+    name: str = "queries",  # What to call them in an error
 ) -> list[str]:  # The queries as a list
     "Refuse what is no list of strings, and a `k` below 1"
     check_number("k", k, "int [1, inf)")
     if isinstance(queries, str) or not isinstance(queries, Sequence):
-        raise TypeError(f"queries must be a list of strings, not {type(queries).__name__}")
+        raise TypeError(f"{name} must be a list of strings, not {type(queries).__name__}")
     for i, q in enumerate(queries):
         if not isinstance(q, str):
-            raise TypeError(f"queries[{i}] is a {type(q).__name__}, not a string")
+            raise TypeError(f"{name}[{i}] is a {type(q).__name__}, not a string")
     return list(queries)
 
 # %% ../../nbs/qagent/02_retrieval.ipynb #7233cfdb
@@ -333,6 +337,42 @@ class RetrievalError(RuntimeError):
     "A retriever could not be asked, or what it said cannot be used"
 
 
+class Unreachable(RetrievalError):
+    "Nobody answers: other queries would fare no better"
+
+
+_half = re.compile(r"[\ud800-\udfff]")
+
+
+def whole_text(
+    text: str,  # Any text
+) -> str:  # The same, with U+FFFD for halves of surrogate pairs
+    "A text that UTF-8 can carry"
+    return _half.sub("\ufffd", text)
+
+
+def _as_score(x, where):
+    "A score, or None where there is none"
+    if x is None:
+        return None
+    try:
+        score = math.nan if isinstance(x, bool) else float(x)
+    except (TypeError, ValueError, OverflowError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise RetrievalError(f"{where} has the score {str(x)[:40]!r}, which is no finite number")
+    return score
+
+
+def _as_id(x, where):
+    "An id as a string that is not empty"
+    if x is None or x == "":
+        raise RetrievalError(f"{where} has no id")
+    if not isinstance(x, str | int | float):
+        raise RetrievalError(f"{where} has a {type(x).__name__} as its id, not a string")
+    return whole_text(str(x))
+
+
 def _as_doc(item, where):
     "A page from either protocol's JSON"
     page = item.get("document", item) if isinstance(item, Mapping) else None
@@ -347,11 +387,9 @@ def _as_doc(item, where):
             f"{where} has no text; its keys are {', '.join(map(str, page)) or 'none'}. "
             'Expected is "text", or "contents" with a title, a newline and the text'
         )
-    score = item.get("score", page.get("score"))
-    name = page.get("id", page.get("_id"))
-    if name is None:
-        raise RetrievalError(f"{where} has no id")
-    return Doc(str(name), str(title), text, None if score is None else float(score))
+    name = _as_id(page.get("id", page.get("_id")), where)
+    score = _as_score(item.get("score", page.get("score")), where)
+    return Doc(name, whole_text(str(title)), whole_text(text), score)
 
 # %% ../../nbs/qagent/02_retrieval.ipynb #9aade40f
 class RemoteRetriever:
@@ -390,6 +428,9 @@ class RemoteRetriever:
         return self.__dict__ | dict(_client=None)
 
 # %% ../../nbs/qagent/02_retrieval.ipynb #86c50259
+_nobody = (401, 403, 404, 405, 502, 503, 504)  # statuses that do not depend on the query
+
+
 @patch
 def _post(self: RemoteRetriever, body):
     "One request, tried again after failures that may pass"
@@ -402,21 +443,24 @@ def _post(self: RemoteRetriever, body):
         try:
             r = self._client.post(self.url, json=body)
         except httpx.HTTPError as e:
-            why = f"{type(e).__name__}: {e}"
+            why, kind = f"{type(e).__name__}: {e}", Unreachable
             continue
+        except (httpx.InvalidURL, ValueError) as e:
+            raise Unreachable(f"{self.url} cannot be asked ({type(e).__name__}: {e})") from e
         if r.status_code < 400:
             return self._json(r)
         why = f"status {r.status_code}: {r.text[:200]}"
+        kind = Unreachable if r.status_code in _nobody else RetrievalError
         if r.status_code < 500:
             break
-    raise RetrievalError(f"{self.url} did not answer ({why})")
+    raise kind(f"{self.url} did not answer ({why})")
 
 
 @patch
 def _json(self: RemoteRetriever, response):
     try:
         answer = response.json()
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise RetrievalError(f"{self.url} sent no JSON: {response.text[:80]!r}") from e
     result = answer.get("result") if isinstance(answer, Mapping) else None
     if not isinstance(result, list):
@@ -434,6 +478,11 @@ def search(
     queries = check_queries(queries, k)
     if not queries:
         return []
+    for i, q in enumerate(queries):
+        if _half.search(q):
+            raise RetrievalError(
+                f"queries[{i}] has half of a surrogate pair, which UTF-8 cannot carry"
+            )
     if self.protocol == "search_r1":
         body = dict(queries=queries, topk=k, return_scores=True)
         results = self._post(body)
@@ -454,10 +503,27 @@ class Corpus(NamedTuple):
 
     docs: list[Doc]  # In the file's order
     refused: list[tuple[int, str]]  # Line number, and why the line was left out
+    damaged: list[int] = []  # Lines that are kept, with U+FFFD for what was no UTF-8
+
+    @property
+    def report(self) -> str:  # Pages, lines left out with the first reasons, damaged lines
+        "What was read, in one line"
+        text = f"{len(self.docs)} pages, {len(self.refused)} lines left out"
+        if self.refused:
+            first = "; ".join(f"line {n}: {why[:80]}" for n, why in self.refused[:3])
+            text += f" ({first}{'; ...' if len(self.refused) > 3 else ''})"
+        if self.damaged:
+            more = ", ..." if len(self.damaged) > 3 else ""
+            first = ", ".join(map(str, self.damaged[:3])) + more
+            text += f", {len(self.damaged)} lines with bytes that are no UTF-8 (line {first})"
+        return text
 
 
 def _read_line(line, number):
-    row = json.loads(line)
+    try:
+        row = json.loads(line)
+    except RecursionError as e:
+        raise ValueError("is nested too deeply") from e
     if not isinstance(row, dict):
         raise ValueError(f"is a {type(row).__name__}, not an object")
     row.setdefault("id", row.get("_id", number - 1))
@@ -467,40 +533,49 @@ def _read_line(line, number):
         raise ValueError(str(e).removeprefix("the line ")) from e
 
 
+def _lines_of(path):
+    "Lines of a file, unpacked"
+    opener = need("gzip").open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="\n") as lines:
+            yield from lines
+    except (OSError, EOFError, zlib.error) as e:
+        raise ValueError(f"{path.name} cannot be read ({type(e).__name__}: {e})") from e
+
+
 def load_docs(
     path: "str|Path",  # One JSON object a line; `.gz` is unpacked
     limit: int | None = None,  # Read so many lines; None: all
     max_refused: float = 0.05,  # Largest share of lines that may be refused
 ) -> Corpus:  # Pages, and the lines that were left out with reasons
     "Read a corpus; a bad line costs one line, many of them are an error"
+    check_number("limit", limit, "int [1, inf) or None")
+    check_number("max_refused", max_refused, "[0, 1]")
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"path={path.name!r} is no file")
-    opener = need("gzip").open if path.suffix == ".gz" else open
-    docs, refused, seen, n = [], [], {}, 0
-    with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="\n") as lines:
-        for n, line in enumerate(lines, 1):
-            if limit is not None and n > limit:
-                n -= 1
-                break
-            if not line.strip():
-                continue
-            try:
-                doc = _read_line(line, n)
-                if doc.id in seen:
-                    raise ValueError(f"has the id {doc.id!r} of line {seen[doc.id]}")
-            except ValueError as e:
-                refused.append((n, str(e)))
-                continue
-            seen[doc.id] = n
-            docs.append(doc)
+    docs, refused, damaged, seen, n = [], [], [], {}, 0
+    for n, line in enumerate(islice(_lines_of(path), limit), 1):
+        if not line.strip():
+            continue
+        try:
+            doc = _read_line(line, n)
+            if doc.id in seen:
+                raise ValueError(f"has the id {doc.id!r} of line {seen[doc.id]}")
+        except ValueError as e:
+            refused.append((n, str(e)))
+            continue
+        seen[doc.id] = n
+        docs.append(doc)
+        if "\ufffd" in line or "\ufffd" in doc.text:
+            damaged.append(n)
     if len(refused) > max_refused * max(n, 1):
         line, why = refused[0]
         raise ValueError(
             f"{path.name}: {len(refused)} of {n} lines cannot be used, "
             f"the first is line {line}: {why}"
         )
-    return Corpus(docs, refused)
+    return Corpus(docs, refused, damaged)
 
 # %% ../../nbs/qagent/02_retrieval.ipynb #4f870404
 def hop_queries(

@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['stops', 'instruction', 'RolloutConfig', 'StopAfter', 'SearchEnv', 'as_prompt', 'BatchedSearch', 'OneCall', 'Rounds',
-           'Policy', 'ScriptedPolicy', 'HFPolicy', 'VLLMPolicy', 'search_rollout', 'to_trajectory', 'rollout']
+           'Policy', 'ScriptedPolicy', 'HFPolicy', 'VLLMPolicy', 'first_ids', 'longest_sequence', 'check_parts',
+           'search_rollout', 'to_trajectory', 'rollout']
 
 # %% ../../nbs/qagent/05_rollout.ipynb #f00ac671
 import asyncio
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from fastcore.basics import patch
@@ -26,11 +30,18 @@ from llmpapers.qagent.protocol import (
     styles,
     to_segments,
 )
-from .retrieval import RetrievalError, Retriever
+from .retrieval import RetrievalError, Retriever, Unreachable
 from .world import Doc, Question
 from ..rl.engines import HFEngine
 from ..rl.loop import play_groups, run_blocking
-from ..rl.rollout import EpisodeRollout, StepResult, Threads, ToolBatcher, ToolError
+from llmpapers.rl.rollout import (
+    EpisodeRollout,
+    StepResult,
+    Threads,
+    ToolBatcher,
+    ToolError,
+    render_chat,
+)
 from ..rl.types import SamplingConfig
 from ..rl.vllm import VLLMEngine
 
@@ -98,7 +109,7 @@ class SearchEnv:
 
     def __init__(
         self,
-        ask: Callable,  # Coroutine: tuple of queries -> pages of each
+        ask: Callable,  # Coroutine: tuple of queries -> pages of each, or why there are none
         cfg: RolloutConfig,  # Limits
         first: Callable,  # Question -> what the policy is shown, a text or messages
         stop=None,  # Constraint on each turn, see `StopAfter`
@@ -135,19 +146,25 @@ class SearchEnv:
         if asked.kind == "invalid":
             return self._say(notice("retry", self.cfg.style), invalid=1)
         try:
-            results = await self.ask(asked.queries)
+            answers = await self.ask(asked.queries)
+            failed = [a for a in answers if isinstance(a, Exception)]
+            if failed and self.cfg.on_error == "raise":
+                raise failed[0]
         except (RetrievalError, ToolError) as e:
             if self.cfg.on_error == "raise":
                 raise
             return self._say(notice("failure", self.cfg.style), errors=[str(e)])
+        told = [(q, a) for q, a in zip(asked.queries, answers) if not isinstance(a, Exception)]
+        queries, results = ([pair[k] for pair in told] for k in (0, 1))
         new = {d.id: d for docs in results for d in docs if d.id not in self.docs}
         self.docs |= new
-        self.queries += asked.queries
+        self.queries += queries
         return self._say(
             render_information(results, self.cfg.style, self.cfg.max_doc_chars, self.markers),
             docs=[asdict(d) for d in new.values()],
-            queries=list(asked.queries),
+            queries=queries,
             dropped=len(asked.dropped),
+            errors=[str(e) for e in failed],
         )
 
     def _say(self, text, **info):
@@ -194,8 +211,37 @@ def as_prompt(
     return dict(question=question.text, golds=list(question.golds))
 
 # %% ../../nbs/qagent/05_rollout.ipynb #a4dc99ce
+def _search_each(retriever, topk, queries, found, until=math.inf):
+    "Put pages of each query into `found`, or why there are none; after a failure one by one"
+    try:
+        answers = list(retriever.search(list(queries), topk))
+        if len(answers) != len(queries):
+            raise ValueError(f"{len(answers)} lists of pages for {len(queries)} queries")
+        found.update(zip(queries, answers))
+        return
+    except Exception as e:
+        name = "RetrievalError" if isinstance(e, RetrievalError) else type(e).__name__
+        why = f"{name}: {e}"
+        alone = len(queries) == 1 or isinstance(e, Unreachable)
+    for q in queries:
+        if alone or time.monotonic() > until:
+            found[q] = RetrievalError(why)
+        else:
+            _search_each(retriever, topk, [q], found)
+
+
 def _search_all(retriever, topk, queries):
-    return retriever.search(list(queries), topk)
+    "The same as a list"
+    found = {}
+    _search_each(retriever, topk, queries, found)
+    return [found[q] for q in queries]
+
+
+def _or_raise(answers):
+    "Answers, some of which may be errors; if all are, the first is raised"
+    if answers and all(isinstance(a, Exception) for a in answers):
+        raise answers[0]
+    return answers
 
 
 class BatchedSearch:
@@ -215,9 +261,9 @@ class BatchedSearch:
     async def __call__(
         self,
         queries: Sequence[str],  # Of one turn
-    ) -> list[list[Doc]]:  # Pages of each
+    ) -> list:  # Pages of each, or an error in their place; raised if all failed
         "Ask, together with whoever asks at about the same time"
-        return await asyncio.gather(*map(self.batcher, queries))
+        return _or_raise(await asyncio.gather(*map(self.batcher, queries), return_exceptions=True))
 
 # %% ../../nbs/qagent/05_rollout.ipynb #33fb8f80
 class OneCall:
@@ -238,7 +284,7 @@ class OneCall:
     async def __call__(
         self,
         queries: Sequence[str],  # Of one turn
-    ) -> list[list[Doc]]:  # Pages of each
+    ) -> list:  # Pages of each, or an error in their place; raised if all failed
         "Wait for the others, and ask"
         future = asyncio.get_running_loop().create_future()
         self.waiting.append((queries, future))
@@ -264,23 +310,27 @@ class OneCall:
         self.calls += 1
         self.asked += sum(len(queries) for queries, _ in waiting)
         self.sent += len(distinct)
-        found, error = {}, None
+        found = {}
+        until = math.inf if self.timeout_s is None else time.monotonic() + self.timeout_s
+        work = (self.retriever, self.topk, distinct, found, until)
         try:
             async with asyncio.timeout(self.timeout_s) as limit:
-                results = await self.threads.call(self.retriever.search, distinct, self.topk)
-            found = dict(zip(distinct, results, strict=True))
+                await self.threads.call(_search_each, *work)
+            why = None
         except Exception as e:
-            error = RetrievalError(f"{type(e).__name__}: {e}")
+            why = f"{type(e).__name__}: {e}"
             if limit.expired():  # its thread is lost
                 self.threads = Threads()
-                error = RetrievalError(f"no answer within timeout_s={self.timeout_s}")
+                why = f"no answer within timeout_s={self.timeout_s}"
         for queries, future in waiting:
             if future.done():
                 continue
-            if error is None:
-                future.set_result([found[q] for q in queries])
+            answers = [found[q] if q in found else RetrievalError(why) for q in queries]
+            errors = [RetrievalError(str(a)) for a in answers if isinstance(a, Exception)]
+            if len(errors) == len(answers):
+                future.set_exception(errors[0])
             else:
-                future.set_exception(RetrievalError(str(error)))
+                future.set_result(answers)
 
 
 class Rounds(OneCall):
@@ -353,6 +403,49 @@ def VLLMPolicy(
 def _instruct(chat_template, question):
     text = instruction.format(question=question)
     return [dict(role="user", content=text)] if chat_template else text
+
+
+def first_ids(
+    policy: Policy,  # Who searches
+    question: str,  # In words
+) -> list[int]:  # Tokens before its first turn
+    "What a policy is shown first, as tokens"
+    shown = policy.first(question) if policy.first else _instruct(policy.chat_template, question)
+    if policy.chat_template:
+        messages = [dict(role="user", content=shown)] if isinstance(shown, str) else shown
+        shown = render_chat(policy.tokenizer, messages)
+    return list(policy.tokenizer(shown, add_special_tokens=False).input_ids)
+
+
+def longest_sequence(
+    policy: "Policy | ScriptedPolicy",  # Who searches
+    cfg: RolloutConfig,  # Limits
+) -> int:  # Tokens of prompt, response and next turn
+    "What a rollout has room for: the limits say it, or the engine"
+    of_engine = getattr(getattr(policy, "engine", None), "longest", None)
+    return min(cfg.max_len, of_engine or cfg.max_len)
+
+
+def check_parts(
+    policy,  # Who searches
+    retriever,  # Where
+    cfg,  # Limits
+) -> None:
+    "Refuse what is no policy, no retriever or no limits, and say what to use"
+    if not isinstance(policy, Policy | ScriptedPolicy):
+        how = "HFPolicy(...), or ScriptedPolicy for a function"
+        if isinstance(policy, str | Path):
+            how = f"HFPolicy({str(policy)!r})"
+        elif isinstance(policy, LM):
+            how = "HFPolicy(lm), or as_policy(lm) for the small world"
+        raise TypeError(f"policy is a {type(policy).__name__}, not a Policy; use {how}")
+    if not callable(getattr(retriever, "search", None)):
+        raise TypeError(
+            f"retriever is a {type(retriever).__name__} and has no search; use BM25(docs) "
+            "or another retriever"
+        )
+    if not isinstance(cfg, RolloutConfig):
+        raise TypeError(f"cfg is a {type(cfg).__name__}, not a RolloutConfig")
 
 # %% ../../nbs/qagent/05_rollout.ipynb #32d342b6
 def _markers(tokenizer):
@@ -449,9 +542,16 @@ async def _scripted_batch(policy, ask, cfg, prompts):
     return await asyncio.gather(*(_scripted(policy, e, p) for e, p in zip(envs, prompts)))
 
 
-def _error(prompt):
-    "What a rollout that failed leaves"
-    return Trajectory(prompt["question"], tuple(prompt["golds"]), (), stop_reason="error")
+def _error(policy, prompt, error):
+    "What a rollout that failed leaves: its reason, and its prompt if there is one"
+    try:
+        shown = tuple(first_ids(policy, prompt["question"]))
+    except Exception:  # perhaps what it failed by
+        shown = ()
+    meta = _counts([dict(errors=[f"{type(error).__name__}: {error}"])]) | dict(prompt_ids=shown)
+    return Trajectory(
+        prompt["question"], tuple(prompt["golds"]), (), stop_reason="error", meta=meta
+    )
 
 
 def rollout(
@@ -464,6 +564,7 @@ def rollout(
 ) -> list[Trajectory]:  # (len(questions)*n,) those of one question beside each other
     "Play a batch of questions; one call of the retriever a round"
     check_number("n", n, "int [1, inf)")
+    check_parts(policy, retriever, cfg)
     prompts = [as_prompt(q) for q in questions]
     ask = OneCall(retriever, cfg.topk, n * len(prompts))
     if isinstance(policy, ScriptedPolicy):
@@ -473,9 +574,12 @@ def rollout(
     form = search_rollout(
         ask, policy.tokenizer, cfg, None, policy.chat_template, policy.first, seed
     )
-    played = {g.group_id: g for g in play_groups(policy.engine, form, prompts, n).groups}
+    played = play_groups(policy.engine, form, prompts, n)
+    groups, errors = {g.group_id: g for g in played.groups}, iter(played.errors)
     out = []
     for i, prompt in enumerate(prompts):
-        samples = played[i].samples if i in played else []
-        out += [to_trajectory(s, prompt, policy.tokenizer) for s in samples] or [_error(prompt)] * n
+        if i in groups:
+            out += [to_trajectory(s, prompt, policy.tokenizer) for s in groups[i].samples]
+        else:
+            out += [_error(policy, prompt, next(errors))] * n  # errors are in the prompts' order
     return out

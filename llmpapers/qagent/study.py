@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['study_small', 'study_gpu', 'headline', 'variants', 'arms', 'watched', 'scored', 'StudyConfig', 'GainReward',
-           'naive_answers', 'study_agent', 'judging_worlds', 'scores', 'study_outcome']
+           'naive_answers', 'Stage', 'study_agent', 'judging_worlds', 'scores', 'study_outcome']
 
 # %% ../../nbs/qagent/11_study.ipynb #e61ff14f
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from ..core.artifacts import artifact
 from ..core.lm import LM, TinyLMConfig, load_lm, save_lm
+from ..core.scale import check_number, check_ranges, pick_device
 from ..core.stats import binned_means
 from ..core.train import TrainConfig
-from .generator import ExtractiveReader
+from .generator import ExtractiveReader, ReaderError
 from .protocol import Trajectory
-from .retrieval import BM25
+from .retrieval import BM25, RetrievalError
 from .rewards import ReaderReward, gbr_reward, stage1_reward
 from llmpapers.qagent.train import (
     AtlasConfig,
@@ -28,7 +30,7 @@ from llmpapers.qagent.train import (
     evaluate,
     train_grpo,
 )
-from .world import build_world
+from .world import Question, World, build_world
 
 # %% ../../nbs/qagent/11_study.ipynb #10a30e1a
 def _grown():
@@ -51,6 +53,9 @@ class StudyConfig:
     update: SearchTrainConfig = field(  # Everything else of an update
         default_factory=lambda: SearchTrainConfig(questions=10, group_size=8)
     )
+
+    def __post_init__(self):
+        check_ranges(self, first="int [1, inf)", more="int [1, inf)")
 
 
 study_small = StudyConfig(  # Runs in seconds, shows nothing
@@ -79,7 +84,7 @@ study_gpu = StudyConfig(  # One graphics card
     update=SearchTrainConfig(questions=64, group_size=8, lr=3e-5, slots=512),
 )
 headline = ("imitation", "stage 1", "stage 1 continued", "stages 1 and 2")
-variants = {  # Of the second stage: what pays, and what else is changed
+variants = {  # Of the second stage: what pays, what else is changed, arguments of the reward if any
     "RLOO": ("paper", dict(advantage="rloo")),
     "REINFORCE": ("paper", dict(advantage="reinforce")),
     "beta 0": ("paper", dict(beta=0.0)),
@@ -99,6 +104,8 @@ class GainReward(ReaderReward):
         naive: dict,  # Question -> the reader's answer from the passages of its own words
     ):
         super().__init__(generator)
+        if lost := [q for q, a in naive.items() if a is None]:
+            raise ValueError(f"naive has None for {lost[0]!r}: the reader failed; leave it out")
         self.naive = naive
 
     async def __call__(
@@ -106,6 +113,8 @@ class GainReward(ReaderReward):
         traj: Trajectory,  # A finished rollout
     ) -> float:  # 1, 0 or -1
         "Ask the reader, and subtract what it knew before"
+        if traj.question not in self.naive:
+            raise ValueError(f"naive has no answer to {traj.question!r}; see naive_answers")
         answer = await self.batcher((traj.question, traj.docs))
         return gbr_reward(traj, answer, self.naive[traj.question])
 
@@ -118,33 +127,82 @@ def naive_answers(
     questions,  # `Question`s
     generator,  # The reader
     k: int = 5,  # Passages
-) -> list[str]:  # What the reader makes of them
+) -> list[str | None]:  # What the reader makes of them; None where it failed
     "Retrieve with the question itself, then read"
+    for i, q in enumerate(questions):
+        if not isinstance(q, Question):
+            raise TypeError(f"questions[{i}] is a {type(q).__name__}, not a Question of a world")
     asked = [q.text for q in questions]
     return generator.answer(asked, retriever.search(asked, k))
 
 # %% ../../nbs/qagent/11_study.ipynb #98c0bbb6
-def _paid_by(what, retriever, questions):
+class Stage(NamedTuple):
+    "One call of `train_grpo`"
+
+    pays: str  # "own", "paper", "passages" or "gain"
+    steps: int  # Updates
+    changes: dict = {}  # Fields of `SearchTrainConfig`
+    reward: dict = {}  # More arguments of the reward
+
+
+def _paid_by(stage, retriever, questions):
     "Reward of a stage"
-    reader = ExtractiveReader()
-    if what == "own":
+    if stage.pays == "own":
+        if stage.reward:
+            raise ValueError(f"reward={stage.reward}: what pays own answers has no arguments")
         return stage1_reward
-    if what == "gain":
+    reader = ExtractiveReader()
+    if stage.pays == "gain":
         told = naive_answers(retriever, questions, reader)
-        return GainReward(reader, {q.text: a for q, a in zip(questions, told)})
-    return ReaderReward(reader, hit_scope="retrieved" if what == "passages" else "trajectory")
+        naive = {q.text: a for q, a in zip(questions, told)}
+        return GainReward(reader, naive, **stage.reward)
+    scopes = dict(paper="trajectory", passages="retrieved")
+    if stage.pays not in scopes:
+        raise ValueError(f"pays={stage.pays!r} must be one of own, gain, {', '.join(scopes)}")
+    return ReaderReward(reader, **dict(hit_scope=scopes[stage.pays]) | stage.reward)
+
+
+def _variant(arm):
+    "What pays, changes and arguments of the reward of a second stage"
+    what, changes, *reward = variants.get(arm, ("paper", {}))
+    known = {f.name for f in fields(SearchTrainConfig)}
+    if unknown := sorted(set(changes) - known):
+        raise ValueError(
+            f"variants[{arm!r}] changes {unknown[0]!r}, which is no field of SearchTrainConfig; "
+            "arguments of the reward are a third entry"
+        )
+    return what, changes, *reward
 
 
 def _stages(cfg, arm):
-    "(what pays, updates, changes) of each stage of an arm"
-    first = ("own", cfg.first, {})
-    what, changes = variants.get(arm, ("paper", {}))
-    return {
+    "The stages of an arm, in order"
+    if arm not in (*arms, *variants):
+        names = ", ".join(dict.fromkeys((*arms, *variants)))
+        raise ValueError(f"arm={arm!r} must be one of {names}")
+    first = Stage("own", cfg.first)
+    fixed = {
         "imitation": [],
         "stage 1": [first],
-        "stage 1 continued": [first, ("own", cfg.more, {})],
-        "stage 2 alone": [("paper", cfg.first + cfg.more, {})],
-    }.get(arm, [first, (what, cfg.more, changes)])
+        "stage 1 continued": [first, Stage("own", cfg.more)],
+        "stage 2 alone": [Stage("paper", cfg.first + cfg.more)],
+    }
+    if arm in fixed:
+        return fixed[arm]
+    what, *more = _variant(arm)
+    return [first, Stage(what, cfg.more, *more)]
+
+
+def _check_study(cfg, coverage, seed):
+    "Coverage and seed as plain numbers"
+    if not isinstance(cfg, StudyConfig):
+        raise TypeError(f"cfg is a {type(cfg).__name__}, not a StudyConfig")
+    coverage = float(check_number("coverage", coverage, "[0, 1]"))
+    return coverage, check_number("seed", seed, "int [0, inf)")
+
+
+def _recipe(cfg, arm, coverage, seed):
+    "What decides an agent"
+    return dict(config=cfg, stages=_stages(cfg, arm), coverage=coverage, seed=seed)
 
 
 watched = ("search/answered", "search/format", "search/searches", "search/no_signal")
@@ -153,40 +211,33 @@ watched += ("entropy", "kl/ref", "rollout/reward")
 
 def study_agent(
     cfg: StudyConfig,  # Sizes
-    arm: str,  # One of `arms`
+    arm: str,  # One of `arms`, or of `variants`
     coverage: float = 0.75,  # Share of the cities that have a page, in the world that is trained on
     seed: int = 0,  # Imitation, world, order: all that is random
+    device=None,  # Where it is trained and put; None: a GPU if there is one
 ) -> tuple[LM, dict]:  # The agent, and curves of its last stage
     "An agent of the study, trained at most once on this machine"
-    if arm not in arms:
-        raise ValueError(f"arm={arm!r} must be one of {', '.join(arms)}")
-    stages = _stages(cfg, arm)
+    coverage, seed = _check_study(cfg, coverage, seed)
+    stages, device = _stages(cfg, arm), pick_device(device)
     if not stages:
-        return atlas_policy(cfg.atlas, build_world, BM25, seed), {}
+        return atlas_policy(cfg.atlas, build_world, BM25, seed, device), {}
 
     def build(out):
-        before = "stage 1" if len(stages) == 2 else "imitation"
-        what, steps, changes = stages[-1]
-        update = replace(
-            cfg.update,
-            steps=steps,
-            seed=100 * seed + len(stages),
-            rollout=cfg.atlas.rollout,
-            **changes,
-        )
+        before, stage = "stage 1" if len(stages) == 2 else "imitation", stages[-1]
+        fixed = dict(steps=stage.steps, seed=100 * seed + len(stages), rollout=cfg.atlas.rollout)
+        update = replace(cfg.update, **fixed | stage.changes)
         world = build_world(seed, coverage=coverage, **cfg.world)
         retriever, asked = BM25(world.docs), world.questions("bridge", "train")
-        start = study_agent(cfg, before, coverage, seed)[0]
-        reward = _paid_by(what, retriever, asked)
+        start = study_agent(cfg, before, coverage, seed, device)[0]
+        reward = _paid_by(stage, retriever, asked)
         run = train_grpo(start, retriever, asked, reward, update, first=str)
         save_lm(run.lm, out / "model")
         curves = {k: [round(x, 4) for x in binned_means(run.rows, k, 10)] for k in watched}
         (out / "curves.json").write_text(json.dumps(curves), encoding="utf-8")
 
-    recipe = dict(config=cfg, arm=arm, coverage=coverage, seed=seed)
-    folder = artifact("qagent_agent", recipe, build)
+    folder = artifact("qagent_agent", _recipe(cfg, arm, coverage, seed), build)
     curves = json.loads((folder / "curves.json").read_text(encoding="utf-8"))
-    return load_lm(str(folder / "model"), device="cpu"), curves
+    return load_lm(str(folder / "model"), device=device), curves
 
 # %% ../../nbs/qagent/11_study.ipynb #1e6506e5
 scored = ("own_em", "reader_em", "hit", "searches", "passages", "format", "answered")
@@ -198,9 +249,22 @@ def judging_worlds(
     seed: int = 0,  # Of the world
 ) -> dict:  # "same law" and "shifted": world
     "The worlds that judge an agent"
+    coverage, seed = _check_study(cfg, coverage, seed)
     size = dict(coverage=coverage, **cfg.world)
     shifted = build_world(seed + 5000, geo="shuffled", **size)
     return {"same law": build_world(seed, **size), "shifted": shifted}
+
+
+def _refuse_outage(table, reader):
+    "A retriever or a reader that was never there has no score"
+    lost = table["stop"] == "error"  # rollouts that failed, perhaps before they searched
+    outage = lost.all() or table["errors"][~lost].any()
+    if outage and not table["searches"].any():
+        why = table["error"][table["errors"] > 0].iloc[0]
+        raise RetrievalError(f"retriever: no search of {len(table)} questions succeeded: {why}")
+    if table["reader_em"].isna().all():
+        why = getattr(reader, "last_error", None) or "it gives no reason"
+        raise ReaderError(f"reader: none of {len(table)} questions was answered: {why}")
 
 
 def scores(
@@ -210,38 +274,47 @@ def scores(
     retriever=None,  # Its retriever; None: BM25 over the world's pages
     reader=None,  # Who reads; None: the extractive reader
     kind: str = "bridge",  # Of the questions
-) -> dict:  # Means over the questions, and over those that the corpus can answer
+) -> dict:  # Means over all questions and over answerable ones; counts of failures
     "Scores of an agent in a world"
-    table = evaluate(
-        policy,
-        retriever or BM25(world.docs),
-        world.questions(kind, "test"),
-        reader or ExtractiveReader(),
-        cfg.atlas.rollout,
-    )
+    _check_study(cfg, 0, 0)
+    if not isinstance(world, World):
+        raise TypeError(f"world is a {type(world).__name__}, not a World; see build_world")
+    asked = world.questions(kind, "test")
+    if not asked:
+        raise ValueError(f"world has no test questions of kind={kind!r}; give it a test_share")
+    reader = ExtractiveReader() if reader is None else reader
+    retriever = BM25(world.docs) if retriever is None else retriever
+    table = evaluate(policy, retriever, asked, reader, cfg.atlas.rollout)
+    _refuse_outage(table, reader)
     table["answered"] = table["stop"] == "answer"
     there = table[table["answerable"]]
     means = {k: float(table[k].mean()) for k in scored}
     if len(there):
         means |= {f"{k}, answerable": float(there[k].mean()) for k in ("own_em", "reader_em")}
-    return means | dict(answerable=float(table["answerable"].mean()))
+    counts = dict(
+        errors=int(table["errors"].sum()),
+        failed=int((table["stop"] == "error").sum()),
+        unread=int(table["reader_em"].isna().sum()),
+    )
+    return means | counts | dict(answerable=float(table["answerable"].mean()))
 
 
 def study_outcome(
     cfg: StudyConfig,  # Sizes
-    arm: str,  # One of `arms`
+    arm: str,  # One of `arms`, or of `variants`
     coverage: float = 0.75,  # Share of the cities that have a page
     seed: int = 0,  # All that is random
+    device=None,  # Where it is trained and judged; None: a GPU if there is one
 ) -> dict:  # Scores on both sets, and curves of the last stage
     "What an arm comes to; made at most once on this machine"
+    coverage, seed = _check_study(cfg, coverage, seed)
 
     def build(out):
-        lm, curves = study_agent(cfg, arm, coverage, seed)
+        lm, curves = study_agent(cfg, arm, coverage, seed, device)
         worlds = judging_worlds(cfg, coverage, seed)
         found = {name: scores(as_policy(lm), world, cfg) for name, world in worlds.items()}
         text = json.dumps(found | dict(curves=curves))
         (out / "outcome.json").write_text(text, encoding="utf-8")
 
-    recipe = dict(config=cfg, arm=arm, coverage=coverage, seed=seed)
-    folder = artifact("qagent_outcome", recipe, build)
+    folder = artifact("qagent_outcome", _recipe(cfg, arm, coverage, seed), build)
     return json.loads((folder / "outcome.json").read_text(encoding="utf-8"))

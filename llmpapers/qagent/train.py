@@ -20,7 +20,7 @@ import torch
 
 from ..core.artifacts import artifact
 from ..core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm, word_tokenizer
-from ..core.scale import check_choices, check_ranges, rng
+from ..core.scale import check_choices, check_number, check_ranges, pick_device, rng
 from ..core.train import TrainConfig, lr_factor, sft_batch, train
 from .generator import Generator
 from .grpo import aggregations
@@ -184,8 +184,10 @@ def atlas_policy(
     make_world: Callable,  # Seed and sizes -> world: `build_world`
     make_retriever: Callable,  # Pages -> retriever: `BM25`
     seed: int = 0,  # Demonstrations, weights, order
+    device=None,  # Where it is trained and put; None: a GPU if there is one
 ) -> LM:  # Trained once, then read from the cache
     "The policy that imitation gives"
+    seed, device = check_number("seed", seed, "int [0, inf)"), pick_device(device)
 
     def build(out):
         tokenizer, rows = atlas_tokenizer(), []
@@ -201,12 +203,12 @@ def atlas_policy(
             replace(cfg.sft, seed=seed),
             collate=partial(sft_batch, pad=tokenizer.pad_token_id),
             progress=False,
-            device="cpu",
+            device=device,
         )
         save_lm(LM(model.eval(), tokenizer, "atlas"), out / "model")
 
     folder = artifact("qagent_sft", dict(config=cfg, seed=seed), build)
-    return load_lm(str(folder / "model"), device="cpu")
+    return load_lm(str(folder / "model"), device=device)
 
 # %% ../../nbs/qagent/10_train.ipynb #951ee3c3
 advantage_kinds = ("grpo", "rloo", "reinforce")
@@ -392,6 +394,7 @@ def evaluate(
     "Scores of an agent, question by question"
     played = rollout(policy, retriever, questions, replace(cfg, temperature=0.0))
     read = generator.answer([t.question for t in played], [t.docs for t in played])
+    failed = [t.meta.get("errors", ()) for t in played]
     return pd.DataFrame(
         [
             dict(
@@ -406,8 +409,10 @@ def evaluate(
                 passages=len(t.docs),
                 format=t.format_ok,
                 stop=t.stop_reason,
+                errors=len(why),
+                error=why[0] if why else "",
             )
-            for t, q, a in zip(played, questions, read)
+            for t, q, a, why in zip(played, questions, read, failed)
         ]
     )
 

@@ -8,7 +8,10 @@ __all__ = ['ways', 'tuned_arms', 'rate_grid', 'choices', 'TunedConfig', 'valid_n
 
 # %% ../../nbs/rere/14_rates.ipynb #b9578577
 import json
-from dataclasses import dataclass, field, replace
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from ..core.artifacts import artifact
 from ..core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm
-from ..core.scale import rng
+from ..core.scale import check_number, check_ranges, rng
 from ..core.stats import binned_means
 from ..core.train import TrainConfig
 from .baselines import Markov, Popularity
@@ -58,6 +61,23 @@ class TunedConfig:
     )
     rates: dict = field(default_factory=_unchosen)  # Learning rate by way to train, see `choose`
 
+    def __post_init__(self):
+        check_ranges(self, starts="int [1, inf)")
+        names = tuple(_unchosen())
+        if not isinstance(self.rates, dict) or set(self.rates) != set(names):
+            raise ValueError(
+                f"rates={self.rates!r} must have a rate for each of {', '.join(names)}"
+            )
+        plain = {k: check_number(f"rates[{k!r}]", v, "[0, inf)") for k, v in self.rates.items()}
+        object.__setattr__(self, "rates", plain)
+
+
+def _check_tuned(cfg, seed):
+    "Seed as a plain number"
+    if not isinstance(cfg, TunedConfig):
+        raise TypeError(f"cfg is a {type(cfg).__name__}, not a TunedConfig")
+    return check_number("seed", seed, "int [0, inf)")
+
 
 ways = {k: v for k, v in grid.items() if v["reward"] in ("rule", "ranking")}
 tuned_arms = ("SFT", "SFT continued", *ways, "popularity", "Markov")
@@ -82,6 +102,7 @@ def tuned_start(
     seed: int,  # World, weights and order
 ) -> tuple[LM, list]:  # Supervised policy, and what each initialisation came to on validation
     "The policy that all arms of a world start from; trained once, then read from the cache"
+    seed = _check_tuned(cfg, seed)
 
     def build(out):
         task, tries, best = sid_task(cfg.sid, seed), [], None
@@ -121,9 +142,11 @@ def _trained(cfg, arm, seed, task, start):
 
 
 def _read_by(cfg, arm):
-    "The study without the rates that an arm does not read: what its outcome depends on"
+    "The study without the rates that an arm does not read, as plain data: what its outcome needs"
     name = "continued" if arm == "SFT continued" else ways.get(arm, {}).get("generation")
-    return replace(cfg, rates={name: cfg.rates[name]} if name else {})
+    sizes = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
+    rates = {name: cfg.rates[name]} if name else {}
+    return {"class": type(cfg).__name__} | sizes | dict(rates=rates)
 
 
 def tuned_outcome(
@@ -132,6 +155,7 @@ def tuned_outcome(
     seed: int,  # World, weights, order: all that is random
 ) -> dict:  # Metrics of the policy, its NDCG@5 on validation, and curves of its run
     "What an arm comes to in a world; made at most once on this machine"
+    seed = _check_tuned(cfg, seed)
     if arm not in tuned_arms:
         raise ValueError(f"arm={arm!r} must be one of {', '.join(tuned_arms)}")
 
@@ -176,9 +200,11 @@ def _tried(cfg, name, rate, arm, seeds):
 
 def choose(
     cfg: TunedConfig,  # Sizes
-    seeds,  # Worlds to choose on; none of those that are judged
+    seeds: Sequence[int],  # Worlds to choose on; none of those that are judged
 ) -> list:  # Rows: name, rate; by world NDCG@5 on validation, HR@50 on test; "start" comes first
     "Try every rate on the choosing worlds"
+    if not len(seeds):
+        raise ValueError("seeds is empty: there is no world to choose on")
     rows = [_tried(cfg, "start", None, "SFT", seeds)]
     for name, (arm, rates) in choices.items():
         for rate in rates:
@@ -191,15 +217,30 @@ def _mean_valid(row):
     return float(np.mean(row["valid"]))
 
 
+def _tried_rates(tried, name):
+    "Rows of one choice, with as many finite values each"
+    rows = [r for r in tried if r["name"] == name]
+    if not rows:
+        raise ValueError(f"tried has no row for {name!r}")
+    for r in rows:
+        where = f"tried: {name!r} at the rate {r['rate']}"
+        if not len(r["valid"]) or not all(map(math.isfinite, r["valid"])):
+            raise ValueError(f"{where} has valid={r['valid']}; a number for each world is needed")
+        if len(r["valid"]) != len(rows[0]["valid"]):
+            raise ValueError(f"{where} has other worlds than the rate {rows[0]['rate']}")
+    return rows
+
+
 def chosen_config(
     cfg: TunedConfig,  # Sizes
     tried: list,  # From `choose`, or from a record of it
 ) -> TunedConfig:  # With the best rates
     "The study at the rates that are best on validation"
-    best = {}
-    for name in choices:
-        rows = [r for r in tried if r["name"] == name]
-        if not rows:
-            raise ValueError(f"tried has no row for {name!r}")
-        best[name] = max(rows, key=_mean_valid)["rate"]
+    rows = {name: _tried_rates(tried, name) for name in choices}
+    best = {name: max(found, key=_mean_valid)["rate"] for name, found in rows.items()}
+    for name, rate in best.items():
+        values = {r["rate"] for r in rows[name]}
+        if len(values) > 1 and rate in (min(values), max(values)):
+            text = f"{name}: the best rate, {rate:g}, is at an end of those that were tried"
+            warnings.warn(f"{text}; a better one may lie outside", stacklevel=2)
     return replace(cfg, rates=best)
