@@ -268,8 +268,8 @@ def loops_of(
         raise ValueError(f"n_loops={n_loops!r} must be an integer of at least 1")
     if n != trained and not any_loops:
         raise ValueError(
-            f"n_loops={n}, but the model has {trained}; what another number means is not defined by "
-            "the method. Pass any_loops=True to leave early, or to go on with the last routers"
+            f"n_loops={n}, but the model has {trained}; the method does not define another number. "
+            "Pass any_loops=True to leave early, or to go on with the last routers"
         )
     if n > trained and not self.config.tie_core:
         raise ValueError(f"n_loops={n}: an untied stack has layers for {trained} loops only")

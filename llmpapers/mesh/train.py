@@ -11,14 +11,15 @@ import functools
 import json
 from dataclasses import dataclass, field, replace
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ..core.artifacts import artifact
-from ..core.scale import check_ranges, need, rng
-from ..core.stats import mean_ci
+from ..core.scale import check_ranges, rng
+from ..core.stats import Interval, mean_ci
 from ..core.train import TrainConfig, train
 from .data import Corpus, byte_corpus
 from .layout import RecursiveConfig
@@ -215,20 +216,20 @@ def compare_schemes(
     seeds,  # Seeds
     study: StudyConfig,  # What arms have in common
     device=None,  # None: a GPU if there is one
-) -> "DataFrame":  # A row per arm and seed: arm, seed, valid
+) -> pd.DataFrame:  # A row per arm and seed: arm, seed, valid
     "Train arms on the same batches"
     rows = []
     for s in seeds:
         for arm in schemes:
             rows.append(dict(arm=arm, seed=s, valid=outcome(study, arm, s, device)["valid"]))
-    return need("pandas").DataFrame(rows)
+    return pd.DataFrame(rows)
 
 
 def paired(
     table,  # From `compare_schemes`
     arm: str,  # First arm
     other: str = "base",  # Second arm
-) -> "Interval":  # Mean and Student interval of the difference within a seed
+) -> Interval:  # Mean and Student interval of the difference within a seed
     "Loss of an arm minus loss of another, equation (1)"
     wide = table.pivot(index="seed", columns="arm", values="valid")
     for name in (arm, other):
