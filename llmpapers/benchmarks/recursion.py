@@ -8,6 +8,7 @@ __all__ = ['training_pass', 'decoding', 'in_turn']
 # %% ../../nbs/benchmarks/10_recursion.ipynb #bf4e74f5
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -21,7 +22,7 @@ def training_pass(
     cfg: RecursiveConfig,  # The model
     ids: torch.Tensor,  # (b,l) a batch
     impl: str = "unrolled",  # Form of the memory
-):  # Function without arguments
+) -> Callable:  # Function without arguments
     "Forward and backward pass of a fixed batch"
     model = make_lm(cfg).train()
 
@@ -37,7 +38,7 @@ def decoding(
     ids: torch.Tensor,  # (b,l) prompt
     n: int,  # Tokens to decode
     cache,  # Function that makes an empty cache
-):  # Function without arguments
+) -> Callable:  # Function without arguments
     "Read a prompt, then decode greedily, one token at a time"
 
     @torch.no_grad()

@@ -233,7 +233,7 @@ class RecursiveModel(RecursivePreTrained):
         self.compiled_core = None
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Embedding:  # (V,D)
         "The embedding"
         return self.embed_in
 
@@ -431,7 +431,7 @@ class RecursiveLM(RecursivePreTrained, GenerationMixin):
         self.loss_type = "ForCausalLM"
         self.post_init()
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Linear:  # (V,D)
         "The head"
         return self.lm_head
 

@@ -89,7 +89,7 @@ class DynamicCombination(Mixer):
 
     def __init__(
         self,
-        d_model: int,  # D
+        d_model: int,  # Width, D
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(3, d_model))
@@ -133,9 +133,9 @@ class MeshRouters(nn.Module):
 
     def __init__(
         self,
-        d_model: int,  # D
+        d_model: int,  # Width, D
         n_cycles: int,  # K + 1
-        n_slots: int,  # B
+        n_slots: int,  # Slots, B
         std: float | None = None,  # Of the weights; None is 0.9 / sqrt(D)
         bias_init: float = 0.0,  # Head start of slot min(c+1, B-1)
         shared: bool = False,  # One pair of maps for all cycles
@@ -217,7 +217,7 @@ def run_mesh(
     h_emb: Tensor,  # (...,D) embeddings
     prelude: Callable,  # (...,D) -> (...,D)
     core: Callable,  # (...,D), loop -> (...,D)
-    n_loops: int,  # K
+    n_loops: int,  # Loops, K
     routers: MeshRouters,  # Weights of K + 1 cycles
     impl: str = "unrolled",  # "unrolled" or "slots"
     trace: Trace | None = None,  # Filled if given
@@ -264,7 +264,7 @@ def run_scheme(
     h_emb: Tensor,  # (...,D) embeddings
     prelude: Callable,  # (...,D) -> (...,D)
     core: Callable,  # (...,D), loop -> (...,D)
-    n_loops: int,  # K
+    n_loops: int,  # Loops, K
     routers: nn.Module | None = None,  # `MeshRouters`, or the `Mixer` of a trained scheme
     impl: str = "unrolled",  # "unrolled" or "slots", for mesh
     keep: bool = True,  # Keep the trace

@@ -26,8 +26,8 @@ class StepEmbedding(Mixer):
 
     def __init__(
         self,
-        d_model: int,  # D
-        n_loops: int,  # K
+        d_model: int,  # Width, D
+        n_loops: int,  # Loops, K
     ):
         super().__init__()
         self.steps = nn.Parameter(torch.zeros(n_loops, d_model))
@@ -48,7 +48,7 @@ class Adapter(Mixer):
 
     def __init__(
         self,
-        d_model: int,  # D
+        d_model: int,  # Width, D
     ):
         super().__init__()
         self.weight = nn.Parameter(
@@ -72,7 +72,7 @@ class Injection(Mixer):
 
     def __init__(
         self,
-        d_model: int,  # D
+        d_model: int,  # Width, D
         start: float = 0.8,  # Share that is carried at the start, in (0, 1)
     ):
         super().__init__()

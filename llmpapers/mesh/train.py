@@ -66,7 +66,7 @@ class StudyConfig:
     corpus_size: int = 6_000_000  # Bytes of it
     seq_len: int = 64  # Bytes of a window, L
     valid_windows: int = 512  # Held-out windows
-    train: TrainConfig = field(
+    train: TrainConfig = field(  # Steps, rate, batch
         default_factory=lambda: TrainConfig(
             steps=500, batch_size=8, lr=1.5e-3, log_every=50, eval_every=250
         )
