@@ -96,23 +96,21 @@ _quoted = re.compile(r'"""(.*?)"""', re.S)
 def _folders(source):
     "Folders whose Python files are read, in a fixed order"
     found = [Path(sysconfig.get_paths()["stdlib"])]
-    for name in packages if source == "python" else ():
+    for name in packages if source != "stdlib" else ():
         spec = importlib.util.find_spec(name)
         found += [Path(spec.submodule_search_locations[0])] if spec else []
     return found
 
 
-def _quoted_texts(source):
-    "Documentation strings, a file at a time"
+def _python_texts(source):
+    "Documentation strings of Python files, or the files themselves"
     for folder in _folders(source):
         for path in sorted(folder.rglob("*.py")):
             if "site-packages" in path.relative_to(folder).parts:
                 continue
-            yield "\n".join(
-                t.strip()
-                for t in _quoted.findall(path.read_text(encoding="utf-8", errors="ignore"))
-                if len(t) > 100
-            )
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            quoted = (t.strip() for t in _quoted.findall(text) if len(t) > 100)
+            yield text if source == "code" else "\n".join(quoted)
 
 
 def _file_texts(path):
@@ -124,19 +122,19 @@ def _file_texts(path):
 
 
 def byte_corpus(
-    source: str = "python",  # "stdlib", "python" (and packages), a text file or a folder of them
+    source: str = "python",  # "stdlib", "python" (and packages), "code" (whole files), or a path
     seed: int = 0,  # Order of the documents
     size: int | None = None,  # Bytes to take, at least; None takes all
     held_out: float = 0.05,  # Share of the bytes that is held out
 ) -> Corpus:  # Tokens, with their hash
     "Bytes of text that is on this machine"
     check_number("held_out", held_out, "(0, 1)")
-    if source in ("stdlib", "python"):
-        texts = _quoted_texts(source)
+    if source in ("stdlib", "python", "code"):
+        texts = _python_texts(source)
     elif Path(source).exists():
         texts = _file_texts(Path(source))
     else:
-        raise ValueError(f"source={source!r} must be 'stdlib', 'python', a file or a folder")
+        raise ValueError(f"source={source!r} must be 'stdlib', 'python', 'code' or a path")
     kept, total = {}, 0
     for text in texts:
         data = text.encode("utf-8")
@@ -144,7 +142,7 @@ def byte_corpus(
         if data and key not in kept:
             kept[key] = data
             total += len(data)
-        if size is not None and total >= size and source != "python":
+        if size is not None and total >= size and source not in ("python", "code"):
             break
     docs = list(kept.values())
     if not docs:
