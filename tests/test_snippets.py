@@ -66,6 +66,7 @@ smaller = [
     (r"\blayers=\d+", "layers=1"),
     (r"\bd=128", "d=16"),
     (r"\bblock_size=\d+", "block_size=32"),
+    (r"\"EleutherAI/pythia-70m\"", '"neox"'),
     (r"\"[A-Z]\w*/[A-Za-z][\w.-]+\"", '"hub"'),
     (r"\"model/\"", '"hub"'),
     (r"\"intfloat/e5-base-v2\"", '"minilm"'),
@@ -177,6 +178,7 @@ def test_snippet_runs(where, path, code, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # ends with the test
     _beside_numba()
     hub_folder(tmp_path / "hub")
+    hub_folder(tmp_path / "neox", "gpt_neox", num_hidden_layers=6)
     page = dict(id="1", contents='"Norma"\nNorma is an opera by Bellini.')
     (tmp_path / "wiki-18.jsonl").write_text(json.dumps(page) + "\n")
     log_files(tmp_path)
