@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core.lm import n_params
 from ..core.scale import check_number
 from ..core.train import History
+from .logs import Held
 from .losses import JointLoss
 from llmpapers.dspnet.model import (
     DSPNet,
@@ -26,7 +27,6 @@ from llmpapers.dspnet.model import (
 )
 from llmpapers.dspnet.train import (
     DSPConfig,
-    Held,
     TensorSource,
     model_fields,
     seeded,

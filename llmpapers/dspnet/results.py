@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+from .logs import LastSplit, split_last
 from torch import Tensor
 
 from ..core.artifacts import artifact
@@ -31,11 +32,9 @@ from llmpapers.dspnet.train import (
     DSPConfig,
     Objective,
     TensorSource,
-    WorldSplit,
     history_states,
     model_fields,
     seeded,
-    split_world,
     train_model,
 )
 
@@ -165,7 +164,7 @@ def noisy(
 @torch.no_grad()
 def state_report(
     objective: Objective,  # A trained model with its weight heads
-    parts: WorldSplit,  # Its world
+    parts: LastSplit,  # Its world
     seed: int,  # Of the dropout
 ) -> dict:  # Entropy, alignment and uniformity on 64 test histories
     "What a contrastive loss has done to the states"
@@ -219,7 +218,7 @@ def study_outcome(
         what = arms[arm]
         world = study_world(cfg, what.setting, seed)
         read = told_scenes(what.told, world, seed)
-        parts = split_world(read.items, read.scenes)
+        parts = split_last(read.items, read.scenes)
         n_scenes = int(read.scenes.max())
         run = _config_of(cfg, what, seed, world.n_items, n_scenes)
         if what.model == "DSPnet":

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DSPConfig', 'model_fields', 'Batch', 'likelihood', 'history_states', 'Objective', 'Source', 'TensorSource',
-           'make_batch', 'Held', 'train_model', 'seeded', 'train_dspnet', 'WorldSplit', 'split_world']
+           'make_batch', 'train_model', 'seeded', 'train_dspnet']
 
 # %% ../../nbs/dspnet/06_train.ipynb #331c6141
 import copy
@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from .logs import Held
 from torch import Tensor, nn
 
 from ..core.scale import check_choices, check_flags, check_number, check_ranges, rng
@@ -233,16 +234,7 @@ def make_batch(
         told = scenes[:, 1:] * chosen
     return Batch(items[:, -config.max_len - 1 :], scenes[:, -config.max_len - 1 :], told)
 
-# %% ../../nbs/dspnet/06_train.ipynb #8baeefe4
-class Held(NamedTuple):
-    "Users to choose weights by"
-
-    items: Tensor  # (N,T) histories, left-padded
-    scenes: Tensor  # (N,T) their scenes
-    targets: Tensor  # (N,) item that was taken next
-    target_scenes: Tensor | None = None  # (N,) scene in which it was taken
-
-
+# %% ../../nbs/dspnet/06_train.ipynb #f850ea56
 def _longest(source, config):
     "Events in the longest input that training can meet"
     length = source.longest if hasattr(source, "longest") else source.items.shape[1]
@@ -337,27 +329,3 @@ def train_dspnet(
     model = seeded(lambda: DSPNet(n_items, n_scenes, **model_fields(config)), config.seed)
     model.check(items[:, -config.max_len :], scenes[:, -config.max_len :])
     return model, train_model(model, source, config, valid, device=device)
-
-# %% ../../nbs/dspnet/06_train.ipynb #63ca1040
-class WorldSplit(NamedTuple):
-    "A world cut into training, validation and test"
-
-    items: Tensor  # (U,T-2) training items
-    scenes: Tensor  # (U,T-2) training scenes
-    valid: Held  # Last event but one, after all before it
-    test: Held  # Last event, after all before it
-
-
-def split_world(
-    items: Tensor,  # (U,T) items
-    scenes: Tensor,  # (U,T) scenes
-) -> WorldSplit:  # Three parts
-    "Leave the last two events of every user out of training"
-    if items.shape[1] < 4:
-        raise ValueError(f"items has {items.shape[1]} events a user; a split needs 4 or more")
-    return WorldSplit(
-        items[:, :-2],
-        scenes[:, :-2],
-        Held(items[:, :-2], scenes[:, :-2], items[:, -2], scenes[:, -2]),
-        Held(items[:, :-1], scenes[:, :-1], items[:, -1], scenes[:, -1]),
-    )
