@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from .logs import LastSplit, split_last
 from torch import Tensor
 
 from ..core.artifacts import artifact
@@ -26,6 +25,7 @@ from llmpapers.dspnet.data import (
     shuffle_scenes,
 )
 from .evaluate import expected_metrics, ranking_metrics, scene_accuracy
+from .logs import LastSplit, split_last
 from .losses import alignment, ccr_weights, uniformity, weight_entropy
 from .model import DSPNet, best_of, last_scores
 from llmpapers.dspnet.train import (
@@ -38,7 +38,7 @@ from llmpapers.dspnet.train import (
     train_model,
 )
 
-# %% ../../nbs/dspnet/09_results.ipynb #2bbd2195
+# %% ../../nbs/dspnet/09_results.ipynb #a5d7d2ae
 settings = {
     "A": {},  # World A: scenes move the interest at once
     "off": dict(rho=0.0),  # The same with that switched off
@@ -75,6 +75,9 @@ def _arms():
     res["B: DSPnet, injection"] = Arm("B", "DSPnet", dict(inject_scene=True))
     for kind in ("none", "identity", "target", "history", "learned"):
         res[f"small: DSPnet, CCR {kind}"] = Arm("small", "DSPnet", dict(ccr=kind))
+    for kind in ("identity", "history", "learned"):
+        light = dict(ccr=kind, ccr_weight=0.02)
+        res[f"small: DSPnet, CCR {kind}, .02"] = Arm("small", "DSPnet", light)
     for model in ("SASRec", "SASRec + InfoNCE", "SASRec + CCR"):
         res[f"small: {model}"] = Arm("small", model)
     return res
@@ -82,7 +85,7 @@ def _arms():
 
 arms = _arms()
 
-# %% ../../nbs/dspnet/09_results.ipynb #0ad2b85b
+# %% ../../nbs/dspnet/09_results.ipynb #99138a09
 def _study_run():
     "Sizes of a model and its training, the same for all"
     sizes = dict(d=32, d_scene=16, n_layers=1, max_len=20, dropout=0.0)
@@ -134,7 +137,7 @@ def told_scenes(
         scenes = 2 * scenes - half.long()
     return replace(world, scenes=scenes)
 
-# %% ../../nbs/dspnet/09_results.ipynb #4072b98a
+# %% ../../nbs/dspnet/09_results.ipynb #0640cf34
 def _config_of(cfg, arm, seed, n_items, n_scenes):
     "Configuration of an arm; a rival is made as large as the dual network"
     run = replace(cfg.run, seed=seed, **arm.changes)
@@ -204,7 +207,7 @@ def _quality(model, world, parts, cfg, seed):
         res["scene"] = scene_accuracy(found.scenes, parts.test.target_scenes)
     return res
 
-# %% ../../nbs/dspnet/09_results.ipynb #de843f5f
+# %% ../../nbs/dspnet/09_results.ipynb #ea083c6b
 def study_outcome(
     cfg: StudyConfig,  # Sizes
     arm: str,  # One of `arms`
