@@ -43,8 +43,8 @@ def count_scores(
     scenes: Tensor,  # (U,T) training scenes
     last_items: Tensor,  # (N,) last item of the histories to score, 0 if there is none
     last_scenes: Tensor,  # (N,) its scene
-    n_items: int,  # I
-    n_scenes: int,  # M
+    n_items: int,  # Items in the catalogue, I
+    n_scenes: int,  # Number of scenes, M
     prior: float = 5.0,  # Observations that popularity counts for
 ) -> Tensor:  # (N,I) float32 log-probabilities
     "Scores by counting what followed the last event"
@@ -79,8 +79,8 @@ class SASRec(SequenceModel):
 
     def __init__(
         self,
-        n_items: int,  # I
-        n_scenes: int,  # M; not used
+        n_items: int,  # Items in the catalogue, I
+        n_scenes: int,  # Number of scenes, M; not used
         config: DSPConfig,  # Sizes
     ):
         super().__init__(n_items, n_scenes, config.max_len)
@@ -114,8 +114,8 @@ class GRU4Rec(SASRec):
 
     def __init__(
         self,
-        n_items: int,  # I
-        n_scenes: int,  # M; not used
+        n_items: int,  # Items in the catalogue, I
+        n_scenes: int,  # Number of scenes, M; not used
         config: DSPConfig,  # Sizes
     ):
         SequenceModel.__init__(self, n_items, n_scenes, config.max_len)
@@ -158,8 +158,8 @@ class BERT4Rec(SASRec):
 
     def __init__(
         self,
-        n_items: int,  # I
-        n_scenes: int,  # M; not used
+        n_items: int,  # Items in the catalogue, I
+        n_scenes: int,  # Number of scenes, M; not used
         config: DSPConfig,  # Sizes
     ):
         SequenceModel.__init__(self, n_items, n_scenes, config.max_len)
@@ -213,8 +213,8 @@ class SASRecScene(SASRec):
 
     def __init__(
         self,
-        n_items: int,  # I
-        n_scenes: int,  # M
+        n_items: int,  # Items in the catalogue, I
+        n_scenes: int,  # Number of scenes, M
         config: DSPConfig,  # Sizes
     ):
         super().__init__(n_items, n_scenes, config)
@@ -242,8 +242,8 @@ class FDSALike(SASRec):
 
     def __init__(
         self,
-        n_items: int,  # I
-        n_scenes: int,  # M
+        n_items: int,  # Items in the catalogue, I
+        n_scenes: int,  # Number of scenes, M
         config: DSPConfig,  # Sizes
     ):
         super().__init__(n_items, n_scenes, config)
@@ -269,8 +269,8 @@ class MultiBehaviour(SASRecScene):
 
     def __init__(
         self,
-        n_items: int,  # I
-        n_scenes: int,  # M
+        n_items: int,  # Items in the catalogue, I
+        n_scenes: int,  # Number of scenes, M
         config: DSPConfig,  # Sizes
     ):
         super().__init__(n_items, n_scenes, config)
@@ -336,8 +336,8 @@ class Composite(SASRec):
 
     def __init__(
         self,
-        n_items: int,  # I
-        n_scenes: int,  # M
+        n_items: int,  # Items in the catalogue, I
+        n_scenes: int,  # Number of scenes, M
         config: DSPConfig,  # Sizes
     ):
         super().__init__(n_items * n_scenes, n_scenes, config)
@@ -409,8 +409,8 @@ baselines = {  # Name -> class and what the name changes in the configuration
 
 def make_baseline(
     name: str,  # One of `baselines`
-    n_items: int,  # I
-    n_scenes: int,  # M
+    n_items: int,  # Items in the catalogue, I
+    n_scenes: int,  # Number of scenes, M
     config: DSPConfig,  # Sizes and training
 ) -> tuple[SequenceModel, DSPConfig]:  # Model with seeded weights; the run it belongs to
     "A rival by its name"
@@ -424,8 +424,8 @@ def make_baseline(
 def matched(
     name: str,  # One of `baselines`
     parameters: int,  # How many it should have
-    n_items: int,  # I
-    n_scenes: int,  # M
+    n_items: int,  # Items in the catalogue, I
+    n_scenes: int,  # Number of scenes, M
     config: DSPConfig,  # What stays
 ) -> DSPConfig:  # With the width whose number of parameters is nearest
     "A rival's configuration at a given size"

@@ -25,12 +25,12 @@ class SceneWorld:
     item_law: Tensor  # (U,M,I) float32 law of the last item given the past and its scene
 
     @property
-    def n_items(self) -> int:  # I
+    def n_items(self) -> int:  # Items in the catalogue, I
         "Size of the catalogue"
         return self.item_law.shape[2]
 
     @property
-    def n_scenes(self) -> int:  # M
+    def n_scenes(self) -> int:  # Number of scenes, M
         "Number of scenes"
         return self.next_scene_probs.shape[1]
 
@@ -58,8 +58,8 @@ class SceneWorld:
 
 # %% ../../nbs/dspnet/01_data.ipynb #0a4b1c69
 def item_emission(
-    n_items: int,  # I
-    n_clusters: int,  # C
+    n_items: int,  # Items in the catalogue, I
+    n_clusters: int,  # Number of clusters, C
     eps: float,  # Chance of any item at all
     generator: torch.Generator,  # Source of the popularity
 ) -> Tensor:  # (C,I) float64, rows sum to one
@@ -112,10 +112,10 @@ def _permutations(n, size, generator):
 
 
 def interplay_law(
-    n_items: int,  # I
-    n_clusters: int,  # C
-    n_scenes: int,  # M
-    n_habits: int,  # H
+    n_items: int,  # Items in the catalogue, I
+    n_clusters: int,  # Number of clusters, C
+    n_scenes: int,  # Number of scenes, M
+    n_habits: int,  # Number of habits, H
     rho: float,  # Chance that a scene moves the interest
     delta: int,  # Events until it does
     kappa: float,  # Chance that the last item calls for a scene
@@ -144,8 +144,8 @@ def _acting(scenes, t, delta, none):
 
 def sample_interplay(
     law: InterplayLaw,  # From `interplay_law`
-    n_users: int,  # U
-    seq_len: int,  # T
+    n_users: int,  # Number of users, U
+    seq_len: int,  # Events of a user, T
     generator: torch.Generator,  # Source of randomness
 ) -> tuple[Tensor, Tensor]:  # (U,T) items and scenes, both from 0 on
     "Events of world A"
@@ -214,12 +214,12 @@ def _check_world(n_users, seq_len, n_items, n_clusters, n_scenes, eps):
 
 
 def make_interplay_world(
-    n_users: int = 1500,  # U
-    seq_len: int = 20,  # T
-    n_items: int = 60,  # I
-    n_clusters: int = 6,  # C
-    n_scenes: int = 4,  # M
-    n_habits: int = 1,  # H
+    n_users: int = 1500,  # Number of users, U
+    seq_len: int = 20,  # Events of a user, T
+    n_items: int = 60,  # Items in the catalogue, I
+    n_clusters: int = 6,  # Number of clusters, C
+    n_scenes: int = 4,  # Number of scenes, M
+    n_habits: int = 1,  # Number of habits, H
     rho: float = 0.9,  # Chance that a scene moves the interest; 0 switches that off
     delta: int = 0,  # Events until it does
     kappa: float = 0.2,  # Chance that the last item calls for a scene
@@ -250,7 +250,7 @@ def filter_binding(
     emission: Tensor,  # (C,I) item given cluster
     items: Tensor,  # (U,t) items from 0 on
     scenes: Tensor,  # (U,t) scenes from 0 on
-    n_scenes: int,  # M
+    n_scenes: int,  # Number of scenes, M
 ) -> Tensor:  # (U,M,I) law of the next item in each scene
     "Exact law of the next item of world B, equation (3)"
     fit = emission.log().T[items]  # (U,t,C)
@@ -260,11 +260,11 @@ def filter_binding(
 
 
 def make_binding_world(
-    n_users: int = 1500,  # U
-    seq_len: int = 20,  # T
-    n_items: int = 60,  # I
-    n_clusters: int = 6,  # C
-    n_scenes: int = 4,  # M
+    n_users: int = 1500,  # Number of users, U
+    seq_len: int = 20,  # Events of a user, T
+    n_items: int = 60,  # Items in the catalogue, I
+    n_clusters: int = 6,  # Number of clusters, C
+    n_scenes: int = 4,  # Number of scenes, M
     order: float = 0.85,  # Chance that the next scene is the next of the circle
     eps: float = 0.03,  # Chance of any item
     seed: int = 0,  # Of tables and events

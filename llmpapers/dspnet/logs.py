@@ -187,7 +187,7 @@ def time_scene(
     when = pd.to_datetime(raw, unit="s", errors="coerce")
     part = np.array(["night", "morning", "afternoon", "evening"], object)
     hour = when.dt.hour.fillna(0).astype(int).to_numpy()
-    week = np.where(when.dt.dayofweek >= 5, "weekend", "working day")
+    week = np.where(when.dt.day_of_week >= 5, "weekend", "working day")
     names = part[hour // 6] + ", " + week.astype(object)
     return np.where(when.isna(), None, names)
 

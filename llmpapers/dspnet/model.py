@@ -155,8 +155,8 @@ class DSPOutput(NamedTuple):
 def check_histories(
     items: Tensor,  # (B,T) items, left-padded with 0
     scenes: Tensor | None,  # (B,T) scenes of the same events; None for a model that reads none
-    n_items: int,  # I
-    n_scenes: int,  # M
+    n_items: int,  # Items in the catalogue, I
+    n_scenes: int,  # Number of scenes, M
 ) -> None:
     "ValueError where histories are not what a model reads"
     given = dict(items=(items, n_items)) | (
@@ -188,8 +188,8 @@ class SequenceModel(nn.Module):
 
     def __init__(
         self,
-        n_items: int,  # I
-        n_scenes: int,  # M
+        n_items: int,  # Items in the catalogue, I
+        n_scenes: int,  # Number of scenes, M
         max_len: int,  # Longest history
     ):
         super().__init__()
@@ -352,8 +352,8 @@ class DSPNet(SequenceModel):
 
     def __init__(
         self,
-        n_items: int,  # I
-        n_scenes: int,  # M
+        n_items: int,  # Items in the catalogue, I
+        n_scenes: int,  # Number of scenes, M
         d: int = 64,  # Width of the item stream
         d_scene: int = 32,  # Width of the scene stream
         n_layers: int = 2,  # Blocks of each

@@ -155,7 +155,7 @@ def _config_of(cfg, arm, seed, n_items, n_scenes):
 def noisy(
     items: Tensor,  # (U,T) histories
     share: float,  # Of the events that are replaced
-    n_items: int,  # I
+    n_items: int,  # Items in the catalogue, I
     seed: int,  # Which, and by what
 ) -> Tensor:  # (U,T)
     "Histories with random items in them"

@@ -151,7 +151,7 @@ class Objective(nn.Module):
         self,
         out: DSPOutput,  # First pass
         batch: Batch,  # The histories
-    ) -> Tensor:  # Scalar
+    ) -> Tensor:  # Scalar loss
         "Contrastive term, with a second pass under another dropout mask"
         config = self.config
         twin = self.model(batch.items[:, :-1], batch.scenes[:, :-1], logits=False)
@@ -164,7 +164,7 @@ class Objective(nn.Module):
     def align(
         self,
         out: DSPOutput,  # First pass
-    ) -> Tensor:  # Scalar
+    ) -> Tensor:  # Scalar loss
         "Alignment term of the two branches"
         a, b = out.h_item[:, -1], out.h_scene[:, -1]
         if self.config.align == "adversarial":
@@ -174,7 +174,7 @@ class Objective(nn.Module):
     def forward(
         self,
         batch: Batch,  # Histories
-    ) -> Tensor:  # Scalar
+    ) -> Tensor:  # Scalar loss
         "The whole loss"
         loss, out = likelihood(self.model, batch, self.config.alpha, self.config.chunk)
         total = loss.total
@@ -190,7 +190,13 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, numbers: Tensor, max_len: int) -> tuple[Tensor, Tensor]: ...
+    def rows(
+        self,
+        numbers: Tensor,  # (B,) numbers of users
+        max_len: int,  # Most events of a row, the latest
+    ) -> tuple[Tensor, Tensor]:  # (B,T) items and scenes, left-padded with 0
+        "Histories of some users"
+        ...
 
 
 class TensorSource:
