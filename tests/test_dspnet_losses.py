@@ -48,7 +48,7 @@ def test_contrastive_loss(made, kind, tau):
         assert torch.autograd.grad(loss, cond, allow_unused=True) == (None,)
 
 
-@settings(max_examples=30)
+@settings(deadline=None, max_examples=30)
 @given(batch())
 def test_targets_that_differ_are_the_identity(made):
     (z, z2), _, _ = made
@@ -84,7 +84,7 @@ def test_pieces_of_a_softmax(seed, n, items, chunk):
         assert torch.allclose(x, y, atol=1e-5)
 
 
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 5))
 def test_ranks_do_not_depend_on_the_order_of_candidates(seed, n, levels):
     g = rng(seed, "ranks")
@@ -97,6 +97,7 @@ def test_ranks_do_not_depend_on_the_order_of_candidates(seed, n, levels):
     assert a["users"] == 6 and a["items"] == n
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 50))
 def test_constant_scores_are_chance(n, k):
     got = ranking_metrics(torch.zeros(n, n), torch.arange(1, n + 1), (k,))
@@ -105,7 +106,7 @@ def test_constant_scores_are_chance(n, k):
     assert got["AUC"] == pytest.approx(0.5)
 
 
-@settings(max_examples=40)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 9))
 def test_no_list_is_above_the_ceiling(seed, n):
     g = rng(seed, "law")
@@ -117,7 +118,7 @@ def test_no_list_is_above_the_ceiling(seed, n):
         assert value <= expected_metrics(best, law, (k,))[name] + 1e-9
 
 
-@settings(max_examples=30)
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6))
 def test_shared_information_is_not_negative(seed):
     g = rng(seed, "shared")

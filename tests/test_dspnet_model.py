@@ -165,7 +165,7 @@ def test_a_test_history_uses_no_position_that_training_did_not():
     assert torch.equal(whole, cut)
 
 
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=50)
 @given(histories())
 def test_positions_count_events(pair):
     items = pair[0]
