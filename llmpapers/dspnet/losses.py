@@ -139,6 +139,7 @@ def ccr_weights(
     return (q @ k.T / k.shape[1] ** 0.5).softmax(1)
 
 # %% ../../nbs/dspnet/05_losses.ipynb #db8eb352
+@torch.no_grad()
 def weight_entropy(
     weights: Tensor,  # (B,B) rows sum to one
 ) -> float:  # Mean entropy of a row, nats: 0 for the identity, log B for equal weights
@@ -146,6 +147,7 @@ def weight_entropy(
     return float(-(weights * weights.clamp(min=1e-30).log()).sum(1).mean())
 
 
+@torch.no_grad()
 def alignment(
     z: Tensor,  # (B,d) states
     z2: Tensor,  # (B,d) their twins
@@ -154,6 +156,7 @@ def alignment(
     return float((_unit(z) - _unit(z2)).square().sum(1).mean())
 
 
+@torch.no_grad()
 def uniformity(
     z: Tensor,  # (B,d) states
 ) -> float:  # log of the mean Gaussian similarity of pairs; lower is more even
