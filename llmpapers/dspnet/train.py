@@ -14,12 +14,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from .logs import Held
 from torch import Tensor, nn
 
 from ..core.scale import check_choices, check_flags, check_number, check_ranges, rng
 from ..core.train import History, TrainConfig, train
 from .evaluate import ranking_metrics
+from .logs import Held
 from llmpapers.dspnet.losses import (
     Discriminator,
     JointLoss,
