@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['element_kinds', 'axis_top', 'bar_color', 'Element', 'Document', 'DocumentError', 'PdfLimits', 'ReportTruth',
-           'draw_chart', 'report_blocks', 'write_blocks', 'render_report', 'references', 'clean_text', 'load_pdf',
-           'load_html', 'recovered']
+           'draw_chart', 'read_chart', 'report_blocks', 'write_blocks', 'render_report', 'references', 'clean_text',
+           'load_pdf', 'load_html', 'recovered']
 
 # %% ../../nbs/graph2eval/03_documents.ipynb #9342549d
 import io
@@ -88,6 +88,16 @@ def draw_chart(
     for k, v in enumerate(values.values()):
         image[floor - 2 * v : floor, 20 + 60 * k : 60 + 60 * k] = bar_color
     return image
+
+
+def read_chart(
+    image: np.ndarray,  # (h,w,3) uint8
+) -> list[int]:  # Heights from left to right, in units of the axis; empty if there are no bars
+    "Heights of the bars of a chart, from its pixels"
+    p = image.astype(int)
+    colored = (p.max(2) - p.min(2) > 60).sum(0)  # coloured pixels in each column
+    starts = np.flatnonzero((colored[1:] > 0) & (colored[:-1] == 0)) + 1
+    return [int(round(colored[s + 2] / 2)) for s in starts if s + 2 < len(colored)]
 
 
 def report_blocks(

@@ -154,10 +154,12 @@ def _list(title, found, base, query, *before):
     kept = {k: v for k, v in query.items() if k != "page"}
     turn = []
     if page > 1:
-        turn.append(("Previous page", f"{base}?{urlencode(kept | dict(page=page - 1))}"))
+        back = kept | (dict(page=page - 1) if page > 2 else {})
+        turn.append(("Previous page", f"{base}?{urlencode(back)}" if back else base))
     if len(found) > page * per_page:
         turn.append(("Next page", f"{base}?{urlencode(kept | dict(page=page + 1))}"))
     count = f"<p>{len(found)} found</p>"
+    title = title if page == 1 else f"{title}, page {page}"
     return _page(title, *before, count, _product_links(shown), _links(turn))
 
 # %% ../../nbs/graph2eval/02_site.ipynb #ba839631
@@ -741,12 +743,9 @@ def true_links(self: World) -> set:  # Pairs of paths, from and to
             pages.add(here)
             out |= {(here, f"/p/{p.id}") for p in own[k : k + per_page]}
             if n > 1:
-                out.add((here, f"{base}?page={n - 1}"))
+                out.add((here, base if n == 2 else f"{base}?page={n - 1}"))
             if k + per_page < len(own):
                 out.add((here, f"{base}?page={n + 1}"))
-        if len(own) > per_page:
-            pages.add(f"{base}?page=1")
-            out |= {(f"{base}?page=1", b) for a, b in out if a == base}
     for p in self.products:
         me = f"/p/{p.id}"
         pages |= {me, f"{me}/specs"}
