@@ -487,6 +487,10 @@ class HttpBrowser:
             else:
                 reply = self.send(method, url, headers, body.encode())
             self.har.add(method, url, body.encode(), reply, time.perf_counter() - start)
+            for k, v in reply.headers:
+                if k.lower() == "set-cookie":
+                    name, _, value = v.partition(";")[0].partition("=")
+                    self.cookies[name.strip()] = value.strip()
             head = {k.lower(): v for k, v in reply.headers}
             if reply.status in (301, 302, 303, 307, 308) and head.get("location"):
                 url = urljoin(url, head["location"])
@@ -595,8 +599,10 @@ def direct(
     def send(method, url, headers, body):
         jar = dict(headers).get("Cookie", "")
         sid = dict(p.strip().partition("=")[::2] for p in jar.split(";")).get("sid")
-        answer, _ = site.handle(sid, make_request(method, url, body.decode()))
+        answer, now = site.handle(sid, make_request(method, url, body.decode()))
         head = [("Content-Type", answer.kind)]
+        if now != sid:
+            head.append(("Set-Cookie", f"sid={now}; Path=/"))
         if answer.location:
             head.append(("Location", answer.location))
         return Reply(answer.status, head, answer.body.encode())
