@@ -197,8 +197,8 @@ def _finish(self: WebEnv, status, answer):
         if not self.site.wait_idle(self.policy.timeout):
             why = why or "the site was not at rest"
         state = self.site.state(self.sid)
-    except ValueError as e:
-        why = why or str(e)
+    except ValueError:
+        why = why or "the session has gone"
     har = self.browser.har.to_dict()
     why = why or _trouble(har, self.site.origin)
     if why:

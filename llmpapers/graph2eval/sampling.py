@@ -112,7 +112,9 @@ SEEDS = dict(
     entity_following="Detail:page -Shows-> Fact:fact -Names-> Detail:named -Shows-> Fact:goal",
     search_filter="* -Contains-> SearchBox -Contains-> Input -Fills-> Button:goal",
     form_filling="* -Contains-> Form -Contains-> Input -Fills-> Button -Triggers-> Endpoint:goal",
-    choice_setting="* -Contains-> Form -Contains-> Select -Fills-> Button -Triggers-> Endpoint:goal",
+    choice_setting=(
+        "* -Contains-> Form -Contains-> Select -Fills-> Button -Triggers-> Endpoint:goal"
+    ),
     button_interaction="Detail -Contains-> Form -Contains-> Button -Triggers-> Endpoint:goal",
 )
 len(TEMPLATES), len(SEEDS)
