@@ -446,26 +446,22 @@ def _table_text(caption, rows):
     return clean_text(caption + " " + " ".join(" ".join(r) for r in rows))
 
 
-def _continued(block, previous, first):
-    "Is this table the rest of the last one of the page before?"
-    return (
-        first
-        and previous is not None
-        and previous.kind == "table"
-        and block.box[1][0] == previous.meta["rows"][0]
-    )
+def _continued(block, last, page):
+    "Is this table the rest of the element before it, in another column or on another page?"
+    turned = last is not None and (page != last.page or block.top < last.bbox[1])
+    return turned and last.kind == "table" and block.box[1][0] == last.meta["rows"][0]
 
 
 def _elements(doc_id, pages, heights, widths, skipped):
     "All elements of a document"
     running, body = _running(pages), _body_size(pages)
-    out, images, last_table = [], {}, None
+    out, images = [], {}
     for number, (lines, width, height) in enumerate(zip(pages, widths, heights), 1):
         kept = [x for x in lines if not _is_running(x, running, height)]
         blocks = _blocks(_ordered(kept, width))
         bound, captions = _bind(blocks)
         counts = Counter()
-        for place, b in enumerate(blocks):
+        for b in blocks:
             box = tuple(round(float(v), 1) for v in (b.x0, b.top, b.x1, b.bottom))
             if id(b) in captions:
                 continue
@@ -473,14 +469,13 @@ def _elements(doc_id, pages, heights, widths, skipped):
             counts[kind] += 1
             name = f"{doc_id}#p{number}/{kind}{counts[kind]}"
             if kind == "table":
-                if id(b) not in bound and _continued(b, last_table, place == 0 and out):
-                    last_table.meta["rows"].extend(b.box[1][1:])
+                if id(b) not in bound and _continued(b, out[-1] if out else None, number):
+                    out[-1].meta["rows"].extend(b.box[1][1:])
                     continue
                 n, text = bound.get(id(b), (None, ""))
                 rows = [list(r) for r in b.box[1]]
                 meta = dict(rows=rows, number=n, caption=text)
-                last_table = Element(name, kind, "", number, box, meta)
-                out.append(last_table)
+                out.append(Element(name, kind, "", number, box, meta))
             elif kind == "figure":
                 n, text = bound.get(id(b), (None, ""))
                 out.append(Element(name, kind, text, number, box, dict(number=n, caption=text)))

@@ -190,11 +190,11 @@ class GymConfig:
             layers=2, heads=2, kv_heads=2, width=32, head_dim=16, max_len=512
         )
     )
-    demos: int = 200  # Episodes of the sloppy teacher
+    demos: int = 120  # Episodes of the sloppy teacher
     sloppy: float = 0.5  # Probability that the teacher takes what it likes best
-    sft_steps: int = 150  # Updates of the imitation
-    steps: int = 25  # Updates of reinforcement
-    batch_size: int = 6  # Tasks of an update
+    sft_steps: int = 120  # Updates of the imitation
+    steps: int = 14  # Updates of reinforcement
+    batch_size: int = 5  # Tasks of an update
     group_size: int = 6  # Episodes of a task
     lr: float = 3e-3  # Of the reinforcement
     max_turns: int = 12  # Longest episode
@@ -298,6 +298,7 @@ def reinforce(
         optimizer,
         PolicyLossConfig("ppo", "token-mean", kl_coef=0.0, args=dict(clip_low=0.2, clip_high=0.2)),
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lr_factor, cfg=plan)),
+        restricted=True,  # choices were drawn among the numbers of the menu
         seed=seed,
     )
     trainer.advantages_fn = _advantages
