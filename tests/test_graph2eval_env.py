@@ -58,8 +58,15 @@ def test_both_clients_agree(shop):
     site, _, tasks = shop
     with WebEnv(site, "http") as env:
         for t in tasks[::5]:
-            ours, theirs = play(WebEnv(site, "direct"), t, OracleAgent()), play(env, t, OracleAgent())
-            assert (ours.reward, ours.state, ours.path) == (theirs.reward, theirs.state, theirs.path)
+            ours, theirs = (
+                play(WebEnv(site, "direct"), t, OracleAgent()),
+                play(env, t, OracleAgent()),
+            )
+            assert (ours.reward, ours.state, ours.path) == (
+                theirs.reward,
+                theirs.state,
+                theirs.path,
+            )
 
 
 def test_every_episode_can_be_graded_again(shop):
@@ -76,7 +83,9 @@ def test_slips_never_help(shop):
     env = WebEnv(site, "direct")
     means = []
     for eps in (1.0, 0.4, 0.0):
-        means.append(np.mean([play(env, t, OracleAgent(eps, k)).reward for k, t in enumerate(tasks)]))
+        means.append(
+            np.mean([play(env, t, OracleAgent(eps, k)).reward for k, t in enumerate(tasks)])
+        )
     assert means[0] == 0 and means[0] < means[1] < means[2] == 1
 
 
@@ -86,7 +95,9 @@ def test_counts_are_kept_or_explained(shop):
         assert len({t.key for t in generate_web_tasks(web, n)}) == n
     few = generate_web_tasks(web, 500, ["filter"])
     assert len(few) < 500 and few.shortfall
-    assert [t.key for t in generate_web_tasks(web, 12)] == [t.key for t in generate_web_tasks(web, 12)]
+    assert [t.key for t in generate_web_tasks(web, 12)] == [
+        t.key for t in generate_web_tasks(web, 12)
+    ]
 
 
 def test_tasks_are_json(shop):
@@ -141,7 +152,9 @@ def test_the_list_of_origins_is_exact(shop, url):
     assert reply.status == 403 and reply.note
 
 
-@pytest.mark.parametrize("page, status", [("away", 403), ("loop", 508), ("huge", 413), ("error", 500)])
+@pytest.mark.parametrize(
+    "page, status", [("away", 403), ("loop", 508), ("huge", 413), ("error", 500)]
+)
 def test_hostile_pages_end(shop, page, status):
     browser = HttpBrowser(Policy((shop[0].origin,), timeout=2.0))
     assert browser.goto(f"{shop[0].origin}/hostile/{page}").status == status
@@ -150,7 +163,9 @@ def test_hostile_pages_end(shop, page, status):
 
 def test_an_endless_crawl_ends(shop):
     limits = CrawlLimits(max_pages=20, max_depth=30)
-    found = crawl(shop[0].origin + "/hostile/endless", HttpBrowser(Policy((shop[0].origin,))), limits)
+    found = crawl(
+        shop[0].origin + "/hostile/endless", HttpBrowser(Policy((shop[0].origin,))), limits
+    )
     assert len(found.pages) == 20 and found.skipped
 
 

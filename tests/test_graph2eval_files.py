@@ -13,12 +13,24 @@ from llmpapers.graph2eval.tasks import AnswerIs, Task, task_key, task_to_dict
 
 def a_task(value="12"):
     goal = AnswerIs("number", value)
-    return Task("t" + value, "document", "x", 1, "How many?", "", goal, (), ("n",), task_key(goal, ["n"]))
+    return Task(
+        "t" + value, "document", "x", 1, "How many?", "", goal, (), ("n",), task_key(goal, ["n"])
+    )
 
 
 @pytest.mark.parametrize(
     "reply",
-    ["", "no", "{}", '{"score": "1"}', '{"score": true}', '{"score": 1, "x": 2}', "[1]", "cut", "empty"]
+    [
+        "",
+        "no",
+        "{}",
+        '{"score": "1"}',
+        '{"score": true}',
+        '{"score": 1, "x": 2}',
+        "[1]",
+        "cut",
+        "empty",
+    ]
     + [400, 429, 500, "broken"],
 )
 def test_bad_replies_are_refused(reply):
@@ -64,7 +76,9 @@ def test_an_environment_pays_only_for_the_goal():
 
     with Site(make_world(5)) as site:
         visitor = HttpBrowser(Policy((site.origin,)), send=direct(site))
-        tasks = generate_web_tasks(build_web_graph(crawl(site.origin, visitor).pages), 4, ["search"])
+        tasks = generate_web_tasks(
+            build_web_graph(crawl(site.origin, visitor).pages), 4, ["search"]
+        )
     env = MenuEnv(Digits(menu_tokenizer()))
     for t in tasks:
         prompt = json.loads(json.dumps(as_prompt(t, 5)))

@@ -60,12 +60,14 @@ def test_any_text_is_a_page(source):
 
 
 @few
-@given(
-    st.lists(st.sampled_from("abcdef"), min_size=2, max_size=6, unique=True), st.integers(1, 5)
-)
+@given(st.lists(st.sampled_from("abcdef"), min_size=2, max_size=6, unique=True), st.integers(1, 5))
 def test_a_pdf_comes_back(tmp_path, names, rows):
     table = [["Key", "Value"], *([f"{n}{k}", str(7 * k)] for n in names for k in range(rows))]
-    blocks = [("title", "Report"), ("paragraph", "See Table 2 for all of them."), ("heading", "1 A")]
+    blocks = [
+        ("title", "Report"),
+        ("paragraph", "See Table 2 for all of them."),
+        ("heading", "1 A"),
+    ]
     blocks += [("paragraph", f"Line about {n}, which is short." * 3) for n in names]
     blocks += [("table", (2, "Numbers", table))]
     blocks += [("figure", (1, "Bars from left to right: x, y; the end", dict(x=20, y=41)))]

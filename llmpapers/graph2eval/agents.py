@@ -418,7 +418,10 @@ class VectorSearch:
         scores = self.E @ self.embedder.encode([query])[0]
         return [int(i) for i in np.argsort(-scores, kind="stable")[:k]]
 
-# %% ../../nbs/graph2eval/13_agents.ipynb #02a8a860
+# %% ../../nbs/graph2eval/13_agents.ipynb #45100af6
+_document = re.compile(r' \(document "([^"]*)"\)$')  # how a question names its file
+
+
 def _as_pattern(sentence):
     "A sentence with a gap as a regular expression"
     parts = [re.escape(p) for p in re.split(r"____|#", sentence)]
@@ -458,6 +461,9 @@ def read_answer(
     elements: Sequence[dict],  # With kind, text, doc; rows and number of tables; bars of figures
 ) -> str:  # Empty if it finds nothing
     "Answer from what is given"
+    if named := _document.search(question):
+        question = question[: named.start()]
+        elements = [e for e in elements if e["doc"] == named[1]]
     quoted = _quoted.findall(question)
     if question.startswith("Which number completes"):
         found = _gap(quoted[0], elements)
@@ -569,8 +575,13 @@ class RetrievalAgent(ReaderAgent):
         task: Task,  # Only its instruction is read
     ) -> list[str]:  # k ids
         "The best of the search"
-        query = " ".join(_quoted.findall(task.instruction)) or task.instruction
-        return [self.ids[i] for i in self.searcher.search(query, self.k)]
+        named = _document.search(task.instruction)
+        text = task.instruction[: named.start()] if named else task.instruction
+        ranked = self.searcher.search(" ".join(_quoted.findall(text)) or text, len(self.ids))
+        found = [self.ids[i] for i in ranked]
+        if named:
+            found = [k for k in found if self.kg.attrs[k]["doc"] == named[1]]
+        return found[: self.k]
 
 
 class GraphAgent(RetrievalAgent):

@@ -142,7 +142,7 @@ def subgraph(
 def distance(
     self: KG,
     a: str,  # From
-    b: str,  # To
+    b: str,  # Where to
     type: str = "NavTo",  # Of the edges: clicks
 ) -> int | None:  # None: there is no way
     "Fewest edges of a type from one node to another"
@@ -162,7 +162,7 @@ def distance(
 def reachable(
     self: KG,
     a: str,  # From
-    b: str,  # To
+    b: str,  # Where to
 ) -> bool:  # Along clicks
     "Is there a way?"
     return self.distance(a, b) is not None
@@ -391,9 +391,7 @@ def _menu(pages):
 
 def build_web_graph(
     pages: Sequence[PageSnapshot],  # Of one site, from `crawl`
-) -> (
-    KG
-):  # Node types: `page_types`, External, Fact, Form, SearchBox, Input, Select, Button, Endpoint
+) -> KG:  # Pages, facts, forms and what is in them, and end points
     "Pages as a graph"
     kg, menu = KG(), _menu(pages)
     for p in pages:

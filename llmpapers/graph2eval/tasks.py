@@ -685,6 +685,8 @@ class _DocMaker:
 
     def ask(self, type, question, kind, value, evidence, hops):
         goal = AnswerIs(kind, value)
+        if type not in ("table_qa", "comparison", "verification"):  # sentences recur in other files
+            question += f' (document "{self.kg.attrs[evidence[0]]["doc"]}")'
         return _made(
             "document",
             type,
