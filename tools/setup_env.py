@@ -174,7 +174,7 @@ def install_rest(env, gpu):
         "-c",
         root / "constraints.txt",
         "-e",
-        f"{root}[bench,dev,lab,lora,math,mtl,ray,search,web]",
+        f"{root}[bench,dev,documents,lab,lora,math,mtl,ray,search,web]",
         *engine,
     )
     if not gpu:

@@ -1,0 +1,78 @@
+"The task generator in a real Chromium: the same pages, the same effects, and a fence that holds"
+
+import os
+
+import pytest
+
+from llmpapers.graph2eval.browser import (
+    Action,
+    Chromium,
+    HttpBrowser,
+    Policy,
+    crawl,
+    direct,
+    find_chromium,
+)
+from llmpapers.graph2eval.env import Script, WebEnv, play, regrade
+from llmpapers.graph2eval.graph import build_web_graph
+from llmpapers.graph2eval.site import Site, hostile_pages
+from llmpapers.graph2eval.tasks import generate_web_tasks
+from llmpapers.graph2eval.world import make_world
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    "Chromium; without one the tests are skipped, but fail where CI=true"
+    if not find_chromium():
+        why = "no Chromium on the path (Debian, Ubuntu: apt-get install chromium)"
+        if os.environ.get("CI", "").lower() in ("1", "true"):
+            pytest.fail(why)
+        pytest.skip(why)
+    with Chromium() as c:
+        yield c
+
+
+@pytest.fixture(scope="module")
+def site():
+    with Site(make_world(4), delay=(0.0, 0.05), hostile=True) as s:
+        yield s
+
+
+def test_oracles_work_twice_with_a_slow_server(chromium, site):
+    visitor = HttpBrowser(Policy((site.origin,)), dict(sid=site.new_session()), direct(site))
+    tasks = generate_web_tasks(build_web_graph(crawl(site.origin, visitor).pages), 8, seed=2)
+    site.sessions.clear()
+    with WebEnv(site, "chromium", chromium=chromium) as env:
+        for t in tasks:
+            for _ in range(2):
+                e = play(env, t, Script(t.oracle))
+                assert e.reward == 1, (t.instruction, e.reason, e.steps)
+            assert regrade(e, t, site.world).agrees and regrade(e, t, site.world).same_state
+        assert play(env, tasks[0], Script([])).reward == 0
+    assert not site.sessions
+
+
+@pytest.mark.parametrize("name", [n for n in hostile_pages if n != "slow"])
+def test_hostile_pages_do_not_hang(chromium, site, name):
+    browser = chromium.new(Policy((site.origin,), timeout=3.0))
+    try:
+        browser.goto(f"{site.origin}/hostile/{name}")
+        assert browser.goto(site.origin + "/").status == 200
+        blocked = [u for u in browser.har.blocked() if "127.0.0.2" in u]
+        assert bool(blocked) == (name in ("away", "frame", "socket"))
+    finally:
+        browser.close()
+
+
+def test_contexts_share_nothing(chromium, site):
+    one, two = site.new_session(), site.new_session()
+    lamp = site.world.products[0].id
+    for sid in (one, two):
+        browser = chromium.new(Policy((site.origin,)), dict(sid=sid))
+        browser.goto(f"{site.origin}/p/{lamp}")
+        if sid == one:
+            browser.act(Action("click", "button/Add to wishes/0"))
+        browser.close()
+    assert (site.state(one)["wishes"], site.state(two)["wishes"]) == ([lamp], [])
