@@ -62,6 +62,10 @@ def test_an_index_gives_back_every_event(seed, max_len):
 @given(st.integers(0, 10**6), st.integers(10, 50), st.integers(1, 3))
 def test_nothing_at_or_after_the_split_is_in_training(seed, at, core):
     log = log_of(seed)
+    if not len(k_core(log[log.time < at], core)):
+        with pytest.raises(ValueError, match=f"core={core} leaves none"):
+            split_time(log, float(at), core=core)
+        return
     cut = split_time(log, float(at), core=core)
     assert float(cut.train.time.max()) < at
     late = log.assign(item=np.where(log.time >= at, 99, log.item))

@@ -441,7 +441,12 @@ def split_time(
     early, late = events[events["time"] < at], events[events["time"] >= at]
     if not len(early) or not len(late):
         raise ValueError(f"at={at} leaves {len(early)} events before and {len(late)} after it")
-    train = index_events(k_core(early, core))
+    kept = k_core(early, core)
+    if not len(kept):
+        raise ValueError(
+            f"core={core} leaves none of {len(early)} events before at={at}; take a smaller core"
+        )
+    train = index_events(kept)
     target = late.sort_values("time", kind="stable").drop_duplicates("user")
     item = pd.Index(train.items).get_indexer(target["item"]) + 1
     scene = pd.Index(train.scenes).get_indexer(target["scene"]) + 1
