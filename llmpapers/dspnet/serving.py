@@ -50,7 +50,7 @@ class _Stream:
         new = self.encoder.norm(x)[:, 0]
         self.state = torch.where(ids[:, None] > 0, new, self.state)
 
-# %% ../../nbs/dspnet/08_serving.ipynb #e8c325b0
+# %% ../../nbs/dspnet/08_serving.ipynb #a59e2083
 class Session:
     "Users whose events arrive one by one"
 
@@ -152,7 +152,7 @@ class Session:
         "The likeliest next scenes"
         return best_of(self.scores().scenes, k)
 
-
+# %% ../../nbs/dspnet/08_serving.ipynb #e8c325b0
 def next_scenes(
     model: SequenceModel,  # A model with a scene head
     items: Tensor,  # (B,T) histories, left-padded with 0

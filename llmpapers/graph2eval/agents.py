@@ -81,7 +81,7 @@ class RandomAgent:
             return Action("answer")
         return found[self.gen.integers(len(found))]
 
-# %% ../../nbs/graph2eval/13_agents.ipynb #b8c2bdc7
+# %% ../../nbs/graph2eval/13_agents.ipynb #ed03af8b
 _quoted = re.compile(r'"([^"]*)"')
 _asked = re.compile(r"(?:is the|report its|Which has the \w+|the (?:lower|higher)) ([A-Z]\w+)")
 _stop = set("the a an of to and or on in is its it page what which has find open use".split())
@@ -106,7 +106,7 @@ def candidates(
     out += [Action("answer", value=q) for q in quoted]
     return [*out, Action("answer")]
 
-
+# %% ../../nbs/graph2eval/13_agents.ipynb #b8c2bdc7
 class Memory:
     "What an agent remembers of an episode"
 
@@ -418,7 +418,7 @@ class VectorSearch:
         scores = self.E @ self.embedder.encode([query])[0]
         return [int(i) for i in np.argsort(-scores, kind="stable")[:k]]
 
-# %% ../../nbs/graph2eval/13_agents.ipynb #45100af6
+# %% ../../nbs/graph2eval/13_agents.ipynb #2e6fa77b
 _document = re.compile(r' \(document "([^"]*)"\)$')  # how a question names its file
 
 
@@ -455,7 +455,7 @@ def _target(question, kind, elements):
         return near[0] if near else None
     return same[0] if same else None
 
-
+# %% ../../nbs/graph2eval/13_agents.ipynb #45100af6
 def read_answer(
     question: str,  # As a document task asks it
     elements: Sequence[dict],  # With kind, text, doc; rows and number of tables; bars of figures
@@ -500,7 +500,7 @@ def read_answer(
         return "yes" if any(quoted[0] == e["text"] for e in elements) else "no"
     return ""
 
-# %% ../../nbs/graph2eval/13_agents.ipynb #261b24d0
+# %% ../../nbs/graph2eval/13_agents.ipynb #f633bd6e
 class BlindAgent:
     "Answers without reading"
 
@@ -555,7 +555,7 @@ class RandomReader(ReaderAgent):
         gen = np.random.default_rng([len(task.instruction), 53])
         return [self.ids[i] for i in gen.permutation(len(self.ids))[:10]]
 
-
+# %% ../../nbs/graph2eval/13_agents.ipynb #261b24d0
 class RetrievalAgent(ReaderAgent):
     "Is given what a search finds"
 

@@ -236,7 +236,7 @@ class GymTaskEnv:
         "Release the session"
         self.env._release()
 
-# %% ../../nbs/graph2eval/17_bench_io.ipynb #907f0c10
+# %% ../../nbs/graph2eval/17_bench_io.ipynb #f9023986
 site_name = "__SHOP__"
 
 
@@ -263,7 +263,7 @@ def _network(method, url, status, post=None, query=None, absent=False):
         post_data_schema=None,
     )
 
-
+# %% ../../nbs/graph2eval/17_bench_io.ipynb #61d4018e
 def to_webarena_verified(
     task: Task,  # Of the domain web
     number: int,  # Its number there
@@ -323,7 +323,7 @@ def to_webarena_verified(
         revision=1,
     )
 
-
+# %% ../../nbs/graph2eval/17_bench_io.ipynb #907f0c10
 def webarena_response(
     task: Task,  # What was played
     episode: Episode,  # How it ended

@@ -77,7 +77,7 @@ def refuses(
         return f"origin {origin_of(url)} is not on the list"
     return None
 
-# %% ../../nbs/graph2eval/04_browser.ipynb #a12ce306
+# %% ../../nbs/graph2eval/04_browser.ipynb #dbff2603
 class Reply(NamedTuple):
     "An answer, or what stands for it"
 
@@ -126,7 +126,7 @@ def _read_body(answer, policy, end):
             raise TimeoutError
     return b"".join(parts)
 
-
+# %% ../../nbs/graph2eval/04_browser.ipynb #a12ce306
 def fetch_once(
     policy: Policy,  # What may be reached
     method: str,  # GET, POST or HEAD
@@ -260,7 +260,7 @@ class PageSnapshot:
         parts = urlsplit(self.url)
         return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
-# %% ../../nbs/graph2eval/04_browser.ipynb #ee741566
+# %% ../../nbs/graph2eval/04_browser.ipynb #98c5cbce
 selector = "a[href], button, input:not([type=hidden]), select, textarea"  # what counts as a widget
 _void = {"input", "img", "br", "hr", "meta", "link", "area", "base", "col", "source", "wbr"}
 _mute = {"script", "style", "template", "noscript", "title", "option"}
@@ -270,7 +270,7 @@ _implied = dict.fromkeys(("dt", "dd"), ("dt", "dd")) | {
     t: (t,) for t in ("li", "p", "option", "a", "tr", "td")
 }
 
-
+# %% ../../nbs/graph2eval/04_browser.ipynb #ee741566
 class _PageParser(HTMLParser):
     "Collects widgets, forms, facts and text"
 
@@ -609,7 +609,7 @@ def direct(
 
     return send
 
-# %% ../../nbs/graph2eval/04_browser.ipynb #b7aedc02
+# %% ../../nbs/graph2eval/04_browser.ipynb #7394b244
 class _Fence(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -655,7 +655,7 @@ class _Fence(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = do_OPTIONS = do_PATCH = _pass
 
-
+# %% ../../nbs/graph2eval/04_browser.ipynb #b7aedc02
 class Gate:
     "A proxy on loopback that lets through what a policy allows, and keeps it"
 
@@ -991,7 +991,7 @@ def act(
 
     return self.chromium.call(do)
 
-# %% ../../nbs/graph2eval/04_browser.ipynb #75a4ec7c
+# %% ../../nbs/graph2eval/04_browser.ipynb #b68e32d7
 @dataclass(frozen=True)
 class CrawlLimits:
     "When a crawl stops"
@@ -1027,7 +1027,7 @@ def _robots(policy, origin, agent):
     rules.modified()
     return lambda url: rules.can_fetch(agent, url)
 
-
+# %% ../../nbs/graph2eval/04_browser.ipynb #75a4ec7c
 def crawl(
     origin: str,  # Where to begin; a path may follow
     browser,  # `HttpBrowser` or `ChromiumBrowser`

@@ -25,7 +25,7 @@ from .documents import clean_text
 from .site import _Server, fresh_state
 from .tasks import StateEquals, Task, TaskList, _made, _round_robin
 
-# %% ../../nbs/graph2eval/12_client.ipynb #8837deef
+# %% ../../nbs/graph2eval/12_client.ipynb #ed047ef7
 class ClientError(RuntimeError):
     "No usable reply"
 
@@ -47,7 +47,7 @@ def check_reply(
             raise ValueError(f"{k} must be a {kind.__name__}, not {d[k]!r:.40}")
     return d
 
-
+# %% ../../nbs/graph2eval/12_client.ipynb #8837deef
 class ChatClient:
     "A model behind an endpoint that speaks the OpenAI protocol"
 

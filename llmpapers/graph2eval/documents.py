@@ -140,7 +140,7 @@ def report_blocks(
         out.append(("figure", (number, text, b.returns)))
     return out
 
-# %% ../../nbs/graph2eval/03_documents.ipynb #ebfbad5b
+# %% ../../nbs/graph2eval/03_documents.ipynb #3f80eb74
 class _Pen:
     "Where the next block goes"
 
@@ -204,7 +204,7 @@ def _row(pen, row, height):
         pen.pdf.cell(cell, height, text, border=1)
     pen.y += height
 
-
+# %% ../../nbs/graph2eval/03_documents.ipynb #ebfbad5b
 def write_blocks(
     blocks: list,  # From `report_blocks`
     path: str | Path,  # File

@@ -82,7 +82,7 @@ class KG:
     def __repr__(self):
         return f"KG({len(self.types)} nodes, {len(self.links)} edges)"
 
-# %% ../../nbs/graph2eval/05_graph.ipynb #d2f2eb49
+# %% ../../nbs/graph2eval/05_graph.ipynb #8b3c3a85
 @patch
 def around(
     self: KG,
@@ -119,7 +119,7 @@ def khop(
         seen |= rim
     return seen
 
-
+# %% ../../nbs/graph2eval/05_graph.ipynb #d2f2eb49
 @patch
 def subgraph(
     self: KG,
@@ -369,7 +369,7 @@ def _shared_entities(kg):
             for a, b in zip(ids, ids[1:]):
                 kg.link(a, b, "shares_entity", name=name)
 
-# %% ../../nbs/graph2eval/05_graph.ipynb #d6179c7a
+# %% ../../nbs/graph2eval/05_graph.ipynb #7f6af79d
 page_types = ("Page", "List", "Detail")
 
 
@@ -418,7 +418,7 @@ def build_web_graph(
             kg.link(k, named[0], "Names")
     return kg
 
-
+# %% ../../nbs/graph2eval/05_graph.ipynb #d6179c7a
 def _facts_of(kg, page):
     for label, value in page.facts:
         name = kg.add(f"{page.path}#fact/{label}", "Fact", label=label, value=value, page=page.path)

@@ -123,7 +123,7 @@ def parse(
     first = _node(tokens.pop(0))
     return Pattern(text, first, _parts(tokens, text, False))
 
-# %% ../../nbs/graph2eval/06_metapath.ipynb #c3ce7807
+# %% ../../nbs/graph2eval/06_metapath.ipynb #1519dd33
 class Match(NamedTuple):
     "A path that a pattern describes"
 
@@ -163,7 +163,7 @@ def _steps_from(kg, id, step):
             out.append((other, e))
     return sorted(out)
 
-
+# %% ../../nbs/graph2eval/06_metapath.ipynb #c3ce7807
 def _walk(kg, path, edges, steps) -> Iterator:
     if not steps:
         yield tuple(path), tuple(edges)

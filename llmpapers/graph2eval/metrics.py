@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from datetime import date
 from decimal import Decimal, InvalidOperation
 
-# %% ../../nbs/graph2eval/08_metrics.ipynb #beb1926c
+# %% ../../nbs/graph2eval/08_metrics.ipynb #9c0d904e
 answer_kinds = ("text", "id", "number", "quantity", "money", "date", "yesno")
 _signs = {"$": "USD", "€": "EUR", "£": "GBP", "¥": "JPY"}
 _months = "january february march april may june july august september october november december"
@@ -58,7 +58,7 @@ def _day(text):
         pass
     return None
 
-
+# %% ../../nbs/graph2eval/08_metrics.ipynb #beb1926c
 def canonical(
     kind: str,  # One of `answer_kinds`
     text: str,  # As it was written

@@ -77,7 +77,7 @@ def check_static(
         return Report(False, "the answer does not stand in the evidence")
     return Report(True, "")
 
-# %% ../../nbs/graph2eval/11_quality.ipynb #64a442bc
+# %% ../../nbs/graph2eval/11_quality.ipynb #9457df9f
 class Verification(NamedTuple):
     "Outcome of the gates that execute a task"
 
@@ -126,7 +126,7 @@ def _gates(task, env, probe, repeats, minimality):
                 return "needed", f"action {k + 1} of {len(task.oracle)} is not needed"
     return "", ""
 
-
+# %% ../../nbs/graph2eval/11_quality.ipynb #64a442bc
 def verify(
     task: Task,  # Of the domain web
     env: WebEnv,  # In which its oracle must work
@@ -179,7 +179,7 @@ def executable(
         return last["page"].status == 200 and task.meta["label"] in dict(last["page"].facts)
     return bool(episode.reward)
 
-# %% ../../nbs/graph2eval/11_quality.ipynb #1650cc31
+# %% ../../nbs/graph2eval/11_quality.ipynb #24260662
 def goal_key(
     task: Task,  # Any
 ) -> str:  # The same for the same task
@@ -235,7 +235,7 @@ def _similarities(S, n):
         raise ValueError("S has NaN")
     return S
 
-
+# %% ../../nbs/graph2eval/11_quality.ipynb #1650cc31
 def pairwise_f1(
     groups: Sequence[Sequence[int]],  # As found
     truth: Sequence,  # True group of each item

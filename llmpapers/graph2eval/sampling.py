@@ -119,7 +119,7 @@ SEEDS = dict(
 )
 len(TEMPLATES), len(SEEDS)
 
-# %% ../../nbs/graph2eval/07_sampling.ipynb #0b0f5395
+# %% ../../nbs/graph2eval/07_sampling.ipynb #6b42ca6d
 @dataclass(frozen=True)
 class Subgraph:
     "A piece of a graph"
@@ -184,7 +184,7 @@ def _distinct_from(nodes, kept, most=0.7):
     s = set(nodes)
     return all(len(s & set(k.nodes)) <= most * len(s | set(k.nodes)) for k in kept)
 
-
+# %% ../../nbs/graph2eval/07_sampling.ipynb #0b0f5395
 def sample_document(
     kg: KG,  # Of documents
     spec: StructSpec,  # Template

@@ -28,7 +28,7 @@ from .metrics import answers_match, kind_of
 from .site import fresh_state
 from .world import World
 
-# %% ../../nbs/graph2eval/09_tasks.ipynb #b706a102
+# %% ../../nbs/graph2eval/09_tasks.ipynb #aba06aa7
 def canonical_path(
     url: str,  # Absolute, or a path
 ) -> str:  # Path and sorted query, without what only decorates a page
@@ -85,7 +85,7 @@ class StateContains:
         "Are these parts right?"
         return all(state.get(k) == v for k, v in self.parts.items())
 
-
+# %% ../../nbs/graph2eval/09_tasks.ipynb #b706a102
 @dataclass(frozen=True)
 class AnswerIs:
     "The answer stands for this value"
@@ -370,7 +370,7 @@ def _relation(m):
             claims=[[title, via["label"], via["value"]], [via["value"], fact["label"]]],
         )
 
-# %% ../../nbs/graph2eval/09_tasks.ipynb #e95778d0
+# %% ../../nbs/graph2eval/09_tasks.ipynb #a787764c
 def _compare(m):
     "Which of two pages has the larger or smaller amount"
     by_label = {}
@@ -409,7 +409,7 @@ def _compare(m):
         )
     yield "no two pages with amounts of one label"
 
-
+# %% ../../nbs/graph2eval/09_tasks.ipynb #e95778d0
 def _search(m):
     "Find by the search box; tried for pages with a price"
     boxes = match(m.kg, "* -Contains-> SearchBox -Contains-> Input:q", start="/")
@@ -469,7 +469,7 @@ def _filter(m):
             claims=[[title, ""]],
         )
 
-# %% ../../nbs/graph2eval/09_tasks.ipynb #c4ae1735
+# %% ../../nbs/graph2eval/09_tasks.ipynb #4cc8ec29
 def _add_count(state, fields):
     cart = state["cart"]
     return dict(cart=cart | {fields["item"]: cart.get(fields["item"], 0) + int(fields["quantity"])})
@@ -539,7 +539,7 @@ def _one_form(m, f, state, here):
 
 _forms = "Page|List|Detail:page -Contains-> Form:form -Contains-> Button:b -Triggers-> Endpoint"
 
-
+# %% ../../nbs/graph2eval/09_tasks.ipynb #c4ae1735
 def _form(m):
     "One form"
     while True:
@@ -661,7 +661,7 @@ def generate_web_tasks(
     }
     return _round_robin(makers, n)
 
-# %% ../../nbs/graph2eval/09_tasks.ipynb #2742c123
+# %% ../../nbs/graph2eval/09_tasks.ipynb #d47a661b
 _value = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?![\w.])")
 _refer = re.compile(r"\b(Table|Figure)\s+\d+\b")
 _name = re.compile(r"\b[A-Z][a-z]+(?: [A-Z][a-z]+)?\b")
@@ -708,7 +708,7 @@ class _DocMaker:
             if len(found) == 1 and not _refer.search(text) and self.copies[text] == 1:
                 yield k, text, found[0]
 
-
+# %% ../../nbs/graph2eval/09_tasks.ipynb #a4602818
 def _extraction(m):
     for k, text, number in m.numbered():
         question = f'Which number completes this sentence: "{text.replace(number, blank)}"'
@@ -745,7 +745,7 @@ def _follow(m, kind):
             else:
                 yield None
 
-
+# %% ../../nbs/graph2eval/09_tasks.ipynb #44c30e87
 def _cross_reference(m):
     for got in _follow(m, "table"):
         if got is None:
@@ -785,7 +785,7 @@ def _multi_hop(m):
         question = f'{first} Which word completes "{second}"'
         yield m.ask("multi_hop", question, "text", rest[0], [f.bindings["a"], f.bindings["b"]], 2)
 
-
+# %% ../../nbs/graph2eval/09_tasks.ipynb #2742c123
 def _comparison(m):
     alike = {}
     for k, text, number in m.numbered():

@@ -64,7 +64,7 @@ class Layout:
     def __str__(self):
         return f"{self.prelude}+{self.core}R{self.loops}+{self.coda}"
 
-# %% ../../nbs/mesh/01_layout.ipynb #abbcd68c
+# %% ../../nbs/mesh/01_layout.ipynb #b727231c
 supplements = ("residual", "anchor", "anchor_emb")  # What a fixed sum may add to the core's output
 trained_schemes = ("static", "dynamic", "mesh", "step", "adapter", "injection")
 
@@ -82,7 +82,7 @@ def check_scheme(
         )
     return scheme
 
-
+# %% ../../nbs/mesh/01_layout.ipynb #abbcd68c
 class RecursiveConfig(PreTrainedConfig):
     "Everything that determines a recursive language model"
 

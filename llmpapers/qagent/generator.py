@@ -158,7 +158,7 @@ class TinyReader:
             out[i] = self.tokenizer.decode(kept).strip()
         return out
 
-# %% ../../nbs/qagent/07_generator.ipynb #807371fb
+# %% ../../nbs/qagent/07_generator.ipynb #df73559c
 def _chat_url(base_url):
     "Address of the chat protocol, from one that has a scheme and a server"
     if not isinstance(base_url, str):
@@ -186,7 +186,7 @@ class _Reply(NamedTuple):
 
 _not_served = (401, 403, 404)  # the key, the rights, the route or the model
 
-
+# %% ../../nbs/qagent/07_generator.ipynb #a7d2a144
 class OpenAIGenerator:
     "A server with OpenAI's chat protocol as a reader"
 
@@ -276,7 +276,7 @@ class OpenAIGenerator:
                 break
         return reply
 
-
+# %% ../../nbs/qagent/07_generator.ipynb #807371fb
 def _read_reply(response):
     "The answer in a response of the chat protocol"
     try:

@@ -265,7 +265,7 @@ class BatchedSearch:
         "Ask, together with whoever asks at about the same time"
         return _or_raise(await asyncio.gather(*map(self.batcher, queries), return_exceptions=True))
 
-# %% ../../nbs/qagent/05_rollout.ipynb #33fb8f80
+# %% ../../nbs/qagent/05_rollout.ipynb #b3d32523
 class OneCall:
     "A retriever for a batch of episodes: asked once all that are still in play wait for it"
 
@@ -332,7 +332,7 @@ class OneCall:
             else:
                 future.set_result(answers)
 
-
+# %% ../../nbs/qagent/05_rollout.ipynb #33fb8f80
 class Rounds(OneCall):
     "The same for batches that follow each other: episodes join when they begin"
 
@@ -348,7 +348,7 @@ class Rounds(OneCall):
         "An episode begins"
         self.players += 1
 
-# %% ../../nbs/qagent/05_rollout.ipynb #aea36a76
+# %% ../../nbs/qagent/05_rollout.ipynb #f2bf5b81
 stops = ("</search>", "</answer>")
 instruction = """Answer the question. You can search a corpus of passages.
 First plan: <plan> what is missing, and how to find it </plan>
@@ -404,7 +404,7 @@ def _instruct(chat_template, question):
     text = instruction.format(question=question)
     return [dict(role="user", content=text)] if chat_template else text
 
-
+# %% ../../nbs/qagent/05_rollout.ipynb #aea36a76
 def first_ids(
     policy: Policy,  # Who searches
     question: str,  # In words

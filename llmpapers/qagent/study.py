@@ -135,7 +135,7 @@ def naive_answers(
     asked = [q.text for q in questions]
     return generator.answer(asked, retriever.search(asked, k))
 
-# %% ../../nbs/qagent/11_study.ipynb #98c0bbb6
+# %% ../../nbs/qagent/11_study.ipynb #04aa76e3
 class Stage(NamedTuple):
     "One call of `train_grpo`"
 
@@ -191,7 +191,7 @@ def _stages(cfg, arm):
     what, *more = _variant(arm)
     return [first, Stage(what, cfg.more, *more)]
 
-
+# %% ../../nbs/qagent/11_study.ipynb #98c0bbb6
 def _check_study(cfg, coverage, seed):
     "Coverage and seed as plain numbers"
     if not isinstance(cfg, StudyConfig):

@@ -29,7 +29,7 @@ from llmpapers.qagent.rollout import (
 from .server import corpus_to_serve, json_route, page_row, retrievers, serve
 from .world import Doc
 
-# %% ../../nbs/qagent/12_submodule.ipynb #c5e138e8
+# %% ../../nbs/qagent/12_submodule.ipynb #7828c786
 class SearchResult(NamedTuple):
     "What an agent found"
 
@@ -62,7 +62,7 @@ def room_for_turns(
 
 _limits = RolloutConfig()
 
-
+# %% ../../nbs/qagent/12_submodule.ipynb #c5e138e8
 class SearchAgent:
     "A policy with a retriever: questions in, passages out"
 
