@@ -158,6 +158,41 @@ def test_a_rollout_that_ends_badly_in_turns(how):
     assert len(rows) == 3
 
 
+def fragile(seen):
+    "Seeded answers; the judge fails at the first two of each member of group BAD"
+
+    async def play(client, group, index):
+        c = await client.generate([4], sampling)
+        seen.setdefault((group.group_id, index), []).append(list(c.token_ids))
+        if group.group_id == BAD and len(seen[group.group_id, index]) < 3:
+            raise ValueError("this answer cannot be judged")
+        return sample(c, float(index))
+
+    return play
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_seeded_retry_is_another_answer(together):
+    """A judge that fails at one answer sees another one; the first attempts of two runs are equal"""
+    runs = []
+    for _ in range(2):
+        seen = {}
+        if together:
+            c = controller(fragile(seen), alpha=0.0)
+            c.run(1)
+            assert not c.failed
+        else:
+            m = lm()
+            train_sync(
+                HFEngine(m), source, fragile(seen), trainer(m), 1, batch_size=4, group_size=2
+            )
+        for index in range(2):
+            tries = seen[BAD, index]
+            assert len(tries) == 3 and len({tuple(t) for t in tries}) > 1
+        runs.append(seen)
+    assert runs[0] == runs[1]
+
+
 @pytest.mark.slow
 def test_a_rollout_that_hangs():
     """A deadline ends it; the others go on"""

@@ -195,7 +195,7 @@ async def play_rollout(
     n: int = 1,  # Members of the group
 ) -> Sample | list[Sample]:  # The member, or all of them
     "Play, and make every fault an ordinary exception"
-    client = EngineClient(proxy.generate, group.group_id, index, proxy.call)
+    client = EngineClient(proxy.generate, group.group_id, index, proxy.call, group.attempt)
     try:
         if index is None:
             got = await rollout.group(client, group, n)

@@ -57,9 +57,10 @@ class EngineClient:
         group_id: int,  # Group, part of the request ids
         index: int | None,  # Member, part of the request ids; None: all members together
         command: Callable | None = None,  # Runs a function on the engine: `EngineProxy.call`
+        attempt: int = 0,  # How often the member was started again; the tokens are others then
     ):
         self.complete, self.command = complete, command
-        self.group_id, self.turn = group_id, 0
+        self.group_id, self.turn, self.attempt = group_id, 0, attempt
         self.name = f"{group_id}.{'all' if index is None else index}"
 
     async def generate(
@@ -69,7 +70,7 @@ class EngineClient:
         constraint: Constraint | None = None,  # What the new tokens may be; None: anything
     ) -> Completion:  # The new tokens
         "Sample the response of the next turn"
-        name = f"{self.name}.{self.turn}"
+        name = f"{self.name}.{self.turn}" + (f"~{self.attempt}" if self.attempt else "")
         self.turn += 1
         request = Request(name, list(prompt_ids), sampling, constraint=constraint)
         return await self.complete(request)
@@ -79,7 +80,7 @@ class EngineClient:
         index: int,  # Member
     ) -> "EngineClient":  # Its requests have the names, and so the tokens, of this member
         "The client of one member, for rollouts that make a whole group"
-        return EngineClient(self.complete, self.group_id, index, self.command)
+        return EngineClient(self.complete, self.group_id, index, self.command, self.attempt)
 
     async def engine(
         self,
