@@ -173,7 +173,7 @@ def fragile(seen):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_a_seeded_retry_is_another_answer(together):
-    """A judge that fails at one answer sees another one; the first attempts of two runs are equal"""
+    """A judge that fails at one answer sees another; two runs are equal"""
     runs = []
     for _ in range(2):
         seen = {}
