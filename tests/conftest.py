@@ -49,15 +49,8 @@ def pytest_configure(config):
     os.environ["LLMPAPERS_TEST_FOLDER"] = str(config.run_folder)
     kernel = config.run_folder / "jupyter" / "kernels" / KERNEL
     kernel.mkdir(parents=True)
-    argv = [
-        sys.executable,
-        "-m",
-        "ipykernel_launcher",
-        "--log-level=ERROR",
-        "--HistoryManager.enabled=False",
-        "-f",
-        "{connection_file}",
-    ]
+    launcher = str(root / "tests" / "warm_kernel.py")
+    argv = [sys.executable, "-I", "-S", launcher, "launch", "{connection_file}"]
     (kernel / "kernel.json").write_text(
         json.dumps(dict(argv=argv, display_name=KERNEL, language="python"))
     )
@@ -147,8 +140,17 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def kernel():
-    "Name of a kernel that runs this interpreter, whatever is installed on the machine"
-    return KERNEL
+    """Name of a kernel that runs this interpreter, whatever is installed on the machine; it is
+    forked from a process that has done the heavy imports"""
+    from warm_kernel import start_server
+
+    path = os.path.join(os.environ["LLMPAPERS_TEST_FOLDER"], f"kernels-{os.getpid()}")
+    server = start_server(path, dict(os.environ))
+    os.environ["LLMPAPERS_WARM_KERNELS"] = path
+    yield KERNEL
+    del os.environ["LLMPAPERS_WARM_KERNELS"]
+    server.terminate()
+    server.wait()
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -1,12 +1,15 @@
 "The test suite's own machinery: groups, order, the summary, and the measure of CPU time"
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
+from jupyter_client.manager import KernelManager
 
 from common import Processes, machine_traces, root
 
@@ -142,3 +145,71 @@ def test_machine_traces():
     assert machine_traces("see /home/ann/x and /tmp/abc.py") == ["/home/ann", "/tmp/abc.py"]
     assert machine_traces(str(root / "nbs")) and machine_traces("C:\\Users\\ann")
     assert machine_traces("a/b, 1/2, https://x.org/home/page, runs/home/x, and/or") == []
+
+
+@pytest.fixture
+def started(kernel):
+    "Starts kernels as the notebooks do; they are ended with the test"
+    kept = []
+
+    def start(**env):
+        manager = KernelManager(kernel_name=kernel)
+        manager.start_kernel(env=dict(os.environ, **env))
+        client = manager.client()
+        client.start_channels()
+        client.wait_for_ready(timeout=120)
+        kept.append((manager, client))
+        return manager, client
+
+    yield start
+    for manager, client in kept:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def printed(client, code):
+    "What a cell prints, and how it ended"
+    said = []
+
+    def hear(message):
+        if message["msg_type"] == "stream":
+            said.append(message["content"]["text"])
+
+    reply = client.execute_interactive(code, timeout=60, output_hook=hear)
+    return "".join(said).strip(), reply["content"].get("ename", "ok")
+
+
+def test_a_forked_kernel_is_one_of_its_own(started):
+    "Heavy modules are there, names are not; environment and draws are the kernel's own"
+    _, one = started(FRUIT="pear")
+    _, two = started(FRUIT="plum")
+    look = "import os, sys; print('torch' in sys.modules, 'torch' in dir(), os.environ['FRUIT'])"
+    assert [printed(k, look)[0] for k in (one, two)] == ["True False pear", "True False plum"]
+    draws = [printed(k, "import numpy as np; print(np.random.rand())")[0] for k in (one, two)]
+    assert draws[0] != draws[1]
+    printed(one, "planted = 1")
+    assert printed(two, "planted")[1] == "NameError"
+
+
+def test_a_forked_kernel_is_interrupted_and_killed(started):
+    "An interrupt ends the cell and not the kernel; the kernel dies with its launcher"
+    manager, client = started()
+    pid = int(printed(client, "import os, time; print(os.getpid())")[0])
+    assert pid != manager.provisioner.pid
+    sent = client.execute("time.sleep(600)")
+    time.sleep(1)
+    manager.interrupt_kernel()
+    while (reply := client.get_shell_msg(timeout=60))["parent_header"]["msg_id"] != sent:
+        pass
+    assert reply["content"]["ename"] == "KeyboardInterrupt"
+    assert printed(client, "print(1 + 1)") == ("2", "ok")
+    process = psutil.Process(pid)
+    manager.shutdown_kernel(now=True)
+    process.wait(30)
+
+
+def test_without_a_server_a_launcher_is_a_kernel(started, monkeypatch):
+    "The same kernel, only slower"
+    monkeypatch.delenv("LLMPAPERS_WARM_KERNELS")
+    manager, client = started()
+    assert int(printed(client, "import os; print(os.getpid())")[0]) == manager.provisioner.pid
