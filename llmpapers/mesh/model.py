@@ -28,7 +28,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from ..core.lm import load_lm
 from .layout import Layout, RecursiveConfig
 from .recurrence import Trace, run_scheme
-from .rivals import LoopLinear, make_between
+from .rivals import LoopLinear, aside, make_between
 
 # %% ../../nbs/mesh/04_model.ipynb #c40814c8
 class RecursiveAttention(nn.Module):
@@ -100,6 +100,8 @@ class OwnMLP(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(cfg.d_model, cfg.layer_norm_eps)
         self.mlp = RecursiveMLP(cfg)
+        for module in self.mlp.modules():
+            module.drawn_by_layer = True  # base has no such weights
 
 
 class RecursiveLayer(GradientCheckpointingLayer):
@@ -118,7 +120,8 @@ class RecursiveLayer(GradientCheckpointingLayer):
         self.attention = RecursiveAttention(cfg, rank)
         self.mlp = RecursiveMLP(cfg, rank)
         own = cfg.loops - 1 if per_loop == "mlp" else 0
-        self.own = nn.ModuleList(OwnMLP(cfg) for _ in range(own))
+        with aside():
+            self.own = nn.ModuleList(OwnMLP(cfg) for _ in range(own))
         self.out_norms = nn.ModuleList(
             nn.LayerNorm(d, eps) for _ in range(2 * (cfg.norm == "peri"))
         )
@@ -158,35 +161,42 @@ class RecursivePreTrained(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def _init_weights(self, module):
-        cfg = self.config
-        std = 0.9 / cfg.d_model**0.5 if cfg.init == "width" else 0.02
-        deep = (2 * cfg.num_hidden_layers) ** -0.5
+    def _draw(self, module):
+        "Matrices of a module, equation (1)"
+        std = 0.9 / self.config.d_model**0.5 if self.config.init == "width" else 0.02
+        deep = (2 * self.config.num_hidden_layers) ** -0.5
         if isinstance(module, RecursiveAttention):
             init.normal_(module.dense.weight, std=std * deep)
         elif isinstance(module, RecursiveMLP):
             init.normal_(module.dense_4h_to_h.weight, std=std * deep)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=std)
-            if module.bias is not None:
+            if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
             if getattr(module, "rank", 0):
-                init.normal_(module.down, std=module.in_features**-0.5)
+                with aside():
+                    init.normal_(module.down, std=module.in_features**-0.5)
                 init.zeros_(module.up)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.LayerNorm):
+
+    def _init_weights(self, module):
+        if not getattr(module, "drawn_by_layer", False):
+            self._draw(module)
+        if isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, RecursiveLayer) and module.own:
+            with aside():
+                for part in reversed(list(module.own.modules())):  # inner ones first
+                    self._draw(part)
         elif isinstance(module, RecursiveModel):  # what its constructor does not leave right
-            fresh = make_between(cfg)
+            fresh = make_between(self.config)
             with torch.no_grad():
                 for (_, p), (_, q) in zip(
                     module.between.named_parameters(), fresh.named_parameters()
                 ):
                     init.copy_(p, q)
-            rotary = int(cfg.d_model // cfg.n_heads * cfg.rotary_pct)
-            init.copy_(module.inv_freq, _frequencies(cfg.rope_theta, rotary))
+            rotary = int(self.config.d_model // self.config.n_heads * self.config.rotary_pct)
+            init.copy_(module.inv_freq, _frequencies(self.config.rope_theta, rotary))
 
 
 def _frequencies(theta, rotary):

@@ -8,6 +8,7 @@ __all__ = ['arms', 'late_share', 'StudyConfig', 'arm_config', 'token_loss', 'loo
 
 # %% ../../nbs/mesh/06_train.ipynb #6c9cd0d5
 import functools
+import importlib
 import json
 from dataclasses import dataclass, field, replace
 
@@ -173,6 +174,13 @@ def study_corpus(
     return byte_corpus(source, 0, size)
 
 
+def _code():
+    "Modules whose source decides what a training comes to"
+    parts = ("layout", "recurrence", "rivals", "model", "data", "train")
+    names = ("llmpapers.core.train", *(f"llmpapers.mesh.{x}" for x in parts))
+    return [importlib.import_module(name) for name in names]
+
+
 def outcome(
     study: StudyConfig,  # What arms have in common
     arm: str,  # One of `arms`
@@ -197,7 +205,7 @@ def outcome(
         done.model.to("cpu").save_pretrained(out / "model")
 
     recipe = dict(study=study, arm=arm, fields=arms[arm], seed=seed, text=text.digest)
-    folder = artifact("mesh_lm", recipe, build)
+    folder = artifact("mesh_lm", recipe, build, code=_code())
     found = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
     return found | dict(model=str(folder / "model"))
 
