@@ -102,7 +102,7 @@ class Injection(Mixer):
 def aside():
     "Draws inside come from a stream of their own; the global one stays where it was"
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**62, ())))
+        torch.manual_seed(int(torch.randint(2**62, (), device="cpu")))
         yield
 
 # %% ../../nbs/mesh/03_rivals.ipynb #e97214fc
