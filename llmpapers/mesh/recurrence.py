@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .layout import check_scheme
+from ..core.scale import check_number
+from .layout import check_scheme, trained_schemes
 
 # %% ../../nbs/mesh/02_recurrence.ipynb #8eb75b17
 class Mixer(nn.Module):
@@ -115,6 +116,11 @@ def mesh_cycle(
     r: Tensor,  # (...,B) read weights, summing to one
 ) -> tuple[Tensor, Tensor]:  # (...,B,D) memory after the write; (...,D) what is read from it
     "Write, then read, equation (3)"
+    if not w.shape[-1] == r.shape[-1] == slots.shape[-2]:
+        raise ValueError(
+            f"slots has {slots.shape[-2]} slots, w {w.shape[-1]} and r {r.shape[-1]} weights; "
+            "they must agree"
+        )
     slots = slots + w.unsqueeze(-1) * y.unsqueeze(-2)
     return slots, (r.unsqueeze(-1) * slots).sum(-2)
 
@@ -146,6 +152,9 @@ class MeshRouters(nn.Module):
             raise ValueError(
                 f"d_model={d_model}, n_cycles={n_cycles}, n_slots={n_slots} must be at least 1"
             )
+        check_number("bias_init", bias_init, "(-inf, inf)")
+        if first_sees not in ("input", "output"):
+            raise ValueError(f"first_sees={first_sees!r} must be 'input' or 'output'")
         rows = 1 if shared else n_cycles
         self.n_cycles, self.n_slots, self.first_sees = n_cycles, n_slots, first_sees
         self.bias_init = bias_init
@@ -221,8 +230,15 @@ def run_mesh(
     routers: MeshRouters,  # Weights of K + 1 cycles
     impl: str = "unrolled",  # "unrolled" or "slots"
     trace: Trace | None = None,  # Filled if given
+    any_loops: bool = False,  # Accept more loops than routers; the last pair goes on
 ) -> Tensor:  # (...,D) h^(K)
     "The memory of the paper, equations (3) and (4)"
+    check_number("n_loops", n_loops, "int [1, inf)")
+    if n_loops >= routers.n_cycles and not any_loops:
+        raise ValueError(
+            f"n_loops={n_loops} needs {n_loops + 1} pairs of routers, there are "
+            f"{routers.n_cycles}; any_loops=True goes on with the last"
+        )
     if impl not in ("unrolled", "slots"):
         raise ValueError(f"impl={impl!r} must be 'unrolled' or 'slots'")
     h, states, write = h_emb, [h_emb], []
@@ -268,14 +284,19 @@ def run_scheme(
     routers: nn.Module | None = None,  # `MeshRouters`, or the `Mixer` of a trained scheme
     impl: str = "unrolled",  # "unrolled" or "slots", for mesh
     keep: bool = True,  # Keep the trace
+    any_loops: bool = False,  # Accept more loops than routers; the last pair goes on
 ) -> tuple[Tensor, Trace | None]:  # (...,D) h^(K); what happened
     "Prelude and loops with a scheme between them"
     check_scheme(scheme)
+    check_number("n_loops", n_loops, "int [1, inf)")
     trace = Trace(h_emb=h_emb) if keep else None
+    if routers is None and scheme in trained_schemes:
+        raise TypeError(f"routers: {scheme} needs its module, see `make_between`")
+    if (scheme == "mesh") != hasattr(routers, "n_cycles"):
+        wanted = "MeshRouters" if scheme == "mesh" else "a Mixer or nothing"
+        raise TypeError(f"routers: {scheme} needs {wanted}, got {type(routers).__name__}")
     if scheme == "mesh":
-        if not isinstance(routers, MeshRouters):
-            raise TypeError("routers: mesh needs MeshRouters")
-        return run_mesh(h_emb, prelude, core, n_loops, routers, impl, trace), trace
+        return run_mesh(h_emb, prelude, core, n_loops, routers, impl, trace, any_loops), trace
     mixer = FixedSum(scheme) if routers is None else routers
     h = h0 = prelude(h_emb)
     if trace is not None:
