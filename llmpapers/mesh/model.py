@@ -9,13 +9,20 @@ __all__ = ['RecursiveAttention', 'RecursiveMLP', 'OwnMLP', 'RecursiveLayer', 'Re
 # %% ../../nbs/mesh/04_model.ipynb #b5587422
 import copy
 import difflib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -129,6 +136,16 @@ class RecursiveLayer(GradientCheckpointingLayer):
             nn.LayerNorm(d, eps) for _ in range(2 * (cfg.norm == "peri"))
         )
 
+    def branch(
+        self,
+        t: int,  # Loop; beyond the last its own are used
+    ) -> tuple[nn.LayerNorm, RecursiveMLP]:  # Norm and MLP
+        "What a loop puts in the place of the MLP"
+        if not self.own or t == 0:
+            return self.post_attention_layernorm, self.mlp
+        mine = self.own[min(t, len(self.own)) - 1]
+        return mine.norm, mine.mlp
+
     def forward(
         self,
         h: Tensor,  # (b,l,D) stream
@@ -138,14 +155,12 @@ class RecursiveLayer(GradientCheckpointingLayer):
         t: int = 0,  # Loop
         index: int = 0,  # Place in the computed stack
         past_key_values=None,  # Keys and values so far
+        branch: tuple | None = None,  # Norm and MLP to use; None: those of loop `t`
     ) -> Tensor:  # (b,l,D) stream after the layer
         "Both branches, added to the stream"
+        norm, mlp = self.branch(t) if branch is None else branch
         a = self.attention(self.input_layernorm(h), cos, sin, mask, t, index, past_key_values)
-        if self.own and t > 0:
-            mine = self.own[min(t, len(self.own)) - 1]
-            m = mine.mlp(mine.norm(h), 0)
-        else:
-            m = self.mlp(self.post_attention_layernorm(h), t)
+        m = mlp(norm(h), t)
         if self.out_norms:
             a, m = self.out_norms[0](a), self.out_norms[1](m)
         return h + a + m
@@ -338,6 +353,13 @@ class _Pass:
 def _context(self: RecursiveModel, h, attention_mask, position_ids, cache, keep_hidden):
     "Positions, mask and cache of a forward pass"
     past = int(cache.get_seq_length()) if cache is not None else 0
+    if getattr(attention_mask, "ndim", 0) == 2:
+        want = (len(h), past + h.shape[1])
+        if tuple(attention_mask.shape) != want:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, {past} tokens in the "
+                f"cache and {h.shape[1]} new ones in {len(h)} rows need {want}"
+            )
     if position_ids is None:
         position_ids = torch.arange(past, past + h.shape[1], device=h.device)[None]
     mask = create_causal_mask(
@@ -407,11 +429,12 @@ def forward(
     return_states: bool = False,  # Give the `Trace`
     output_hidden_states: bool | None = None,  # Give the stream after every computed layer
     impl: str = "unrolled",  # Form of the memory: "unrolled" or "slots"
+    return_dict: bool | None = None,  # False: a tuple; None: as the configuration says
     **kwargs,  # Not used; a name close to one above is refused
 ) -> RecursiveOutput:  # Final states, cache, trace
     "Embedding to final norm"
     cfg, layout = self.config, self.config.depth
-    _check_names(kwargs)
+    _check_names(dict(output_attentions=cfg.output_attentions) | kwargs)
     loops = self.loops_of(n_loops, any_loops)
     keep_hidden = cfg.output_hidden_states if output_hidden_states is None else output_hidden_states
     if (input_ids is None) == (inputs_embeds is None):
@@ -426,6 +449,11 @@ def forward(
                 "past_key_values: gradient checkpointing in training mode keeps no cache; "
                 "call eval() first"
             )
+        if use_cache:
+            warnings.warn(
+                "use_cache=True: gradient checkpointing in training mode makes no cache",
+                stacklevel=2,
+            )
         use_cache = False  # a second pass over a layer would write its keys twice
     if use_cache and cache is None:
         cache = DynamicCache()
@@ -439,7 +467,7 @@ def forward(
 
     def core(h, t):
         if fast is not None:
-            return fast(h, ctx.cos, ctx.sin, ctx.mask, t if self._differs() else 0)
+            return self._fast(fast, h, ctx, t)
         h = ctx.run(self.core_layers(t), h, t, layout.prelude + t * layout.core)
         return self.core_norm(h)
 
@@ -450,18 +478,30 @@ def forward(
     if trace is not None:
         trace.last = h
     normed = self.final_layer_norm(h)
-    return RecursiveOutput(
+    res = RecursiveOutput(
         last_hidden_state=normed,
         past_key_values=cache,
         hidden_states=(*ctx.hidden[:-1], normed) if keep_hidden else None,
         trace=trace,
     )
+    as_dict = cfg.return_dict if return_dict is None else return_dict
+    return res if as_dict else res.to_tuple()
 
 # %% ../../nbs/mesh/04_model.ipynb #19f32995
+def _run_core(layers, branches, norm, h, cos, sin, mask, t):
+    "One run of the core; every weight comes in as an argument, so one graph serves all loops"
+    for layer, branch in zip(layers, branches):
+        h = layer(h, cos, sin, mask, t, 0, branch=branch)
+    return norm(h)
+
+
 @patch
-def _differs(self: RecursiveModel):
-    "Do loops run different code?"
-    return self.config.per_loop != "none" or not self.config.tie_core
+def _fast(self: RecursiveModel, compiled, h, ctx, t):
+    "One run of the core by a compiled function"
+    layers = self.core_layers(t)
+    branches = [layer.branch(t) for layer in layers]
+    t = t if self.config.per_loop == "lora" else 0  # else the arguments say all
+    return compiled(layers, branches, self.core_norm, h, ctx.cos, ctx.sin, ctx.mask, t)
 
 
 @patch
@@ -470,13 +510,7 @@ def compile_core(
     **how,  # Arguments of `torch.compile`, e.g. `mode="max-autotune"`
 ) -> None:
     "Compile one run of the core; used where there is no cache, as in training"
-
-    def run(h, cos, sin, mask, t):
-        for layer in self.core_layers(t):
-            h = layer(h, cos, sin, mask, t, 0)
-        return self.core_norm(h)
-
-    self.compiled_core = torch.compile(run, **how)
+    self.compiled_core = torch.compile(_run_core, **how)
 
 # %% ../../nbs/mesh/04_model.ipynb #fa41142b
 class RecursiveLM(RecursivePreTrained, GenerationMixin):
@@ -544,6 +578,7 @@ class RecursiveLM(RecursivePreTrained, GenerationMixin):
             return_states,
             output_hidden_states,
             impl,
+            return_dict=True,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep])
@@ -578,23 +613,29 @@ def make_lm(
     return model.eval()
 
 # %% ../../nbs/mesh/04_model.ipynb #2edaa324
-def _compatible(hf):
-    "Refuse what a layer here cannot express"
-    c = hf.config
-    if not hasattr(hf, "gpt_neox") and c.model_type == "gpt_neox":
-        raise ValueError("hf_model: need a model with its head, `GPTNeoXForCausalLM`")
+def _neox_model(source):
+    "The model of a folder or hub id, or the model itself, if a layer here can express it"
+    given = isinstance(source, (str, Path))
+    c = AutoConfig.from_pretrained(str(source)) if given else source.config
     if c.model_type != "gpt_neox":
         raise ValueError(f"hf_model: need a GPT-NeoX model, such as Pythia, got {c.model_type!r}")
-    wrong = dict(
-        use_parallel_residual=not c.use_parallel_residual,
-        attention_bias=not c.attention_bias,
-        hidden_act=c.hidden_act != "gelu",
-        rope_type=c.rope_parameters.get("rope_type", "default") != "default",
+    _compatible(c)
+    hf = load_lm(str(source), device="cpu").model if given else source
+    if not hasattr(hf, "gpt_neox"):
+        raise ValueError("hf_model: need a model with its head, `GPTNeoXForCausalLM`")
+    return hf
+
+
+def _compatible(c):
+    "Refuse what a layer here cannot express"
+    needed = dict(
+        use_parallel_residual=True, attention_bias=True, hidden_act="gelu", rope_type="default"
     )
-    if any(wrong.values()):
-        names = [k for k, v in wrong.items() if v]
-        found = ", ".join(f"{k}={getattr(c, k, c.rope_parameters)!r}" for k in names)
-        raise ValueError(f"hf_model: {found} not supported; a layer here has no such variant")
+    found = {k: getattr(c, k, None) for k in needed}
+    found["rope_type"] = c.rope_parameters.get("rope_type", "default")
+    wrong = [f"{k}={found[k]!r} (need {v!r})" for k, v in needed.items() if found[k] != v]
+    if wrong:
+        raise ValueError(f"hf_model: not supported: {', '.join(wrong)}")
 
 
 def _core_states(layers, layout, how):
@@ -616,9 +657,7 @@ def from_gpt_neox(
     **fields,  # Fields of `RecursiveConfig`: scheme, tie_core, n_slots, ...
 ) -> RecursiveLM:  # In evaluation mode, with the type of the model
     "A recursive model that starts from the layers of a stack"
-    given = isinstance(hf_model, (str, Path))
-    hf = load_lm(str(hf_model), device="cpu").model if given else hf_model
-    _compatible(hf)
+    hf = _neox_model(hf_model)
     layout, c = Layout.parse(layout), hf.config
     if layout.computed != c.num_hidden_layers:
         raise ValueError(
@@ -648,6 +687,11 @@ def from_gpt_neox(
         if name in taken:
             raise ValueError(f"{name} is that of the checkpoint and cannot be given")
     cfg = RecursiveConfig(**taken, **known_fields(fields))
+    if cfg.norm != "pre":
+        warnings.warn(
+            f"norm={cfg.norm!r} adds norms that the checkpoint lacks; they change what it computes",
+            stacklevel=2,
+        )
     model, old = make_lm(cfg).to(hf.dtype), list(hf.gpt_neox.layers)
     a, b = layout.prelude, layout.computed - layout.coda
     states = [layer.state_dict() for layer in old]

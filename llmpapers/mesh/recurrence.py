@@ -20,6 +20,9 @@ from .layout import check_scheme, trained_schemes
 class Mixer(nn.Module):
     "Between two loops: by itself the next state is the core's output"
 
+    scheme: str | None = None  # The scheme it belongs to; None: any
+    loops: int | None = None  # Loops it has weights for; None: any number
+
     def enter(
         self,
         t: int,  # Loop, from 0
@@ -50,6 +53,7 @@ class FixedSum(Mixer):
         scheme: str,  # "base" or supplements joined by "+"
     ):
         super().__init__()
+        self.scheme = scheme
         self.terms = set() if check_scheme(scheme) == "base" else set(scheme.split("+"))
 
     def leave(
@@ -69,9 +73,11 @@ class FixedSum(Mixer):
 class StaticCombination(Mixer):
     "Three trained numbers, equation (2); they start at 1, 0, 0"
 
+    scheme = "static"
+
     def __init__(self):
         super().__init__()
-        self.alpha = nn.Parameter(torch.tensor([1.0, 0.0, 0.0]))
+        self.bias = nn.Parameter(torch.tensor([1.0, 0.0, 0.0]))
 
     def leave(
         self,
@@ -82,11 +88,13 @@ class StaticCombination(Mixer):
         h0: Tensor,  # (...,D) output of the prelude
     ) -> Tensor:  # (...,D) state h^(t+1)
         "The trained sum"
-        return self.alpha[0] * y + self.alpha[1] * h0 + self.alpha[2] * h_emb
+        return self.bias[0] * y + self.bias[1] * h0 + self.bias[2] * h_emb
 
 
 class DynamicCombination(Mixer):
     "Three numbers per token from the state before the core, equation (2); reconstructed"
+
+    scheme = "dynamic"
 
     def __init__(
         self,
@@ -136,6 +144,8 @@ def mesh_coefficients(
 # %% ../../nbs/mesh/02_recurrence.ipynb #14d0f1f0
 class MeshRouters(nn.Module):
     "Write and read weights of all cycles, equation (5)"
+
+    scheme = "mesh"
 
     def __init__(
         self,
@@ -292,12 +302,18 @@ def run_scheme(
     trace = Trace(h_emb=h_emb) if keep else None
     if routers is None and scheme in trained_schemes:
         raise TypeError(f"routers: {scheme} needs its module, see `make_between`")
-    if (scheme == "mesh") != hasattr(routers, "n_cycles"):
-        wanted = "MeshRouters" if scheme == "mesh" else "a Mixer or nothing"
+    own = None if routers is None else routers.scheme
+    if (scheme == "mesh") != (own == "mesh") or own not in (None, scheme):
+        wanted = "MeshRouters" if scheme == "mesh" else "a Mixer of that scheme"
         raise TypeError(f"routers: {scheme} needs {wanted}, got {type(routers).__name__}")
     if scheme == "mesh":
         return run_mesh(h_emb, prelude, core, n_loops, routers, impl, trace, any_loops), trace
     mixer = FixedSum(scheme) if routers is None else routers
+    if mixer.loops is not None and n_loops > mixer.loops and not any_loops:
+        raise ValueError(
+            f"n_loops={n_loops}, but {type(mixer).__name__} has weights for {mixer.loops}; "
+            "any_loops=True goes on with the last"
+        )
     h = h0 = prelude(h_emb)
     if trace is not None:
         trace.outputs.append(h0)

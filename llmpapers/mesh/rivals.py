@@ -25,12 +25,15 @@ from llmpapers.mesh.recurrence import (
 class StepEmbedding(Mixer):
     "Adds a trained vector per loop to the core's input; loops beyond the last use the last"
 
+    scheme = "step"
+
     def __init__(
         self,
         d_model: int,  # Width, D
         n_loops: int,  # Loops, K
     ):
         super().__init__()
+        self.loops = n_loops
         self.steps = nn.Parameter(torch.zeros(n_loops, d_model))
 
     def enter(
@@ -46,6 +49,8 @@ class StepEmbedding(Mixer):
 
 class Adapter(Mixer):
     "A linear map of state and first state (Huginn), equation (1)"
+
+    scheme = "adapter"
 
     def __init__(
         self,
@@ -71,6 +76,8 @@ class Adapter(Mixer):
 class Injection(Mixer):
     "Carries a share below one of each channel and injects the first state (after Parcae)"
 
+    scheme = "injection"
+
     def __init__(
         self,
         d_model: int,  # Width, D
@@ -79,13 +86,13 @@ class Injection(Mixer):
         super().__init__()
         if not 0 < start < 1:
             raise ValueError(f"start={start} must lie in (0, 1)")
-        self.log_rate = nn.Parameter(torch.full((d_model,), math.log(-math.log(start))))
-        self.inject = nn.Parameter(torch.full((d_model,), 1 - start))
+        self.rate_bias = nn.Parameter(torch.full((d_model,), math.log(-math.log(start))))
+        self.inject_bias = nn.Parameter(torch.full((d_model,), 1 - start))
 
     @property
     def carry(self) -> Tensor:
         "Share of each channel that is carried, in (0, 1)"
-        return torch.exp(-self.log_rate.exp())
+        return torch.exp(-self.rate_bias.exp())
 
     def enter(
         self,
@@ -95,7 +102,7 @@ class Injection(Mixer):
         h0: Tensor,  # (...,D) output of the prelude
     ) -> Tensor:  # (...,D) what the core sees
         "Carried state plus injection, equation (1)"
-        return self.carry * h + self.inject * h0
+        return self.carry * h + self.inject_bias * h0
 
 # %% ../../nbs/mesh/03_rivals.ipynb #7e5102e3
 @contextmanager
