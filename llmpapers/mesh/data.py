@@ -87,8 +87,8 @@ def _corpus(parts, vocab_size, name, held_out):
     cut = int(total * (1 - held_out))
     if not 0 < cut < total:
         raise ValueError(
-            f"held_out={held_out} of {total} tokens leaves {cut} to train on and {total - cut} held "
-            "out; both parts need some"
+            f"held_out={held_out} of {total} tokens leaves {cut} to train on and {total - cut} to "
+            "judge by; both parts need some"
         )
     kind = torch.int16 if vocab_size < 2**15 else torch.int32
     ids = torch.cat([p.to(kind) for p in parts])
