@@ -20,7 +20,7 @@ from ..core.lm import n_params
 from ..core.scale import check_number, pick_device
 from .layout import RecursiveConfig, count_parameters, forward_flops
 from .model import RecursiveLM, make_lm
-from .train import StudyConfig, arm_config, loop_loss, outcome
+from .train import StudyConfig, arm_config, evaluating, loop_loss, outcome
 
 # %% ../../nbs/mesh/09_budget.ipynb #b349b01a
 def measured_flops(
@@ -50,12 +50,9 @@ def saved_bytes(
             kept[storage.data_ptr()] = (storage.nbytes(), storage)  # alive, so no address recurs
         return x
 
-    was = model.training
-    try:
+    with evaluating(model):  # which also gives each part its mode back
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
             loop_loss(model.train(), dict(input_ids=ids))
-    finally:
-        model.train(was)
     return sum(size for size, _ in kept.values())
 
 

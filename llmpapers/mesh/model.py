@@ -408,6 +408,8 @@ def embed(
     "Look up the tokens; on a CPU ids are checked first"
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it needs (rows, tokens)")
+    if input_ids.is_floating_point():
+        raise TypeError(f"input_ids are {input_ids.dtype}; tokens are whole numbers")
     n = self.embed_in.num_embeddings
     on_cpu = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_cpu and input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < n:
@@ -440,6 +442,10 @@ def forward(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     h_emb = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+    if h_emb.dim() != 3 or h_emb.shape[-1] != cfg.d_model:
+        raise ValueError(
+            f"inputs_embeds has shape {tuple(h_emb.shape)}; it needs (rows, tokens, {cfg.d_model})"
+        )
     h_emb = h_emb * cfg.d_model**0.5 if cfg.scale_embeddings else h_emb
     use_cache = (cfg.use_cache and not self.training) if use_cache is None else use_cache
     cache = past_key_values

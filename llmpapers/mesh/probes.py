@@ -40,10 +40,12 @@ def update_magnitude(
 # %% ../../nbs/mesh/08_probes.ipynb #43e4bee4
 def _kernel(x, width):
     "Centred Gaussian similarities; zero for a constant matrix"
-    d = torch.cdist(x, x)
-    apart = d.flatten(-2).masked_fill(d.flatten(-2) == 0, torch.nan)  # equal rows tell no scale
+    c = x - x.mean(-2, keepdim=True)
+    d = torch.cdist(c, c)
+    far = d.amax((-1, -2), keepdim=True)
+    apart = d.masked_fill(d <= 1e-6 * far, torch.nan).flatten(-2)  # equal rows tell no scale
     s = width * apart.nanmedian(-1).values[..., None, None]
-    constant = (d == 0).all(-1).all(-1)[..., None, None]
+    constant = far <= 1e-12 * x.norm(dim=-1).amax(-1)[..., None, None]  # but for rounding
     k = torch.where(constant, 1.0, torch.exp(-d.square() / (2 * s.square())))
     k = k - k.mean(-1, keepdim=True)
     return k - k.mean(-2, keepdim=True)
@@ -65,13 +67,21 @@ def rbf_cka(
     return torch.where(size <= 1e-12, 0.0, (a * b).sum((-1, -2)) / size.clamp(min=1e-12))
 
 # %% ../../nbs/mesh/08_probes.ipynb #2b9429e9
+def _singular(h):
+    "Singular values; NaN for a state that is not finite"
+    h = _exact(h)
+    finite = h.isfinite().all(-1).all(-1)[..., None]
+    s = torch.linalg.svdvals(torch.where(finite[..., None], h, 0.0))
+    return s.masked_fill(~finite, torch.nan)
+
+
 def singular_spectrum(
     h: Tensor,  # (...,n,D) a state
     k: int = 50,  # Values to keep
 ) -> Tensor:  # (...,min(k,n,D)) divided by the largest; zeros for a zero state
     "Largest singular values, relative to the first"
     check_number("k", k, "int [1, inf)")
-    s = torch.linalg.svdvals(_exact(h))[..., :k]
+    s = _singular(h)[..., :k]
     return s / s[..., :1].clamp(min=torch.finfo(s.dtype).tiny)
 
 
@@ -79,7 +89,7 @@ def effective_rank(
     h: Tensor,  # (...,n,D) a state
 ) -> Tensor:  # (...) between 1 and min(n,D); 0 for a zero state
     "Exponential of the entropy of the singular values"
-    s = torch.linalg.svdvals(_exact(h))
+    s = _singular(h)
     total, tiny = s.sum(-1, keepdim=True), torch.finfo(s.dtype).tiny
     p = s / total.clamp(min=tiny)
     rank = torch.exp(-(p * p.clamp(min=tiny).log()).sum(-1))
@@ -135,7 +145,14 @@ def blocks_of(
 ) -> list[Block]:  # In the order of their runs
     "Input and output of each block"
     with evaluating(model):
-        return _blocks(model, ids, None if layers is None else list(layers))
+        return _blocks(_bare(model), ids, None if layers is None else list(layers))
+
+
+def _bare(model):
+    "The model inside an adapter of PEFT, or the model; two models in one are refused"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError("model: has an encoder and a decoder; pass one of the two")
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _blocks(model, ids, layers):
@@ -148,13 +165,56 @@ def _blocks(model, ids, layers):
     return [*runs, Block("coda", 0, trace.states[-1], trace.last)]
 
 # %% ../../nbs/mesh/08_probes.ipynb #9f9dc374
-def _final_norm(model):
-    "The norm before the head, or None"
-    body = getattr(model, model.base_model_prefix, model)
-    for name in ("final_layer_norm", "norm", "ln_f", "final_layernorm"):
-        if isinstance(getattr(body, name, None), nn.Module):
-            return getattr(body, name)
+def _norm_seen(model, ids):
+    "The norm that takes the last layer's output and gives the head its input, or None"
+    norms, heads, last = [], [], decoder_layers(model)[-1]
+    outputs = []
+
+    def note_norm(module, args, out):
+        if args and isinstance(out, Tensor):
+            norms.append((module, args[0], out))
+
+    def note_head(module, args):
+        heads.append(args[0])
+
+    def note_layer(module, args, out):
+        outputs.append(out[0] if isinstance(out, tuple) else out)
+
+    watched = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
+    hooks = [m.register_forward_hook(note_norm) for m in watched]
+    hooks.append(model.get_output_embeddings().register_forward_pre_hook(note_head))
+    hooks.append(last.register_forward_hook(note_layer))
+    try:
+        model(ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for module, x, y in reversed(norms):
+        if heads and torch.equal(y, heads[-1]) and torch.equal(x, outputs[-1]):
+            return module
     return None
+
+
+@torch.no_grad()
+def _reader(model, ids):
+    "Head and final norm of a model that predicts the next token, None where there is none"
+    model, ids = _bare(model), ids[:1]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return None, None
+    if isinstance(model, RecursiveLM):
+        return head, model.model.final_layer_norm
+    with evaluating(model):
+        other = ids.clone()
+        other[:, -1] = (ids[:, -1] + 1) % head.weight.shape[0]
+        first, second = (model(x, use_cache=False).logits[:, :-1] for x in (ids, other))
+        rounding = 100 * torch.finfo(first.dtype).eps * first.abs().max() if first.numel() else 0
+        if not ((first - second).abs() <= rounding).all():
+            raise ValueError(
+                "model: a token changes the logits before it, as in a masked model; a next-token "
+                "loss is not defined. Pass the model without its head"
+            )
+        return head, _norm_seen(model, ids)
 
 
 @torch.no_grad()
@@ -165,7 +225,8 @@ def logit_lens(
     norm: nn.Module | None = None,  # Norm before the head; None finds it
 ) -> dict:  # loss: nats per token; agree: share of tokens with the final prediction
     "Loss of an inner state, and how often it already says what the model will say"
-    head, norm = model.get_output_embeddings(), _final_norm(model) if norm is None else norm
+    head, found = _reader(model, ids)
+    norm = found if norm is None else norm
     if head is None or norm is None:
         raise ValueError("model: its head or final norm was not found; pass `norm`")
     if state.shape[:2] != ids.shape or ids.shape[1] < 2:
@@ -196,13 +257,15 @@ def probe_model(
     norm: nn.Module | None = None,  # Norm before the head of a foreign model; None finds it
 ) -> pd.DataFrame:  # Row per block: block, loop, update, delta, size, cka, rank, loss, agree
     "The probes of every block, means over samples; loss and agree are NaN without head or norm"
-    norm = _final_norm(model) if norm is None else norm
-    lens = norm is not None and model.get_output_embeddings() is not None
     unknown = dict(loss=float("nan"), agree=float("nan"))
-    tables = []
+    tables, head, model = [], None, _bare(model)
     for ids in [batches] if isinstance(batches, Tensor) else batches:
         if not isinstance(ids, Tensor):
             raise TypeError(f"batches: need tensors of tokens, got {type(ids).__name__}")
+        if not tables:
+            head, found = _reader(model, ids)
+            norm = found if norm is None else norm
+        lens = head is not None and norm is not None and ids.shape[-1] > 1
         rows, before = [], None
         for b in blocks_of(model, ids, layers):
             x, y = b.input.float(), b.output.float()

@@ -138,6 +138,9 @@ def mesh_coefficients(
     read: Tensor,  # (...,B) read weights of cycle c
 ) -> Tensor:  # (c+2,...) weight of the embedding, then of each output
     "Coefficients of the unrolled read, equation (4)"
+    for w in write:
+        if w.shape != read.shape:
+            raise ValueError(f"write has shape {tuple(w.shape)}, read {tuple(read.shape)}")
     first = read[..., 0].unsqueeze(0)
     return torch.cat([first, (torch.stack(write) * read).sum(-1)]) if write else first
 
@@ -158,10 +161,9 @@ class MeshRouters(nn.Module):
         first_sees: str = "input",  # What cycle 0 reads: "input" or "output" of the prelude
     ):
         super().__init__()
-        if min(d_model, n_cycles, n_slots) < 1:
-            raise ValueError(
-                f"d_model={d_model}, n_cycles={n_cycles}, n_slots={n_slots} must be at least 1"
-            )
+        for name, x in dict(d_model=d_model, n_cycles=n_cycles, n_slots=n_slots).items():
+            check_number(name, x, "int [1, inf)")
+        check_number("std", std, "[0, inf) or None")
         check_number("bias_init", bias_init, "(-inf, inf)")
         if first_sees not in ("input", "output"):
             raise ValueError(f"first_sees={first_sees!r} must be 'input' or 'output'")

@@ -10,8 +10,10 @@ __all__ = ['arms', 'late_share', 'StudyConfig', 'arm_config', 'evaluating', 'tok
 import functools
 import importlib
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -23,7 +25,7 @@ from ..core.artifacts import artifact
 from ..core.scale import check_number, check_ranges, rng
 from ..core.stats import Interval, mean_ci
 from ..core.train import TrainConfig, train
-from .data import Corpus, byte_corpus
+from .data import Corpus, byte_corpus, text_sources
 from .layout import RecursiveConfig, known_fields
 from .model import RecursiveLM, make_lm
 
@@ -85,6 +87,8 @@ class StudyConfig:
         if not isinstance(self.train, TrainConfig):
             raise TypeError(f"train must be a TrainConfig, not {type(self.train).__name__}")
         arm_config(self, "base")  # a model that cannot be made is refused here
+        if self.source not in text_sources and not (self.source and Path(self.source).exists()):
+            raise ValueError(f"source={self.source!r} must be one of {text_sources} or a path")
 
 
 def arm_config(
@@ -106,13 +110,14 @@ def arm_config(
 def evaluating(
     model,  # A module
 ):
-    "Evaluation mode inside, the mode of before afterwards, also after an error"
-    was = model.training
+    "Evaluation mode inside; afterwards each part has its own mode again, also after an error"
+    modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
         yield model
     finally:
-        model.train(was)
+        for part, mode in modes:
+            part.training = mode
 
 
 def token_loss(
@@ -175,6 +180,8 @@ def train_lm(
 ) -> TrainResult:  # The model and its losses
     "Train a model on text"
     check_number("late", late, "[0, 1)")
+    check_number("seq_len", seq_len, "int [2, inf)")
+    check_number("valid_windows", valid_windows, "int [1, inf)")
     if model is not None and (other := _differences(model.config, cfg)):
         raise ValueError(f"model: its configuration differs from cfg in {', '.join(other)}")
     model = make_lm(cfg, how.seed) if model is None else model
@@ -232,6 +239,7 @@ def outcome(
     cfg, text = arm_config(study, arm), study_corpus(study.source, study.corpus_size)
 
     def build(out):
+        going = out / "training"  # what a training that was killed goes on from
         done = train_lm(
             cfg,
             text,
@@ -240,10 +248,12 @@ def outcome(
             study.valid_windows,
             late_share if arm == "late" else 0.0,
             device=device,
+            out=going if study.train.save_every else None,
         )
         found = dict(valid=done.valid, curve=done.curve, train_loss=done.train_loss)
         (out / "outcome.json").write_text(json.dumps(found), encoding="utf-8")
         done.model.to("cpu").save_pretrained(out / "model")
+        shutil.rmtree(going, ignore_errors=True)
 
     recipe = dict(study=study, arm=arm, fields=arms[arm], seed=seed, text=text.digest)
     folder = artifact("mesh_lm", recipe, build, code=_code())
