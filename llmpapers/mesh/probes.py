@@ -165,10 +165,14 @@ def _blocks(model, ids, layers):
     return [*runs, Block("coda", 0, trace.states[-1], trace.last)]
 
 # %% ../../nbs/mesh/08_probes.ipynb #9f9dc374
-def _norm_seen(model, ids):
+def _norm_seen(model, ids, layers):
     "The norm that takes the last layer's output and gives the head its input, or None"
-    norms, heads, last = [], [], decoder_layers(model)[-1]
-    outputs = []
+    norms, heads, outputs = [], [], []
+    try:
+        layers = decoder_layers(model)
+    except ValueError:
+        if not layers:
+            raise
 
     def note_norm(module, args, out):
         if args and isinstance(out, Tensor):
@@ -183,7 +187,7 @@ def _norm_seen(model, ids):
     watched = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
     hooks = [m.register_forward_hook(note_norm) for m in watched]
     hooks.append(model.get_output_embeddings().register_forward_pre_hook(note_head))
-    hooks.append(last.register_forward_hook(note_layer))
+    hooks.append(layers[-1].register_forward_hook(note_layer))
     try:
         model(ids, use_cache=False)
     finally:
@@ -196,7 +200,7 @@ def _norm_seen(model, ids):
 
 
 @torch.no_grad()
-def _reader(model, ids):
+def _reader(model, ids, layers=None):
     "Head and final norm of a model that predicts the next token, None where there is none"
     model, ids = _bare(model), ids[:1]
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -209,12 +213,12 @@ def _reader(model, ids):
         other[:, -1] = (ids[:, -1] + 1) % head.weight.shape[0]
         first, second = (model(x, use_cache=False).logits[:, :-1] for x in (ids, other))
         rounding = 100 * torch.finfo(first.dtype).eps * first.abs().max() if first.numel() else 0
-        if not ((first - second).abs() <= rounding).all():
+        if ((first - second).abs() > rounding).any():
             raise ValueError(
                 "model: a token changes the logits before it, as in a masked model; a next-token "
                 "loss is not defined. Pass the model without its head"
             )
-        return head, _norm_seen(model, ids)
+        return head, _norm_seen(model, ids, layers)
 
 
 @torch.no_grad()
@@ -225,8 +229,11 @@ def logit_lens(
     norm: nn.Module | None = None,  # Norm before the head; None finds it
 ) -> dict:  # loss: nats per token; agree: share of tokens with the final prediction
     "Loss of an inner state, and how often it already says what the model will say"
-    head, found = _reader(model, ids)
-    norm = found if norm is None else norm
+    model = _bare(model)
+    if norm is None:
+        head, norm = _reader(model, ids)
+    else:
+        head = model.get_output_embeddings()
     if head is None or norm is None:
         raise ValueError("model: its head or final norm was not found; pass `norm`")
     if state.shape[:2] != ids.shape or ids.shape[1] < 2:
@@ -263,8 +270,8 @@ def probe_model(
         if not isinstance(ids, Tensor):
             raise TypeError(f"batches: need tensors of tokens, got {type(ids).__name__}")
         if not tables:
-            head, found = _reader(model, ids)
-            norm = found if norm is None else norm
+            head, found = _reader(model, ids, layers)
+            norm = found if norm is None else norm  # the same for all batches
         lens = head is not None and norm is not None and ids.shape[-1] > 1
         rows, before = [], None
         for b in blocks_of(model, ids, layers):
