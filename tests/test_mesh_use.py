@@ -73,8 +73,6 @@ def stack(n=6, **how):
     [
         (dict(layout="0+1R10+0", scheme="base", tie_core=False), 1),
         (dict(layout="0+1R10+0", scheme="base", per_loop="mlp"), 1),
-        (dict(layout="0+1R10+0", scheme="base", per_loop="lora"), 2),  # the second: any loop
-        (dict(layout="1+1R3+1", norm="output"), 1),
     ],
 )
 def test_loops_share_a_compiled_graph(how, graphs):
