@@ -379,6 +379,22 @@ def test_alignment_with_many_equal_rows_that_are_not_zero(n):
     assert rbf_cka(z, far) == 0
 
 
+def test_the_width_of_the_kernel_is_the_median_between_different_tokens():
+    "A token's distance to itself is zero but for rounding, and must not enter the median"
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 64, generator=g) + 3 * torch.randn(1, 64, generator=g)
+    states = [z.double() for z in (x, x + 0.3 * torch.randn(64, 64, generator=g))]
+    centred = []
+    for z in states:
+        far = torch.tensor([[(a - b).norm() for b in z] for a in z])
+        width = 0.5 * far[~torch.eye(64, dtype=torch.bool)].median()
+        k = torch.exp(-far.square() / (2 * width**2))
+        centred.append(k - k.mean(0) - k.mean(1, keepdim=True) + k.mean())
+    a, b = centred
+    want = (a * b).sum() / (a.norm() * b.norm())
+    assert rbf_cka(*states).item() == pytest.approx(want.item(), abs=1e-6)
+
+
 # Data
 
 
