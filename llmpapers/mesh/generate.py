@@ -36,8 +36,8 @@ class PreallocatedLayer(DynamicLayer):
             buffer[0, :, :, :old], buffer[1, :, :, :old] = self.keys, self.values
         return buffer
 
-    def get_max_length(self) -> int:
-        "Tokens that fit"
+    def get_max_length(self) -> int:  # Tokens
+        "How much fits"
         return self.max_len
 
     def update(
