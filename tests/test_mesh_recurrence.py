@@ -186,5 +186,5 @@ def test_injection_is_stable(rate, width):
     "Whatever is learned, less than everything is carried, and nothing changes its sign"
     between = Injection(width)
     with torch.no_grad():
-        between.log_rate.fill_(rate)
+        between.rate_bias.fill_(rate)
     assert (between.carry >= 0).all() and (between.carry <= 1).all()

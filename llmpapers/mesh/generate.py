@@ -9,13 +9,13 @@ __all__ = ['PreallocatedLayer', 'KVCache', 'generate', 'quantized', 'loops_table
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..core.scale import check_number, rng
 from .layout import RecursiveConfig
 from .model import RecursiveLM
-from .train import token_loss
+from .train import evaluating, token_loss
 
 # %% ../../nbs/mesh/07_generate.ipynb #bb1a5c14
 class PreallocatedLayer(DynamicLayer):
@@ -35,6 +35,10 @@ class PreallocatedLayer(DynamicLayer):
         if old:
             buffer[0, :, :, :old], buffer[1, :, :, :old] = self.keys, self.values
         return buffer
+
+    def get_max_length(self) -> int:  # Tokens
+        "How much fits"
+        return self.max_len
 
     def update(
         self,
@@ -73,6 +77,8 @@ class KVCache(Cache):
         n_loops: int | None = None,  # Loops that run; None is the layout's
     ):
         check_number("max_len", max_len, "int [1, inf)")
+        check_number("batch", batch, "int [1, inf) or None")
+        check_number("n_loops", n_loops, "int [1, inf) or None")
         layout = cfg.depth
         loops = layout.loops if n_loops is None else n_loops
         n = layout.prelude + layout.coda + loops * layout.core
@@ -108,34 +114,40 @@ def generate(
     check_number("max_new_tokens", max_new_tokens, "int [1, inf)")
     check_number("temperature", temperature, "[0, inf)")
     check_number("top_k", top_k, "int [1, inf) or None")
-    loops = dict(n_loops=model.model.loops_of(n_loops, any_loops), any_loops=True)
+    check_number("seed", seed, "int (-inf, inf)")
+    if 0 < temperature < 1e-4:
+        raise ValueError(f"temperature={temperature} is too small to divide by; 0 takes the best")
+    if ids.dim() != 2 or not ids.numel():
+        raise ValueError(f"ids has shape {tuple(ids.shape)}; it needs (rows, tokens), one or more")
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
+    check_number("eos", eos, f"int [0, {bare.config.vocab_size}) or None")
+    loops = dict(n_loops=bare.model.loops_of(n_loops, any_loops), any_loops=True)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     if mask.shape != ids.shape or not (mask[:, -1] == 1).all():
         raise ValueError("attention_mask: needs the shape of ids, with padding on the left only")
     size = ids.shape[1] + max_new_tokens
-    cache = KVCache(model.config, len(ids), size, loops["n_loops"]) if use_cache else None
+    cache = KVCache(bare.config, len(ids), size, loops["n_loops"]) if use_cache else None
     generator, padded = rng(seed, "generate"), bool((mask == 0).any())
     done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
-    fed, was = ids, model.training
-    model.eval()
-    for _ in range(max_new_tokens):
-        where = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :] if padded else None
-        logits = model(
-            fed,
-            attention_mask=mask if padded else None,
-            position_ids=where,
-            past_key_values=cache,
-            use_cache=use_cache,
-            logits_to_keep=1,
-            **loops,
-        ).logits[:, -1]
-        new = _choose(logits, temperature, top_k, generator)
-        if eos is not None:
-            new = new.masked_fill(done, eos)
-            done |= new == eos
-        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
-        fed = new if use_cache else ids
-    model.train(was)
+    fed = ids
+    with evaluating(model):
+        for _ in range(max_new_tokens):
+            where = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :] if padded else None
+            logits = model(
+                fed,
+                attention_mask=mask if padded else None,
+                position_ids=where,
+                past_key_values=cache,
+                use_cache=use_cache,
+                logits_to_keep=1,
+                **loops,
+            ).logits[:, -1]
+            new = _choose(logits, temperature, top_k, generator)
+            if eos is not None:
+                new = new.masked_fill(done, eos)
+                done |= new == eos
+            ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+            fed = new if use_cache else ids
     return ids
 
 # %% ../../nbs/mesh/07_generate.ipynb #d73fead3
@@ -144,18 +156,22 @@ def quantized(
     bits: int,  # Bits of a weight, q, from 2 to 8
     part: str = "core",  # Matrices of the "core", or of "all" layers
 ) -> RecursiveLM:  # A copy whose matrices hold rounded values, in the type of the model
-    "Round matrices after training, equation (1)"
+    "Round matrices of layers after training, equation (1); routers and embeddings stay"
     check_number("bits", bits, "int [2, 8]")
+    if not isinstance(model, RecursiveLM):
+        raise TypeError(
+            f"model: need a RecursiveLM, got {type(model).__name__}; merge an adapter before"
+        )
     if part not in ("core", "all"):
         raise ValueError(f"part={part!r} must be 'core' or 'all'")
     res = copy.deepcopy(model)
     body = res.model
     groups = [body.core] if part == "core" else [body.prelude, body.core, body.coda]
     with torch.no_grad():
-        for layer in (m for g in groups for m in g.modules() if isinstance(m, nn.Linear)):
-            step = layer.weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        for w in (p for g in groups for p in g.parameters() if p.dim() > 1):
+            step = w.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
             step = step.clamp(min=torch.finfo(step.dtype).tiny)
-            layer.weight.copy_((layer.weight / step).round() * step)
+            w.copy_((w / step).round() * step)
     return res
 
 

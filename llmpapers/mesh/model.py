@@ -7,15 +7,25 @@ __all__ = ['RecursiveAttention', 'RecursiveMLP', 'OwnMLP', 'RecursiveLayer', 'Re
            'RecursiveModel', 'RecursiveLM', 'make_lm', 'from_gpt_neox', 'grads_of']
 
 # %% ../../nbs/mesh/04_model.ipynb #b5587422
+import copy
+import difflib
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
@@ -26,9 +36,9 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 )
 
 from ..core.lm import load_lm
-from .layout import Layout, RecursiveConfig
+from .layout import Layout, RecursiveConfig, known_fields
 from .recurrence import Trace, run_scheme
-from .rivals import LoopLinear, make_between
+from .rivals import LoopLinear, aside, make_between
 
 # %% ../../nbs/mesh/04_model.ipynb #c40814c8
 class RecursiveAttention(nn.Module):
@@ -100,6 +110,8 @@ class OwnMLP(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(cfg.d_model, cfg.layer_norm_eps)
         self.mlp = RecursiveMLP(cfg)
+        for module in self.mlp.modules():
+            module.drawn_by_layer = True  # base has no such weights
 
 
 class RecursiveLayer(GradientCheckpointingLayer):
@@ -118,10 +130,21 @@ class RecursiveLayer(GradientCheckpointingLayer):
         self.attention = RecursiveAttention(cfg, rank)
         self.mlp = RecursiveMLP(cfg, rank)
         own = cfg.loops - 1 if per_loop == "mlp" else 0
-        self.own = nn.ModuleList(OwnMLP(cfg) for _ in range(own))
+        with aside():
+            self.own = nn.ModuleList(OwnMLP(cfg) for _ in range(own))
         self.out_norms = nn.ModuleList(
             nn.LayerNorm(d, eps) for _ in range(2 * (cfg.norm == "peri"))
         )
+
+    def branch(
+        self,
+        t: int,  # Loop; beyond the last its own are used
+    ) -> tuple[nn.LayerNorm, RecursiveMLP]:  # Norm and MLP
+        "What a loop puts in the place of the MLP"
+        if not self.own or t == 0:
+            return self.post_attention_layernorm, self.mlp
+        mine = self.own[min(t, len(self.own)) - 1]
+        return mine.norm, mine.mlp
 
     def forward(
         self,
@@ -132,14 +155,12 @@ class RecursiveLayer(GradientCheckpointingLayer):
         t: int = 0,  # Loop
         index: int = 0,  # Place in the computed stack
         past_key_values=None,  # Keys and values so far
+        branch: tuple | None = None,  # Norm and MLP to use; None: those of loop `t`
     ) -> Tensor:  # (b,l,D) stream after the layer
         "Both branches, added to the stream"
+        norm, mlp = self.branch(t) if branch is None else branch
         a = self.attention(self.input_layernorm(h), cos, sin, mask, t, index, past_key_values)
-        if self.own and t > 0:
-            mine = self.own[min(t, len(self.own)) - 1]
-            m = mine.mlp(mine.norm(h), 0)
-        else:
-            m = self.mlp(self.post_attention_layernorm(h), t)
+        m = mlp(norm(h), t)
         if self.out_norms:
             a, m = self.out_norms[0](a), self.out_norms[1](m)
         return h + a + m
@@ -158,35 +179,41 @@ class RecursivePreTrained(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def _init_weights(self, module):
-        cfg = self.config
-        std = 0.9 / cfg.d_model**0.5 if cfg.init == "width" else 0.02
-        deep = (2 * cfg.num_hidden_layers) ** -0.5
+    def _draw(self, module):
+        "Matrices of a module, equation (1)"
+        std = 0.9 / self.config.d_model**0.5 if self.config.init == "width" else 0.02
+        deep = (2 * self.config.num_hidden_layers) ** -0.5
         if isinstance(module, RecursiveAttention):
             init.normal_(module.dense.weight, std=std * deep)
         elif isinstance(module, RecursiveMLP):
             init.normal_(module.dense_4h_to_h.weight, std=std * deep)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=std)
-            if module.bias is not None:
+            if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
             if getattr(module, "rank", 0):
-                init.normal_(module.down, std=module.in_features**-0.5)
+                with aside():
+                    init.normal_(module.down, std=module.in_features**-0.5)
                 init.zeros_(module.up)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.LayerNorm):
+
+    def _init_weights(self, module):
+        if not getattr(module, "drawn_by_layer", False):
+            self._draw(module)
+        if isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, RecursiveLayer) and module.own:
+            with aside():
+                for part in reversed(list(module.own.modules())):  # inner ones first
+                    self._draw(part)
         elif isinstance(module, RecursiveModel):  # what its constructor does not leave right
-            fresh = make_between(cfg)
+            fresh = make_between(self.config)
             with torch.no_grad():
                 for (_, p), (_, q) in zip(
                     module.between.named_parameters(), fresh.named_parameters()
                 ):
                     init.copy_(p, q)
-            rotary = int(cfg.d_model // cfg.n_heads * cfg.rotary_pct)
-            init.copy_(module.inv_freq, _frequencies(cfg.rope_theta, rotary))
+            init.copy_(module.inv_freq, module._rotary())
 
 
 def _frequencies(theta, rotary):
@@ -200,7 +227,7 @@ class RecursiveOutput(ModelOutput):
     loss: Tensor | None = None  # Mean next-token loss, with labels
     logits: Tensor | None = None  # (b,l,V); None from the base model
     past_key_values: object | None = None  # Keys and values, one pair per computed layer
-    hidden_states: tuple | None = None  # N+1 of (b,l,D): the stream before and after each layer
+    hidden_states: tuple | None = None  # N+1 of (b,l,D): the stream between layers; the last normed
     last_hidden_state: Tensor | None = None  # (b,l,D) after the final norm; from the base model
     trace: Trace | None = None  # What happened between the loops, on request
 
@@ -222,16 +249,24 @@ class RecursiveModel(RecursivePreTrained):
         self.between = make_between(config)
         self.core_norm = nn.LayerNorm(d, eps) if config.norm == "output" else nn.Identity()
         self.final_layer_norm = nn.LayerNorm(d, eps)
-        rotary = int(d // config.n_heads * config.rotary_pct)
-        if rotary < 2 or rotary % 2:
-            raise ValueError(
-                f"rotary_pct={config.rotary_pct} of a head of {d // config.n_heads} gives {rotary} "
-                "rotated channels; an even number of at least 2 is needed"
-            )
-        self.register_buffer("inv_freq", _frequencies(config.rope_theta, rotary), persistent=False)
+        self.register_buffer("inv_freq", self._rotary(), persistent=False)
         self.gradient_checkpointing = False
         self.compiled_core = None
         self.post_init()
+
+    def __getstate__(self):
+        return self.__dict__ | dict(compiled_core=None)  # a copy has weights of its own
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != torch.float32 and not self.inv_freq.is_meta:
+            self.inv_freq = self._rotary().to(self.inv_freq.device)  # never rounded
+        return self
+
+    def _rotary(self):
+        "Frequencies of the rotated channels, in single precision"
+        cfg = self.config
+        return _frequencies(cfg.rope_theta, int(cfg.d_model // cfg.n_heads * cfg.rotary_pct))
 
     def get_input_embeddings(self) -> nn.Embedding:  # (V,D)
         "The embedding"
@@ -277,7 +312,15 @@ def loops_of(
 
 
 def _check_cache(cache, past, used):
-    "A cache belongs to one number of loops"
+    "A cache belongs to one number of loops, and has a place for each layer"
+    if cache is not None and getattr(cache, "layer_class_to_replicate", None) is None:
+        lacking = used - len(cache.layers)
+        if lacking > 0 and (past or type(cache) is not DynamicCache):
+            raise ValueError(
+                f"past_key_values has {len(cache.layers)} layers, these loops need {used}; "
+                "make it for the same number of loops"
+            )
+        cache.layers.extend(DynamicLayer() for _ in range(lacking))
     if past == 0:
         return
     lengths = [int(cache.get_seq_length(i)) for i in (used - 1, used)]
@@ -310,6 +353,13 @@ class _Pass:
 def _context(self: RecursiveModel, h, attention_mask, position_ids, cache, keep_hidden):
     "Positions, mask and cache of a forward pass"
     past = int(cache.get_seq_length()) if cache is not None else 0
+    if getattr(attention_mask, "ndim", 0) == 2:
+        want = (len(h), past + h.shape[1])
+        if tuple(attention_mask.shape) != want:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, {past} tokens in the "
+                f"cache and {h.shape[1]} new ones in {len(h)} rows need {want}"
+            )
     if position_ids is None:
         position_ids = torch.arange(past, past + h.shape[1], device=h.device)[None]
     mask = create_causal_mask(
@@ -325,12 +375,41 @@ def _context(self: RecursiveModel, h, attention_mask, position_ids, cache, keep_
     return _Pass(angles.cos().to(h.dtype), angles.sin().to(h.dtype), mask, cache, hidden), past
 
 # %% ../../nbs/mesh/04_model.ipynb #6eb15d5c
+_names = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "inputs_embeds",
+    "past_key_values",
+    "labels",
+    "use_cache",
+    "logits_to_keep",
+    "n_loops",
+    "any_loops",
+    "return_states",
+    "output_hidden_states",
+)
+
+
+def _check_names(kwargs):
+    "Transformers passes more arguments than are used; one that was misspelt is refused"
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions: this model does not keep its attention maps")
+    for name in kwargs:
+        if close := difflib.get_close_matches(name, _names, 1, 0.8):
+            raise TypeError(f"{name} is no argument of this model; did you mean {close[0]}?")
+
+
 @patch
 def embed(
     self: RecursiveModel,
     input_ids: Tensor,  # (b,l) tokens
 ) -> Tensor:  # (b,l,D) h_emb, before scaling
     "Look up the tokens; on a CPU ids are checked first"
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it needs (rows, tokens)")
+    if input_ids.is_floating_point():
+        raise TypeError(f"input_ids are {input_ids.dtype}; tokens are whole numbers")
     n = self.embed_in.num_embeddings
     on_cpu = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_cpu and input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < n:
@@ -350,24 +429,41 @@ def forward(
     n_loops: int | None = None,  # Loops; None is the layout's
     any_loops: bool = False,  # Accept another number than the layout's
     return_states: bool = False,  # Give the `Trace`
-    output_hidden_states: bool = False,  # Give the stream after every computed layer
+    output_hidden_states: bool | None = None,  # Give the stream after every computed layer
     impl: str = "unrolled",  # Form of the memory: "unrolled" or "slots"
-    **kwargs,  # Ignored; transformers passes more than is needed
+    return_dict: bool | None = None,  # False: a tuple; None: as the configuration says
+    **kwargs,  # Not used; a name close to one above is refused
 ) -> RecursiveOutput:  # Final states, cache, trace
     "Embedding to final norm"
     cfg, layout = self.config, self.config.depth
+    _check_names(dict(output_attentions=cfg.output_attentions) | kwargs)
     loops = self.loops_of(n_loops, any_loops)
+    keep_hidden = cfg.output_hidden_states if output_hidden_states is None else output_hidden_states
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     h_emb = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+    if h_emb.dim() != 3 or h_emb.shape[-1] != cfg.d_model:
+        raise ValueError(
+            f"inputs_embeds has shape {tuple(h_emb.shape)}; it needs (rows, tokens, {cfg.d_model})"
+        )
     h_emb = h_emb * cfg.d_model**0.5 if cfg.scale_embeddings else h_emb
     use_cache = (cfg.use_cache and not self.training) if use_cache is None else use_cache
     cache = past_key_values
     if self.gradient_checkpointing and self.training:
-        use_cache, cache = False, None  # a second pass over a layer would write its keys twice
+        if cache is not None:
+            raise ValueError(
+                "past_key_values: gradient checkpointing in training mode keeps no cache; "
+                "call eval() first"
+            )
+        if use_cache:
+            warnings.warn(
+                "use_cache=True: gradient checkpointing in training mode makes no cache",
+                stacklevel=2,
+            )
+        use_cache = False  # a second pass over a layer would write its keys twice
     if use_cache and cache is None:
         cache = DynamicCache()
-    ctx, past = self._context(h_emb, attention_mask, position_ids, cache, output_hidden_states)
+    ctx, past = self._context(h_emb, attention_mask, position_ids, cache, keep_hidden)
     used = layout.prelude + loops * layout.core + layout.coda
     _check_cache(cache, past, used)
     fast = self.compiled_core if cache is None and ctx.hidden is None else None
@@ -377,28 +473,41 @@ def forward(
 
     def core(h, t):
         if fast is not None:
-            return fast(h, ctx.cos, ctx.sin, ctx.mask, t if self._differs() else 0)
+            return self._fast(fast, h, ctx, t)
         h = ctx.run(self.core_layers(t), h, t, layout.prelude + t * layout.core)
         return self.core_norm(h)
 
     h, trace = run_scheme(
-        cfg.scheme, h_emb, prelude, core, loops, self.between, impl, keep=return_states
+        cfg.scheme, h_emb, prelude, core, loops, self.between, impl, return_states, any_loops=True
     )
     h = ctx.run(self.coda, h, 0, used - layout.coda)
     if trace is not None:
         trace.last = h
-    return RecursiveOutput(
-        last_hidden_state=self.final_layer_norm(h),
+    normed = self.final_layer_norm(h)
+    res = RecursiveOutput(
+        last_hidden_state=normed,
         past_key_values=cache,
-        hidden_states=tuple(ctx.hidden) if output_hidden_states else None,
+        hidden_states=(*ctx.hidden[:-1], normed) if keep_hidden else None,
         trace=trace,
     )
+    as_dict = cfg.return_dict if return_dict is None else return_dict
+    return res if as_dict else res.to_tuple()
 
 # %% ../../nbs/mesh/04_model.ipynb #19f32995
+def _run_core(layers, branches, norm, h, cos, sin, mask, t):
+    "One run of the core; every weight comes in as an argument, so one graph serves all loops"
+    for layer, branch in zip(layers, branches):
+        h = layer(h, cos, sin, mask, t, 0, branch=branch)
+    return norm(h)
+
+
 @patch
-def _differs(self: RecursiveModel):
-    "Do loops run different code?"
-    return self.config.per_loop != "none" or not self.config.tie_core
+def _fast(self: RecursiveModel, compiled, h, ctx, t):
+    "One run of the core by a compiled function"
+    layers = self.core_layers(t)
+    branches = [layer.branch(t) for layer in layers]
+    t = t if self.config.per_loop == "lora" else 0  # else the arguments say all
+    return compiled(layers, branches, self.core_norm, h, ctx.cos, ctx.sin, ctx.mask, t)
 
 
 @patch
@@ -407,13 +516,7 @@ def compile_core(
     **how,  # Arguments of `torch.compile`, e.g. `mode="max-autotune"`
 ) -> None:
     "Compile one run of the core; used where there is no cache, as in training"
-
-    def run(h, cos, sin, mask, t):
-        for layer in self.core_layers(t):
-            h = layer(h, cos, sin, mask, t, 0)
-        return self.core_norm(h)
-
-    self.compiled_core = torch.compile(run, **how)
+    self.compiled_core = torch.compile(_run_core, **how)
 
 # %% ../../nbs/mesh/04_model.ipynb #fa41142b
 class RecursiveLM(RecursivePreTrained, GenerationMixin):
@@ -468,6 +571,7 @@ class RecursiveLM(RecursivePreTrained, GenerationMixin):
         **kwargs,  # For the loss, such as `num_items_in_batch`
     ) -> RecursiveOutput:  # Loss, logits, cache, hidden states, trace
         "Logits of the next token, and the loss if there are labels"
+        _check_names(kwargs)
         out = self.model(
             input_ids,
             attention_mask,
@@ -478,8 +582,9 @@ class RecursiveLM(RecursivePreTrained, GenerationMixin):
             n_loops,
             any_loops,
             return_states,
-            bool(output_hidden_states),
+            output_hidden_states,
             impl,
+            return_dict=True,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep])
@@ -495,7 +600,8 @@ class RecursiveLM(RecursivePreTrained, GenerationMixin):
             hidden_states=out.hidden_states,
             trace=out.trace,
         )
-        return res.to_tuple() if return_dict is False else res
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return res if as_dict else res.to_tuple()
 
 
 AutoModel.register(RecursiveConfig, RecursiveModel, exist_ok=True)
@@ -513,19 +619,29 @@ def make_lm(
     return model.eval()
 
 # %% ../../nbs/mesh/04_model.ipynb #2edaa324
-def _compatible(hf):
-    "Refuse what a layer here cannot express"
-    c = hf.config
+def _neox_model(source):
+    "The model of a folder or hub id, or the model itself, if a layer here can express it"
+    given = isinstance(source, (str, Path))
+    c = AutoConfig.from_pretrained(str(source)) if given else source.config
     if c.model_type != "gpt_neox":
         raise ValueError(f"hf_model: need a GPT-NeoX model, such as Pythia, got {c.model_type!r}")
-    wrong = dict(
-        use_parallel_residual=not c.use_parallel_residual,
-        attention_bias=not c.attention_bias,
-        hidden_act=c.hidden_act != "gelu",
-        rope_type=c.rope_parameters.get("rope_type", "default") != "default",
+    _compatible(c)
+    hf = load_lm(str(source), device="cpu").model if given else source
+    if not hasattr(hf, "gpt_neox"):
+        raise ValueError("hf_model: need a model with its head, `GPTNeoXForCausalLM`")
+    return hf
+
+
+def _compatible(c):
+    "Refuse what a layer here cannot express"
+    needed = dict(
+        use_parallel_residual=True, attention_bias=True, hidden_act="gelu", rope_type="default"
     )
-    if any(wrong.values()):
-        raise ValueError(f"hf_model: {', '.join(k for k, v in wrong.items() if v)} not supported")
+    found = {k: getattr(c, k, None) for k in needed}
+    found["rope_type"] = c.rope_parameters.get("rope_type", "default")
+    wrong = [f"{k}={found[k]!r} (need {v!r})" for k, v in needed.items() if found[k] != v]
+    if wrong:
+        raise ValueError(f"hf_model: not supported: {', '.join(wrong)}")
 
 
 def _core_states(layers, layout, how):
@@ -547,8 +663,7 @@ def from_gpt_neox(
     **fields,  # Fields of `RecursiveConfig`: scheme, tie_core, n_slots, ...
 ) -> RecursiveLM:  # In evaluation mode, with the type of the model
     "A recursive model that starts from the layers of a stack"
-    hf = load_lm(hf_model, device="cpu").model if isinstance(hf_model, str) else hf_model
-    _compatible(hf)
+    hf = _neox_model(hf_model)
     layout, c = Layout.parse(layout), hf.config
     if layout.computed != c.num_hidden_layers:
         raise ValueError(
@@ -557,7 +672,7 @@ def from_gpt_neox(
         )
     if how not in ("first", "average"):
         raise ValueError(f"how={how!r} must be 'first' or 'average'")
-    cfg = RecursiveConfig(
+    taken = dict(
         vocab_size=c.vocab_size,
         d_model=c.hidden_size,
         n_heads=c.num_attention_heads,
@@ -572,8 +687,17 @@ def from_gpt_neox(
         bos_token_id=c.bos_token_id,
         eos_token_id=c.eos_token_id,
         pad_token_id=c.pad_token_id,
-        **fields,
+        use_cache=c.use_cache,
     )
+    for name in fields:
+        if name in taken:
+            raise ValueError(f"{name} is that of the checkpoint and cannot be given")
+    cfg = RecursiveConfig(**taken, **known_fields(fields))
+    if cfg.norm != "pre":
+        warnings.warn(
+            f"norm={cfg.norm!r} adds norms that the checkpoint lacks; they change what it computes",
+            stacklevel=2,
+        )
     model, old = make_lm(cfg).to(hf.dtype), list(hf.gpt_neox.layers)
     a, b = layout.prelude, layout.computed - layout.coda
     states = [layer.state_dict() for layer in old]
@@ -583,9 +707,19 @@ def from_gpt_neox(
         missing = layer.load_state_dict(state, strict=False)
         if lost := missing.unexpected_keys:
             raise ValueError(f"hf_model: {lost[0]} has no place in this model")
+    if cfg.per_loop == "mlp":  # each loop has the MLP and norm of its own layer
+        for k, layer in enumerate(model.model.core):
+            for t in range(layout.loops):
+                source = old[a + t * layout.core + k]
+                mine = layer.own[t - 1] if t else layer
+                mine.mlp.load_state_dict(source.mlp.state_dict())
+                norm = mine.norm if t else layer.post_attention_layernorm
+                norm.load_state_dict(source.post_attention_layernorm.state_dict())
     model.model.embed_in.load_state_dict(hf.gpt_neox.embed_in.state_dict())
     model.model.final_layer_norm.load_state_dict(hf.gpt_neox.final_layer_norm.state_dict())
     model.lm_head.load_state_dict(hf.get_output_embeddings().state_dict())
+    if hf.generation_config is not None:
+        model.generation_config = copy.deepcopy(hf.generation_config)
     return model.eval()
 
 # %% ../../nbs/mesh/04_model.ipynb #30cbb627

@@ -17,8 +17,14 @@ from torch import Tensor, nn
 from ..core.scale import check_number
 from .model import RecursiveLM
 from .recurrence import Trace
+from .train import evaluating
 
 # %% ../../nbs/mesh/08_probes.ipynb #c085841f
+def _exact(x):
+    "In single precision at least: sums of squares overflow in half"
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def update_magnitude(
     h: Tensor,  # (...,n,D) input of a block
     fh: Tensor,  # (...,n,D) its output
@@ -26,19 +32,21 @@ def update_magnitude(
     "Relative change of a state, equation (1)"
     if h.shape != fh.shape:
         raise ValueError(f"h has shape {tuple(h.shape)}, fh {tuple(fh.shape)}; they must agree")
+    h, fh = _exact(h), _exact(fh)
     size = torch.linalg.matrix_norm(fh) + torch.linalg.matrix_norm(h)
     change = 2 * torch.linalg.matrix_norm(fh - h)
-    return torch.where(size > 0, change / size.clamp(min=torch.finfo(h.dtype).tiny), 0.0)
+    return torch.where(size == 0, 0.0, change / size.clamp(min=torch.finfo(h.dtype).tiny))
 
 # %% ../../nbs/mesh/08_probes.ipynb #43e4bee4
 def _kernel(x, width):
     "Centred Gaussian similarities; zero for a constant matrix"
-    d = torch.cdist(x, x)
-    n = x.shape[-2]
-    off = d[..., ~torch.eye(n, dtype=torch.bool)]
-    s = width * off.median(-1).values[..., None, None]
-    k = torch.exp(-d.square() / (2 * s.clamp(min=torch.finfo(x.dtype).tiny).square()))
-    k = torch.where(s > 0, k, torch.ones_like(k))
+    c = x - x.mean(-2, keepdim=True)
+    d = torch.cdist(c, c)
+    far = d.amax((-1, -2), keepdim=True)
+    apart = d.masked_fill(d <= 1e-6 * far, torch.nan).flatten(-2)  # equal rows tell no scale
+    s = width * apart.nanmedian(-1).values[..., None, None]
+    constant = far <= 1e-12 * x.norm(dim=-1).amax(-1)[..., None, None]  # but for rounding
+    k = torch.where(constant, 1.0, torch.exp(-d.square() / (2 * s.square())))
     k = k - k.mean(-1, keepdim=True)
     return k - k.mean(-2, keepdim=True)
 
@@ -56,27 +64,36 @@ def rbf_cka(
         )
     a, b = _kernel(x.double(), width), _kernel(y.double(), width)
     size = torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(b)
-    return torch.where(size > 1e-12, (a * b).sum((-1, -2)) / size.clamp(min=1e-12), 0.0)
+    return torch.where(size <= 1e-12, 0.0, (a * b).sum((-1, -2)) / size.clamp(min=1e-12))
 
 # %% ../../nbs/mesh/08_probes.ipynb #2b9429e9
+def _singular(h):
+    "Singular values; NaN for a state that is not finite"
+    h = _exact(h)
+    finite = h.isfinite().all(-1).all(-1)[..., None]
+    s = torch.linalg.svdvals(torch.where(finite[..., None], h, 0.0))
+    return s.masked_fill(~finite, torch.nan)
+
+
 def singular_spectrum(
     h: Tensor,  # (...,n,D) a state
     k: int = 50,  # Values to keep
 ) -> Tensor:  # (...,min(k,n,D)) divided by the largest; zeros for a zero state
     "Largest singular values, relative to the first"
-    s = torch.linalg.svdvals(h)[..., :k]
-    return s / s[..., :1].clamp(min=torch.finfo(h.dtype).tiny)
+    check_number("k", k, "int [1, inf)")
+    s = _singular(h)[..., :k]
+    return s / s[..., :1].clamp(min=torch.finfo(s.dtype).tiny)
 
 
 def effective_rank(
     h: Tensor,  # (...,n,D) a state
 ) -> Tensor:  # (...) between 1 and min(n,D); 0 for a zero state
     "Exponential of the entropy of the singular values"
-    s = torch.linalg.svdvals(h)
-    total = s.sum(-1, keepdim=True)
-    p = s / total.clamp(min=torch.finfo(h.dtype).tiny)
-    rank = torch.exp(-(p * p.clamp(min=torch.finfo(h.dtype).tiny).log()).sum(-1))
-    return torch.where(total[..., 0] > 0, rank, 0.0)
+    s = _singular(h)
+    total, tiny = s.sum(-1, keepdim=True), torch.finfo(s.dtype).tiny
+    p = s / total.clamp(min=tiny)
+    rank = torch.exp(-(p * p.clamp(min=tiny).log()).sum(-1))
+    return torch.where(total[..., 0] == 0, 0.0, rank)
 
 # %% ../../nbs/mesh/08_probes.ipynb #45c96aa9
 @dataclass
@@ -127,6 +144,18 @@ def blocks_of(
     layers: list | None = None,  # Layers to watch in a foreign model; None finds them
 ) -> list[Block]:  # In the order of their runs
     "Input and output of each block"
+    with evaluating(model):
+        return _blocks(_bare(model), ids, None if layers is None else list(layers))
+
+
+def _bare(model):
+    "The model inside an adapter of PEFT, or the model; two models in one are refused"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError("model: has an encoder and a decoder; pass one of the two")
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _blocks(model, ids, layers):
     if not isinstance(model, RecursiveLM) or layers is not None:
         return _watched(model, ids, decoder_layers(model) if layers is None else layers)
     trace = model(ids, use_cache=False, return_states=True).trace
@@ -136,13 +165,60 @@ def blocks_of(
     return [*runs, Block("coda", 0, trace.states[-1], trace.last)]
 
 # %% ../../nbs/mesh/08_probes.ipynb #9f9dc374
-def _final_norm(model):
-    "The norm before the head"
-    body = getattr(model, model.base_model_prefix, model)
-    for name in ("final_layer_norm", "norm", "ln_f", "final_layernorm"):
-        if isinstance(getattr(body, name, None), nn.Module):
-            return getattr(body, name)
-    raise ValueError("model: its final norm was not found")
+def _norm_seen(model, ids, layers):
+    "The norm that takes the last layer's output and gives the head its input, or None"
+    norms, heads, outputs = [], [], []
+    try:
+        layers = decoder_layers(model)
+    except ValueError:
+        if not layers:
+            raise
+
+    def note_norm(module, args, out):
+        if args and isinstance(out, Tensor):
+            norms.append((module, args[0], out))
+
+    def note_head(module, args):
+        heads.append(args[0])
+
+    def note_layer(module, args, out):
+        outputs.append(out[0] if isinstance(out, tuple) else out)
+
+    watched = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
+    hooks = [m.register_forward_hook(note_norm) for m in watched]
+    hooks.append(model.get_output_embeddings().register_forward_pre_hook(note_head))
+    hooks.append(layers[-1].register_forward_hook(note_layer))
+    try:
+        model(ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for module, x, y in reversed(norms):
+        if heads and torch.equal(y, heads[-1]) and torch.equal(x, outputs[-1]):
+            return module
+    return None
+
+
+@torch.no_grad()
+def _reader(model, ids, layers=None):
+    "Head and final norm of a model that predicts the next token, None where there is none"
+    model, ids = _bare(model), ids[:1]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return None, None
+    if isinstance(model, RecursiveLM):
+        return head, model.model.final_layer_norm
+    with evaluating(model):
+        other = ids.clone()
+        other[:, -1] = (ids[:, -1] + 1) % head.weight.shape[0]
+        first, second = (model(x, use_cache=False).logits[:, :-1] for x in (ids, other))
+        rounding = 100 * torch.finfo(first.dtype).eps * first.abs().max() if first.numel() else 0
+        if ((first - second).abs() > rounding).any():
+            raise ValueError(
+                "model: a token changes the logits before it, as in a masked model; a next-token "
+                "loss is not defined. Pass the model without its head"
+            )
+        return head, _norm_seen(model, ids, layers)
 
 
 @torch.no_grad()
@@ -150,25 +226,53 @@ def logit_lens(
     model: nn.Module,  # A decoder with a head
     state: Tensor,  # (b,l,D) an inner state
     ids: Tensor,  # (b,l) the tokens
+    norm: nn.Module | None = None,  # Norm before the head; None finds it
 ) -> dict:  # loss: nats per token; agree: share of tokens with the final prediction
     "Loss of an inner state, and how often it already says what the model will say"
-    head = model.get_output_embeddings()
-    logits = head(_final_norm(model)(state))[:, :-1]
-    final = model(ids, use_cache=False).logits[:, :-1]
+    model = _bare(model)
+    if norm is None:
+        head, norm = _reader(model, ids)
+    else:
+        head = model.get_output_embeddings()
+    if head is None or norm is None:
+        raise ValueError("model: its head or final norm was not found; pass `norm`")
+    if state.shape[:2] != ids.shape or ids.shape[1] < 2:
+        raise ValueError(
+            f"state is of {tuple(state.shape[:2])} tokens, ids of {tuple(ids.shape)}; "
+            "they must agree and have 2 tokens or more"
+        )
+    with evaluating(model):
+        logits = head(norm(state))[:, :-1]
+        final = model(ids, use_cache=False).logits[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
     same = (logits.argmax(-1) == final.argmax(-1)).double().mean()
     return dict(loss=loss.item(), agree=same.item())
 
 # %% ../../nbs/mesh/08_probes.ipynb #68854b53
+def _cka_or_nan(before, y):
+    "CKA with the state before; three tokens are the least that it is defined for"
+    if before is None or y.shape[-2] < 3:
+        return float("nan")
+    return rbf_cka(before, y).mean().item()
+
+
 @torch.no_grad()
 def probe_model(
     model: nn.Module,  # A recursive model, or any decoder of transformers
     batches,  # Batches of tokens, (b,l) each; or one of them
     layers: list | None = None,  # Layers of a foreign model; None finds them
+    norm: nn.Module | None = None,  # Norm before the head of a foreign model; None finds it
 ) -> pd.DataFrame:  # Row per block: block, loop, update, delta, size, cka, rank, loss, agree
-    "The probes of every block of a model, means over samples"
-    tables = []
+    "The probes of every block, means over samples; loss and agree are NaN without head or norm"
+    unknown = dict(loss=float("nan"), agree=float("nan"))
+    tables, head, model = [], None, _bare(model)
     for ids in [batches] if isinstance(batches, Tensor) else batches:
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"batches: need tensors of tokens, got {type(ids).__name__}")
+        if not tables:
+            head, found = _reader(model, ids, layers)
+            norm = found if norm is None else norm  # the same for all batches
+        lens = head is not None and norm is not None and ids.shape[-1] > 1
         rows, before = [], None
         for b in blocks_of(model, ids, layers):
             x, y = b.input.float(), b.output.float()
@@ -179,13 +283,15 @@ def probe_model(
                     update=update_magnitude(x, y).mean().item(),
                     delta=(y - x).norm(dim=-1).mean().item(),
                     size=x.norm(dim=-1).mean().item(),
-                    cka=float("nan") if before is None else rbf_cka(before, y).mean().item(),
+                    cka=_cka_or_nan(before, y),
                     rank=effective_rank(y).mean().item(),
-                    **logit_lens(model, b.output, ids),
+                    **(logit_lens(model, b.output, ids, norm) if lens else unknown),
                 )
             )
             before = y
         tables.append(pd.DataFrame(rows))
+    if not tables:
+        raise ValueError("batches is empty")
     names = tables[0][["block", "loop"]]
     values = sum(t.drop(columns=["block", "loop"]) for t in tables) / len(tables)
     return pd.concat([names, values], axis=1)

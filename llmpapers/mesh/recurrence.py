@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .layout import check_scheme
+from ..core.scale import check_number
+from .layout import check_scheme, trained_schemes
 
 # %% ../../nbs/mesh/02_recurrence.ipynb #8eb75b17
 class Mixer(nn.Module):
     "Between two loops: by itself the next state is the core's output"
+
+    scheme: str | None = None  # The scheme it belongs to; None: any
+    loops: int | None = None  # Loops it has weights for; None: any number
 
     def enter(
         self,
@@ -49,6 +53,7 @@ class FixedSum(Mixer):
         scheme: str,  # "base" or supplements joined by "+"
     ):
         super().__init__()
+        self.scheme = scheme
         self.terms = set() if check_scheme(scheme) == "base" else set(scheme.split("+"))
 
     def leave(
@@ -68,9 +73,11 @@ class FixedSum(Mixer):
 class StaticCombination(Mixer):
     "Three trained numbers, equation (2); they start at 1, 0, 0"
 
+    scheme = "static"
+
     def __init__(self):
         super().__init__()
-        self.alpha = nn.Parameter(torch.tensor([1.0, 0.0, 0.0]))
+        self.bias = nn.Parameter(torch.tensor([1.0, 0.0, 0.0]))
 
     def leave(
         self,
@@ -81,11 +88,13 @@ class StaticCombination(Mixer):
         h0: Tensor,  # (...,D) output of the prelude
     ) -> Tensor:  # (...,D) state h^(t+1)
         "The trained sum"
-        return self.alpha[0] * y + self.alpha[1] * h0 + self.alpha[2] * h_emb
+        return self.bias[0] * y + self.bias[1] * h0 + self.bias[2] * h_emb
 
 
 class DynamicCombination(Mixer):
     "Three numbers per token from the state before the core, equation (2); reconstructed"
+
+    scheme = "dynamic"
 
     def __init__(
         self,
@@ -115,6 +124,11 @@ def mesh_cycle(
     r: Tensor,  # (...,B) read weights, summing to one
 ) -> tuple[Tensor, Tensor]:  # (...,B,D) memory after the write; (...,D) what is read from it
     "Write, then read, equation (3)"
+    if not w.shape[-1] == r.shape[-1] == slots.shape[-2]:
+        raise ValueError(
+            f"slots has {slots.shape[-2]} slots, w {w.shape[-1]} and r {r.shape[-1]} weights; "
+            "they must agree"
+        )
     slots = slots + w.unsqueeze(-1) * y.unsqueeze(-2)
     return slots, (r.unsqueeze(-1) * slots).sum(-2)
 
@@ -124,12 +138,17 @@ def mesh_coefficients(
     read: Tensor,  # (...,B) read weights of cycle c
 ) -> Tensor:  # (c+2,...) weight of the embedding, then of each output
     "Coefficients of the unrolled read, equation (4)"
+    for w in write:
+        if w.shape != read.shape:
+            raise ValueError(f"write has shape {tuple(w.shape)}, read {tuple(read.shape)}")
     first = read[..., 0].unsqueeze(0)
     return torch.cat([first, (torch.stack(write) * read).sum(-1)]) if write else first
 
 # %% ../../nbs/mesh/02_recurrence.ipynb #14d0f1f0
 class MeshRouters(nn.Module):
     "Write and read weights of all cycles, equation (5)"
+
+    scheme = "mesh"
 
     def __init__(
         self,
@@ -142,10 +161,12 @@ class MeshRouters(nn.Module):
         first_sees: str = "input",  # What cycle 0 reads: "input" or "output" of the prelude
     ):
         super().__init__()
-        if min(d_model, n_cycles, n_slots) < 1:
-            raise ValueError(
-                f"d_model={d_model}, n_cycles={n_cycles}, n_slots={n_slots} must be at least 1"
-            )
+        for name, x in dict(d_model=d_model, n_cycles=n_cycles, n_slots=n_slots).items():
+            check_number(name, x, "int [1, inf)")
+        check_number("std", std, "[0, inf) or None")
+        check_number("bias_init", bias_init, "(-inf, inf)")
+        if first_sees not in ("input", "output"):
+            raise ValueError(f"first_sees={first_sees!r} must be 'input' or 'output'")
         rows = 1 if shared else n_cycles
         self.n_cycles, self.n_slots, self.first_sees = n_cycles, n_slots, first_sees
         self.bias_init = bias_init
@@ -221,8 +242,15 @@ def run_mesh(
     routers: MeshRouters,  # Weights of K + 1 cycles
     impl: str = "unrolled",  # "unrolled" or "slots"
     trace: Trace | None = None,  # Filled if given
+    any_loops: bool = False,  # Accept more loops than routers; the last pair goes on
 ) -> Tensor:  # (...,D) h^(K)
     "The memory of the paper, equations (3) and (4)"
+    check_number("n_loops", n_loops, "int [1, inf)")
+    if n_loops >= routers.n_cycles and not any_loops:
+        raise ValueError(
+            f"n_loops={n_loops} needs {n_loops + 1} pairs of routers, there are "
+            f"{routers.n_cycles}; any_loops=True goes on with the last"
+        )
     if impl not in ("unrolled", "slots"):
         raise ValueError(f"impl={impl!r} must be 'unrolled' or 'slots'")
     h, states, write = h_emb, [h_emb], []
@@ -268,15 +296,26 @@ def run_scheme(
     routers: nn.Module | None = None,  # `MeshRouters`, or the `Mixer` of a trained scheme
     impl: str = "unrolled",  # "unrolled" or "slots", for mesh
     keep: bool = True,  # Keep the trace
+    any_loops: bool = False,  # Accept more loops than routers; the last pair goes on
 ) -> tuple[Tensor, Trace | None]:  # (...,D) h^(K); what happened
     "Prelude and loops with a scheme between them"
     check_scheme(scheme)
+    check_number("n_loops", n_loops, "int [1, inf)")
     trace = Trace(h_emb=h_emb) if keep else None
+    if routers is None and scheme in trained_schemes:
+        raise TypeError(f"routers: {scheme} needs its module, see `make_between`")
+    own = None if routers is None else routers.scheme
+    if (scheme == "mesh") != (own == "mesh") or own not in (None, scheme):
+        wanted = "MeshRouters" if scheme == "mesh" else "a Mixer of that scheme"
+        raise TypeError(f"routers: {scheme} needs {wanted}, got {type(routers).__name__}")
     if scheme == "mesh":
-        if not isinstance(routers, MeshRouters):
-            raise TypeError("routers: mesh needs MeshRouters")
-        return run_mesh(h_emb, prelude, core, n_loops, routers, impl, trace), trace
+        return run_mesh(h_emb, prelude, core, n_loops, routers, impl, trace, any_loops), trace
     mixer = FixedSum(scheme) if routers is None else routers
+    if mixer.loops is not None and n_loops > mixer.loops and not any_loops:
+        raise ValueError(
+            f"n_loops={n_loops}, but {type(mixer).__name__} has weights for {mixer.loops}; "
+            "any_loops=True goes on with the last"
+        )
     h = h0 = prelude(h_emb)
     if trace is not None:
         trace.outputs.append(h0)

@@ -31,6 +31,7 @@ study_gpu = StudyConfig(  # 25 to 38 million weights without embeddings
         mixed_precision="bf16",
         log_every=100,
         eval_every=500,
+        save_every=500,  # a training that was killed goes on from here
     ),
 )
 watched = ("base", "mesh", "mesh, biased")  # Arms whose models are probed
