@@ -404,6 +404,7 @@ baselines = {  # Name -> class and what the name changes in the configuration
     "composite": (Composite, {}),
     "SASRec + InfoNCE": (SASRec, dict(ccr="identity")),
     "SASRec + CCR": (SASRec, dict(ccr="history")),
+    "SASRec + learned CCR": (SASRec, dict(ccr="learned")),
 }
 
 
