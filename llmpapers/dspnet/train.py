@@ -140,12 +140,19 @@ class Objective(nn.Module):
     ):
         super().__init__()
         self.model, self.config = model, config
-        one = torch.zeros(1, 1, dtype=torch.long)
+        self.heads, self.judge = None, None
+        with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
+            torch.manual_seed(rng(config.seed, "objective").initial_seed() % 2**32)
+            self._make_parts()
+
+    def _make_parts(self):
+        "What is trained beside the model; its weights follow from the seed of the run"
+        one = torch.zeros(1, 1, dtype=torch.long, device=next(self.model.parameters()).device)
         with torch.no_grad():
-            out = model(one, one, logits=False)
-        self.heads = WeightHeads(history_states(out).shape[1]) if config.ccr == "learned" else None
-        self.judge = None
-        if config.align == "adversarial":
+            out = self.model(one, one, logits=False)
+        if self.config.ccr == "learned":
+            self.heads = WeightHeads(history_states(out).shape[1])
+        if self.config.align == "adversarial":
             self.judge = Discriminator(out.h_item.shape[2], out.h_scene.shape[2])
 
     def contrast(
