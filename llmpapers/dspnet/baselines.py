@@ -84,8 +84,8 @@ class SASRec(SequenceModel):
         config: DSPConfig,  # Sizes
     ):
         super().__init__(n_items, n_scenes, config.max_len)
-        sizes = (config.d, config.n_layers, config.n_heads, config.max_len, config.dropout)
-        self.item_stream = Encoder(n_items, *sizes)
+        sizes = (config.d, config.n_layers, config.n_heads, config.max_len)
+        self.item_stream = Encoder(n_items, *sizes, config.dropout, config.hidden)
 
     def item_scores(
         self,
@@ -163,8 +163,8 @@ class BERT4Rec(SASRec):
         config: DSPConfig,  # Sizes
     ):
         SequenceModel.__init__(self, n_items, n_scenes, config.max_len)
-        sizes = (config.d, config.n_layers, config.n_heads, config.max_len + 1, config.dropout)
-        self.item_stream = _BothWays(n_items + 1, *sizes)
+        sizes = (config.d, config.n_layers, config.n_heads, config.max_len + 1)
+        self.item_stream = _BothWays(n_items + 1, *sizes, config.dropout, config.hidden)
 
     def item_scores(
         self,
@@ -247,7 +247,7 @@ class FDSALike(SASRec):
         config: DSPConfig,  # Sizes
     ):
         super().__init__(n_items, n_scenes, config)
-        sizes = (config.n_layers, config.n_heads, config.max_len, config.dropout)
+        sizes = (config.n_layers, config.n_heads, config.max_len, config.dropout, config.hidden)
         self.scene_stream = Encoder(n_scenes, config.d_scene, *sizes)
         self.meet = nn.Linear(config.d + config.d_scene, config.d)
 
@@ -404,6 +404,7 @@ baselines = {  # Name -> class and what the name changes in the configuration
     "composite": (Composite, {}),
     "SASRec + InfoNCE": (SASRec, dict(ccr="identity")),
     "SASRec + CCR": (SASRec, dict(ccr="history")),
+    "SASRec + learned CCR": (SASRec, dict(ccr="learned")),
 }
 
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['fusions', 'positions_of', 'causal_mask', 'Block', 'Encoder', 'DSPOutput', 'check_histories', 'SequenceModel',
-           'best_of', 'without_seen', 'Scores', 'last_scores', 'recommend', 'Gate', 'DSPNet']
+           'best_of', 'without_seen', 'Scores', 'evaluating', 'last_scores', 'recommend', 'Gate', 'DSPNet']
 
 # %% ../../nbs/dspnet/04_model.ipynb #f5c4af64
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -43,12 +44,14 @@ class Block(nn.Module):
         width: int,  # Of the states
         n_heads: int,  # Heads
         dropout: float,  # Share of what is dropped in training
+        hidden: int = 4,  # Width of the net's hidden layer, in widths of the states
     ):
         super().__init__()
         self.n_heads, self.dropout = n_heads, dropout
         self.norm_attention, self.norm_net = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        wide = hidden * width
+        self.up, self.down = nn.Linear(width, wide), nn.Linear(wide, width)
         self.drop = nn.Dropout(dropout)
 
     def heads(
@@ -103,11 +106,14 @@ class Encoder(nn.Module):
         n_heads: int,  # Heads
         max_len: int,  # Longest history
         dropout: float,  # Share of what is dropped in training
+        hidden: int = 4,  # Hidden layer of a block's net, in widths
     ):
         super().__init__()
         self.embed = nn.Embedding(n_ids + 1, width)
         self.place = nn.Embedding(max_len + 1, width)  # 0 is the state before the first event
-        self.blocks = nn.ModuleList(Block(width, n_heads, dropout) for _ in range(n_layers))
+        self.blocks = nn.ModuleList(
+            Block(width, n_heads, dropout, hidden) for _ in range(n_layers)
+        )
         self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
         for table in (self.embed, self.place):
             nn.init.normal_(table.weight, std=0.1)
@@ -273,6 +279,19 @@ class Scores(NamedTuple):
     scenes: Tensor | None  # (B,M) of the next scene, None if the model has no such head
 
 
+@contextmanager
+def evaluating(
+    model: nn.Module,  # Any model
+):
+    "A model in evaluation mode, and afterwards in the mode it was in, whatever happens"
+    mode = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(mode)
+
+
 @torch.no_grad()
 def last_scores(
     model: SequenceModel,  # Any model of this room
@@ -282,22 +301,20 @@ def last_scores(
     batch: int = 1024,  # Rows at once
 ) -> Scores:  # Scores of what comes next
     "Scores after the whole history, of all users in batches"
-    mode = model.training
-    model.eval()
     device = next(model.parameters()).device
     context = _context(target_context, len(items), model.n_scenes, device)
     if not len(items):
         raise ValueError("items has no row")
     found = []
-    for i in range(0, len(items), batch):
-        v = model.latest(items[i : i + batch]).to(device)
-        c = None if scenes is None else model.latest(scenes[i : i + batch]).to(device)
-        out = model(v, c, logits=False)
-        given = None if context is None else context[i : i + batch]
-        scored = model.item_scores(out.z_item[:, -1], given)
-        side = None if out.scene_logits is None else out.scene_logits[:, -1]
-        found.append((scored, side))
-    model.train(mode)
+    with evaluating(model):
+        for i in range(0, len(items), batch):
+            v = model.latest(items[i : i + batch]).to(device)
+            c = None if scenes is None else model.latest(scenes[i : i + batch]).to(device)
+            out = model(v, c, logits=False)
+            given = None if context is None else context[i : i + batch]
+            scored = model.item_scores(out.z_item[:, -1], given)
+            side = None if out.scene_logits is None else out.scene_logits[:, -1]
+            found.append((scored, side))
     sides = None if found[0][1] is None else torch.cat([x[1] for x in found])
     return Scores(torch.cat([x[0] for x in found]), sides)
 
@@ -363,16 +380,23 @@ class DSPNet(SequenceModel):
         fusion: str = "mlp",  # "mlp" (equation 1), "gate" or "none"
         inject_scene: bool = False,  # Does the item stream read the scene of each event?
         target_context: bool = False,  # Can the scene of the target be told?
+        hidden: int = 4,  # Hidden layer of a block's net, in widths
     ):
         super().__init__(n_items, n_scenes, max_len)
+        counts = dict(d=d, d_scene=d_scene, n_layers=n_layers, n_heads=n_heads, hidden=hidden)
+        for name, value in counts.items():
+            check_number(name, value, "int [1, inf)")
         for name, width in dict(d=d, d_scene=d_scene).items():
-            check_number(name, width, "int [1, inf)")
             if width % n_heads:
                 raise ValueError(f"{name}={width} is no multiple of n_heads={n_heads}")
         check_number("dropout", dropout, "[0, 1)")
+        for name, value in dict(inject_scene=inject_scene, target_context=target_context).items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r} must be True or False")
         if fusion not in fusions:
             raise ValueError(f"fusion={fusion!r} must be one of {', '.join(fusions)}")
         sizes = dict(n_layers=n_layers, n_heads=n_heads, max_len=max_len, dropout=dropout)
+        sizes |= dict(hidden=hidden)
         self.item_stream = Encoder(n_items, d, **sizes)
         self.scene_stream = Encoder(n_scenes, d_scene, **sizes)
         make = fusions[fusion]

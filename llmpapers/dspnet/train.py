@@ -42,6 +42,7 @@ class DSPConfig:
     d_scene: int = 32  # Width of the scene stream
     n_layers: int = 2  # Blocks of each stream
     n_heads: int = 2  # Heads of each stream
+    hidden: int = 4  # Hidden layer of a block's net, in widths of its stream
     max_len: int = 50  # Longest history
     dropout: float = 0.1  # Share of what is dropped in training
     fusion: str = "mlp"  # How the streams meet: "mlp", "gate" or "none"
@@ -63,8 +64,8 @@ class DSPConfig:
     seed: int = 0  # Of weights, order and dropout
 
     def __post_init__(self):
-        whole = ("d", "d_scene", "n_layers", "n_heads", "max_len", "steps", "batch_size")
-        check_ranges(self, **{k: "int [1, inf)" for k in whole})
+        whole = ("d", "d_scene", "n_layers", "n_heads", "hidden", "max_len")
+        check_ranges(self, **{k: "int [1, inf)" for k in (*whole, "steps", "batch_size")})
         check_ranges(self, **{k: "int [0, inf)" for k in ("chunk", "eval_every", "seed")})
         check_ranges(self, **{k: "[0, inf)" for k in ("alpha", "ccr_weight", "align_weight")})
         check_ranges(self, **{k: "(0, inf)" for k in ("lr", "tau", "tau_cond")})
@@ -82,7 +83,7 @@ def model_fields(
     config: DSPConfig,  # A run
 ) -> dict:  # Those fields that `DSPNet` takes
     "Sizes of the model in a configuration"
-    names = ("d", "d_scene", "n_layers", "n_heads", "max_len", "dropout", "fusion")
+    names = ("d", "d_scene", "n_layers", "n_heads", "hidden", "max_len", "dropout", "fusion")
     return {k: getattr(config, k) for k in (*names, "inject_scene", "target_context")}
 
 # %% ../../nbs/dspnet/06_train.ipynb #d841a841
@@ -139,12 +140,19 @@ class Objective(nn.Module):
     ):
         super().__init__()
         self.model, self.config = model, config
-        one = torch.zeros(1, 1, dtype=torch.long)
+        self.heads, self.judge = None, None
+        with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
+            torch.manual_seed(rng(config.seed, "objective").initial_seed() % 2**32)
+            self._make_parts()
+
+    def _make_parts(self):
+        "What is trained beside the model; its weights follow from the seed of the run"
+        one = torch.zeros(1, 1, dtype=torch.long, device=next(self.model.parameters()).device)
         with torch.no_grad():
-            out = model(one, one, logits=False)
-        self.heads = WeightHeads(history_states(out).shape[1]) if config.ccr == "learned" else None
-        self.judge = None
-        if config.align == "adversarial":
+            out = self.model(one, one, logits=False)
+        if self.config.ccr == "learned":
+            self.heads = WeightHeads(history_states(out).shape[1])
+        if self.config.align == "adversarial":
             self.judge = Discriminator(out.h_item.shape[2], out.h_scene.shape[2])
 
     def contrast(
@@ -237,7 +245,7 @@ def make_batch(
     told = None
     if config.target_context:
         chosen = torch.rand(len(items), 1, generator=generator) < 0.5
-        told = scenes[:, 1:] * chosen
+        told = (scenes[:, 1:] * chosen)[:, -config.max_len :]
     return Batch(items[:, -config.max_len - 1 :], scenes[:, -config.max_len - 1 :], told)
 
 # %% ../../nbs/dspnet/06_train.ipynb #f850ea56
