@@ -108,14 +108,15 @@ files = {
     "kuairand": (
         load_kuairand,
         "log_standard_4_08_to_4_21_1k.csv",
-        "user_id,video_id,date,hourmin,time_ms,is_click,tab\n0,7,1,2,1500,1,4\n0,8,1,2,1500,0,4\n",
-        ("0", "7", "tab 4", 1.5),
+        "user_id,video_id,date,hourmin,time_ms,is_click,tab\n"
+        "0,7,1,2,1649400000000,1,4\n0,8,1,2,1649400000000,0,4\n",
+        ("0", "7", "tab 4", 1649400000.0),
     ),
     "behaviour": (
         load_behaviour,
         "UserBehavior.csv",
-        "1,5,50,fav,99\n1,5,50\n",
-        ("1", "5", "favourite", 99.0),
+        "1,5,50,fav,1511544070\n1,5,50\n",
+        ("1", "5", "favourite", 1511544070.0),
     ),
     "movielens-1m": (
         load_movielens,
@@ -138,20 +139,20 @@ files = {
     "yelp": (
         load_yelp,
         "yelp_academic_dataset_review.json",
-        '{"user_id":"a","business_id":"b","date":"1970-01-02 00:00:00"}\n{"user_id":"a"}\n[]\n',
-        ("a", "b", "review", 86400.0),
+        '{"user_id":"a","business_id":"b","date":"2018-07-07 00:00:00"}\n{"user_id":"a"}\n[]\n',
+        ("a", "b", "review", 1530921600.0),
     ),
     "amazon-2018": (
         load_amazon,
         "Toys_5.json",
-        '{"reviewerID":"r","asin":"A","unixReviewTime":5,"verified":true,"overall":5.0}\n{}\n',
-        ("r", "A", "verified, 4 or 5 stars", 5.0),
+        '{"reviewerID":"r","asin":"A","unixReviewTime":1252800000,"verified":true,"overall":5.0}\n{}\n',
+        ("r", "A", "verified, 4 or 5 stars", 1252800000.0),
     ),
     "amazon-2023": (
         load_amazon,
         "Toys.jsonl",
-        '{"user_id":"r","parent_asin":"A","timestamp":5000,"verified_purchase":false,"rating":1}\n',
-        ("r", "A", "not verified, 1 to 3 stars", 5.0),
+        '{"user_id":"r","parent_asin":"A","timestamp":1588687728000,"verified_purchase":false,"rating":1}\n',
+        ("r", "A", "not verified, 1 to 3 stars", 1588687728.0),
     ),
 }
 
