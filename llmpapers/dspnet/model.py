@@ -286,11 +286,11 @@ def best_of(
         raise ValueError("scores has NaN")
     found = scores.topk(k, 1)
     ids = found.indices.sort(1).values  # the lower id first, and a stable sort keeps it there
-    best = scores.gather(1, ids).sort(1, descending=True, stable=True)
+    best = scores.gather(1, ids).sort(dim=1, descending=True, stable=True)
     ids, values, least = ids.gather(1, best.indices), best.values, best.values[:, -1:]
     more = (scores == least).sum(1) > (values == least).sum(1)  # equal ones were left out
     if (tied := more & (least[:, 0] > -torch.inf)).any():
-        whole = scores[tied].sort(1, descending=True, stable=True)
+        whole = scores[tied].sort(dim=1, descending=True, stable=True)
         ids[tied], values[tied] = whole.indices[:, :k], whole.values[:, :k]
     return (ids + 1).masked_fill(values == -torch.inf, 0)
 
@@ -348,11 +348,13 @@ def last_scores(
             scored = model.item_scores(out.z_item[:, -1], given)
             side = None if out.scene_logits is None else out.scene_logits[:, -1]
             found.append((scored, side))
+    if len(found) == 1:
+        return Scores(*found[0])
     sides = None if found[0][1] is None else torch.cat([x[1] for x in found])
     return Scores(torch.cat([x[0] for x in found]), sides)
 
 
-scores_at_once = 2**25  # Scores that `recommend` holds, 128 MB
+scores_at_once = 2**25  # Most scores that `recommend` makes at a time, 128 MB
 
 
 def recommend(
@@ -376,6 +378,7 @@ def recommend(
         if exclude_seen:
             scores = without_seen(scores, v.to(scores.device))
         found.append(best_of(scores, k))
+        del scores  # before the next ones are made
     return torch.cat(found)
 
 

@@ -88,7 +88,7 @@ class Session:
     def _squeeze(self):
         "Drop columns in which users did nothing, once there are more than events can be"
         width = max(1, int(self.count.max()))
-        columns = self.there.int().argsort(1, stable=True)[:, -width:]  # events last, in order
+        columns = self.there.int().argsort(dim=1, stable=True)[:, -width:]  # events last, in order
         self.there = self.there.gather(1, columns)
         for part in (self.item_part, self.scene_part):
             part.pick(columns)
@@ -260,6 +260,9 @@ def save_dspnet(
     there = {x.name for x in folder.iterdir()} if folder.exists() else set()
     if there and (there - _files or "dspnet.json" not in there):
         raise ValueError(f"folder: {folder.name} holds something else; give a new folder")
+    for name, x in model.state_dict().items():
+        if not x.isfinite().all():
+            raise ValueError(f"model: {name} has entries that are not finite")
     about = dict(kind="DSPNet", sizes=_sizes(model), items=items, scenes=scenes)
     with new_folder(folder) as new:
         new.mkdir()
