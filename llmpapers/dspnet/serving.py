@@ -60,6 +60,12 @@ class _Stream:
             self.past[i] = x.gather(3, at)
 
 # %% ../../nbs/dspnet/08_serving.ipynb #a59e2083
+def _need_dspnet(model):
+    "Rivals have other parts"
+    if not isinstance(model, DSPNet):
+        raise ValueError(f"model: need a DSPNet, got {type(model).__name__}")
+
+
 class Session:
     "Users whose events arrive one by one"
 
@@ -186,12 +192,6 @@ def next_scenes(
     return best_of(found, k)
 
 # %% ../../nbs/dspnet/08_serving.ipynb #95fa42fd
-def _need_dspnet(model):
-    "Rivals have other parts"
-    if not isinstance(model, DSPNet):
-        raise ValueError(f"model: need a DSPNet, got {type(model).__name__}")
-
-
 def _sizes(model):
     "What `DSPNet` must be called with to get this model back"
     block = model.item_stream.blocks[0]
