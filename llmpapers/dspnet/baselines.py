@@ -17,12 +17,13 @@ from ..core.lm import n_params
 from ..core.scale import check_number
 from ..core.train import History
 from .logs import Held
-from .losses import JointLoss
+from .losses import JointLoss, mean_nll
 from llmpapers.dspnet.model import (
     DSPNet,
     DSPOutput,
     Encoder,
     SequenceModel,
+    check_histories,
     positions_of,
 )
 from llmpapers.dspnet.train import (
@@ -324,8 +325,9 @@ class MultiBehaviour(SASRecScene):
         out = self(items[:, :-1], scenes[:, :-1], logits=False)
         there = items[:, 1:] > 0
         z, scene, item = out.z_item[there], scenes[:, 1:][there], items[:, 1:][there] - 1
-        of_item = F.nll_loss(self.log_law(z, scene), item)
-        of_scene = F.cross_entropy(self.scene_head(z), scene - 1)
+        count = there.sum().clamp(min=1)
+        of_item = F.nll_loss(self.log_law(z, scene), item, reduction="sum") / count
+        of_scene = F.cross_entropy(self.scene_head(z), scene - 1, reduction="sum") / count
         return JointLoss(of_item + of_scene, of_item, of_scene), out
 
 # %% ../../nbs/dspnet/07_baselines.ipynb #3234b658
@@ -386,10 +388,7 @@ class Composite(SASRec):
     ) -> tuple[JointLoss, DSPOutput]:  # Minus log-probability of the next pair
         "Likelihood of pairs"
         h = self.item_stream(self.tokens(items[:, :-1], scenes[:, :-1]))
-        labels = self.tokens(items, scenes)[:, 1:] - 1
-        loss = F.cross_entropy(
-            self.item_stream.scores(h).flatten(0, 1), labels.flatten(), ignore_index=-1
-        )
+        loss = mean_nll(self.item_stream.scores(h), self.tokens(items, scenes)[:, 1:])
         return JointLoss(loss, loss, loss.new_zeros(())), DSPOutput(None, None, h, None, h, None)
 
 # %% ../../nbs/dspnet/07_baselines.ipynb #bd54b6e1
@@ -453,6 +452,9 @@ def train_baseline(
     device=None,  # None: a GPU if there is one
 ) -> tuple[SequenceModel, History]:  # Trained model and its losses
     "Train a rival exactly as the dual network is trained"
-    sizes = (n_items or int(items.max()), n_scenes or int(scenes.max()))
-    model, config = make_baseline(name, *sizes, config or DSPConfig())
-    return model, train_model(model, TensorSource(items, scenes), config, valid, device=device)
+    source = TensorSource(items, scenes)
+    n_items = n_items or max(int(x.max()) for x in (items, *(valid[2:3] if valid else ())))
+    n_scenes = n_scenes or int(scenes.max())
+    model, config = make_baseline(name, n_items, n_scenes, config or DSPConfig())
+    check_histories(items[:, -config.max_len :], scenes[:, -config.max_len :], n_items, n_scenes)
+    return model, train_model(model, source, config, valid, device=device)

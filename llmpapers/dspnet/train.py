@@ -8,8 +8,12 @@ __all__ = ['DSPConfig', 'model_fields', 'Batch', 'likelihood', 'history_states',
 
 # %% ../../nbs/dspnet/06_train.ipynb #331c6141
 import copy
+import hashlib
+import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,6 +32,7 @@ from llmpapers.dspnet.losses import (
     ccr_weights,
     chunked_ce,
     joint_nll,
+    mean_nll,
     mmd,
     weight_kinds,
 )
@@ -43,11 +48,11 @@ class DSPConfig:
     n_layers: int = 2  # Blocks of each stream
     n_heads: int = 2  # Heads of each stream
     hidden: int = 4  # Hidden layer of a block's net, in widths of its stream
-    max_len: int = 50  # Longest history
+    max_len: int = 50  # Longest history; of a longer one only the latest events are trained on
     dropout: float = 0.1  # Share of what is dropped in training
     fusion: str = "mlp"  # How the streams meet: "mlp", "gate" or "none"
     inject_scene: bool = False  # Does the item stream read scenes? An extension
-    target_context: bool = False  # Can the scene of the target be told? An extension
+    target_context: bool = False  # Can the scene of the target be told? Rivals leave it aside
     alpha: float = 0.5  # Weight of the scene loss
     ccr: str = "none"  # Kind of contrastive weights: "none" or one of `weight_kinds`
     ccr_weight: float = 0.02  # Weight of the contrastive loss
@@ -71,6 +76,9 @@ class DSPConfig:
         check_ranges(self, **{k: "(0, inf)" for k in ("lr", "tau", "tau_cond")})
         check_ranges(self, dropout="[0, 1)", weight_decay="[0, inf)")
         check_flags(self, "inject_scene", "target_context")
+        for name in ("d", "d_scene"):
+            if (width := getattr(self, name)) % self.n_heads:
+                raise ValueError(f"{name}={width} is no multiple of n_heads={self.n_heads}")
         check_choices(
             self,
             fusion=tuple(fusions),
@@ -112,13 +120,15 @@ def likelihood(
     "Negative log-likelihood of a batch"
     if hasattr(model, "own_nll"):
         return model.own_nll(batch.items, batch.scenes, alpha)
-    given = dict(target_scenes=batch.told) if batch.told is not None else {}
+    can_be_told = batch.told is not None and hasattr(model, "told")
+    given = dict(target_scenes=batch.told) if can_be_told else {}
     out = model(batch.items[:, :-1], batch.scenes[:, :-1], logits=not chunk, **given)
     if not chunk:
         return joint_nll(out, batch.items, batch.scenes, alpha), out
     item = _item_loss_in_pieces(model, out, batch, chunk)
-    small = out._replace(item_logits=item.new_zeros(*out.z_item.shape[:2], model.n_items))
-    scene = joint_nll(small, batch.items, batch.scenes, 1.0).scene if alpha else item.new_zeros(())
+    if out.scene_logits is None or alpha == 0:
+        return JointLoss(item, item, item.new_zeros(())), out
+    scene = mean_nll(out.scene_logits, batch.scenes[:, 1:])
     return JointLoss(item + alpha * scene, item, scene), out
 
 
@@ -147,12 +157,16 @@ class Objective(nn.Module):
 
     def _make_parts(self):
         "What is trained beside the model; its weights follow from the seed of the run"
+        align = self.config.align
         one = torch.zeros(1, 1, dtype=torch.long, device=next(self.model.parameters()).device)
         with torch.no_grad():
             out = self.model(one, one, logits=False)
+        if align != "none" and out.h_scene is None:
+            name = type(self.model).__name__
+            raise ValueError(f"align={align!r} needs two streams; {name} has one")
         if self.config.ccr == "learned":
             self.heads = WeightHeads(history_states(out).shape[1])
-        if self.config.align == "adversarial":
+        if align == "adversarial":
             self.judge = Discriminator(out.h_item.shape[2], out.h_scene.shape[2])
 
     def contrast(
@@ -177,7 +191,8 @@ class Objective(nn.Module):
         a, b = out.h_item[:, -1], out.h_scene[:, -1]
         if self.config.align == "adversarial":
             return self.judge(a, b)
-        return mmd(a[:, : b.shape[1]], b)
+        width = min(a.shape[1], b.shape[1])
+        return mmd(a[:, :width], b[:, :width])
 
     def forward(
         self,
@@ -215,6 +230,9 @@ class TensorSource:
         items: Tensor,  # (U,T) items, left-padded with 0
         scenes: Tensor,  # (U,T) scenes
     ):
+        for name, x in dict(items=items, scenes=scenes).items():
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} is a {type(x).__name__}; need a tensor (U,T)")
         if items.shape != scenes.shape or items.dim() != 2 or not items.numel():
             raise ValueError(
                 f"items {tuple(items.shape)} and scenes {tuple(scenes.shape)} need one shape (U,T)"
@@ -223,6 +241,11 @@ class TensorSource:
 
     def __len__(self):
         return len(self.items)
+
+    @property
+    def longest(self) -> int:  # Events of the user with most of them; padding is none
+        "Length of the longest history"
+        return int((self.items > 0).sum(1).max())
 
     def rows(
         self,
@@ -251,8 +274,54 @@ def make_batch(
 # %% ../../nbs/dspnet/06_train.ipynb #f850ea56
 def _longest(source, config):
     "Events in the longest input that training can meet"
-    length = source.longest if hasattr(source, "longest") else source.items.shape[1]
-    return min(config.max_len, max(1, length - 1))
+    return min(config.max_len, max(1, source.longest - 1))
+
+
+class _Best:
+    "The weights that were best on validation; kept in the run's folder if there is one"
+
+    def __init__(self, model, out):
+        self.model, self.ndcg, self.weights = model, -1.0, None
+        self.file = None if out is None else Path(out) / "best.pt"
+        if self.file is not None and self.file.exists():  # an interrupted or finished run goes on
+            kept = torch.load(self.file, map_location="cpu", weights_only=True)
+            self.ndcg, self.weights = kept["ndcg"], kept["weights"]
+
+    def see(self, ndcg):
+        "Keep the weights if none were better"
+        if ndcg <= self.ndcg:
+            return
+        self.ndcg, self.weights = ndcg, copy.deepcopy(self.model.state_dict())
+        if self.file is not None:
+            new = self.file.with_suffix(".tmp")
+            torch.save(dict(ndcg=ndcg, weights=self.weights), new)
+            os.replace(new, self.file)
+
+
+def _recipe(objective, source, config):
+    "What a run in a folder must agree with: the configuration, the model, a sample of the data"
+    some = torch.linspace(0, len(source) - 1, min(len(source), 256)).long()
+    digest = hashlib.sha256()
+    for x in source.rows(some, config.max_len + 1):
+        digest.update(x.contiguous().numpy().tobytes())
+    about = dict(model=type(objective.model).__name__, users=len(source))
+    return asdict(config) | about | dict(data=digest.hexdigest()[:16])
+
+
+def _same_run(out, recipe):
+    "Refuse a folder that holds another run"
+    path = Path(out) / "recipe.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(recipe), encoding="utf-8")
+        return
+    old = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in recipe.items():
+        if old.get(name) != value:
+            raise ValueError(
+                f"{name}: the run in {path.parent.name} has {old.get(name)!r}, now it is "
+                f"{value!r}; use another folder for `out`"
+            )
 
 
 def train_model(
@@ -266,7 +335,14 @@ def train_model(
 ) -> History:  # Loss and what was watched
     "Train any model of this room"
     objective = model if isinstance(model, Objective) else Objective(model, config)
-    model, best = objective.model, {}
+    model = objective.model
+    if valid is not None and not config.eval_every:
+        raise ValueError(
+            "valid is given, but with eval_every=0 nobody looks at it; set eval_every"
+        )
+    if out is not None:
+        _same_run(out, _recipe(objective, source, config))
+    best = _Best(model, out if valid is not None else None)
     model.trained_len.fill_(_longest(source, config))
 
     def batch(step, generator):
@@ -279,8 +355,7 @@ def train_model(
         if valid is not None:
             scores = last_scores(model, valid.items, valid.scenes).items.cpu()
             found = found | {"ndcg": ranking_metrics(scores, valid.targets, (10,))["NDCG@10"]}
-            if found["ndcg"] > best.get("ndcg", -1.0):
-                best.update(ndcg=found["ndcg"], weights=copy.deepcopy(model.state_dict()))
+            best.see(found["ndcg"])
         return found
 
     every = config.eval_every or config.steps
@@ -290,6 +365,7 @@ def train_model(
         weight_decay=config.weight_decay,
         seed=config.seed,
         log_every=every,
+        save_every=config.eval_every or max(1, config.steps // 10),
         min_lr=0.02,
     )
     looks = config.eval_every and (valid is not None or watch is not None)
@@ -304,8 +380,8 @@ def train_model(
         progress=False,
         device=device,
     )
-    if best:
-        model.load_state_dict(best["weights"])
+    if best.weights is not None:
+        model.load_state_dict(best.weights)
     model.eval()
     return history
 
@@ -328,18 +404,27 @@ def seeded(
         return make()
 
 
+def _largest(given, name, *ids):
+    "The number of ids that is given, or else the largest id there is"
+    if given is not None:
+        check_number(name, given, "int [1, inf)")
+        return given
+    return max(1, *(int(x.max()) for x in ids if x.numel()))
+
+
 def train_dspnet(
     items: Tensor,  # (U,T) training items, left-padded with 0
     scenes: Tensor,  # (U,T) their scenes
     config: DSPConfig = DSPConfig(),  # The run
-    n_items: int | None = None,  # I; None: the largest id
+    n_items: int | None = None,  # I; None: the largest id, validation included
     n_scenes: int | None = None,  # M; None: the largest id
     valid: Held | None = None,  # Users to choose weights by
     device=None,  # None: a GPU if there is one
 ) -> tuple[DSPNet, History]:  # Trained network and its losses
     "Train a dual network"
     source = TensorSource(items, scenes)
-    n_items, n_scenes = n_items or int(items.max()), n_scenes or int(scenes.max())
+    n_items = _largest(n_items, "n_items", items, *(valid[:1] + valid[2:3] if valid else ()))
+    n_scenes = _largest(n_scenes, "n_scenes", scenes, *(valid[1:2] if valid else ()))
     model = seeded(lambda: DSPNet(n_items, n_scenes, **model_fields(config)), config.seed)
     model.check(items[:, -config.max_len :], scenes[:, -config.max_len :])
     return model, train_model(model, source, config, valid, device=device)
