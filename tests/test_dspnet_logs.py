@@ -1,5 +1,8 @@
 "Logs in their published forms, the flat index, and splits without a leak"
 
+import bz2
+import zipfile
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +20,7 @@ from llmpapers.dspnet.logs import (
     as_events,
     as_index,
     index_events,
+    join_events,
     k_core,
     load_amazon,
     load_behaviour,
@@ -108,8 +112,8 @@ files = {
     "kuairand": (
         load_kuairand,
         "log_standard_4_08_to_4_21_1k.csv",
-        "user_id,video_id,date,hourmin,time_ms,is_click,tab\n0,7,1,2,1500,1,4\n0,8,1,2,1500,0,4\n",
-        ("0", "7", "tab 4", 1.5),
+        "user_id,video_id,date,hourmin,time_ms,is_click,tab\n0,7,1,2,1649380000000,1,4\n0,8,1,2,1649380000000,0,4\n",
+        ("0", "7", "tab 4", 1649380000.0),
     ),
     "behaviour": (
         load_behaviour,
@@ -150,8 +154,8 @@ files = {
     "amazon-2023": (
         load_amazon,
         "Toys.jsonl",
-        '{"user_id":"r","parent_asin":"A","timestamp":5000,"verified_purchase":false,"rating":1}\n',
-        ("r", "A", "not verified, 1 to 3 stars", 5.0),
+        '{"user_id":"r","parent_asin":"A","timestamp":1588687728000,"verified_purchase":false,"rating":1}\n',
+        ("r", "A", "not verified, 1 to 3 stars", 1588687728.0),
     ),
 }
 
@@ -192,3 +196,168 @@ def test_other_names_and_other_users():
     assert torch.equal(mixed.sort(0).values.sum(), world.scenes.sort(0).values.sum())
     index = as_index(world.items, world.scenes)
     assert index.longest == 5 and len(k_core(log_of(3), 1)) == 200
+
+
+def refused(events):
+    return [tuple(x) for x in problems_of(events)[["reason", "rows", "first_line"]].to_numpy()]
+
+
+KUAIRAND = "user_id,video_id,time_ms,is_click,tab\n"
+
+
+def test_all_standard_logs_of_a_folder_are_read(tmp_path):
+    for name, row in (
+        ("log_standard_4_08_to_4_21_1k.csv", "1,10,1649400000000,1,1\n"),
+        ("log_standard_4_22_to_5_08_1k.csv", "1,11,1650600000000,1.0,2\n1,12,1,1,2\n1,13,9,?,2\n"),
+    ):
+        (tmp_path / name).write_text(KUAIRAND + row)
+    events = load_kuairand(tmp_path)
+    assert events.item.tolist() == ["10", "11"]
+    assert refused(events) == [
+        ("no click that can be read", 1, 4),
+        ("a time in another unit", 1, 3),
+    ]
+
+
+def test_several_files_are_not_chosen_from_in_silence(tmp_path):
+    row = '{"user_id":"r","parent_asin":"A","timestamp":1588687728000,"verified_purchase":true,'
+    for name in ("Books.jsonl", "Toys.jsonl"):
+        (tmp_path / name).write_text(row + '"rating":1}\n')
+    with pytest.raises(ValueError, match="Books.jsonl, Toys.jsonl"):
+        load_amazon(tmp_path)
+    both = join_events(*(load_amazon(tmp_path / n) for n in ("Books.jsonl", "Toys.jsonl")))
+    assert len(both) == 2
+
+
+def test_joined_tables_keep_what_was_refused():
+    bad = pd.DataFrame(dict(user=["a", None], item=[1, 2], scene=["x", "x"], time=[1, 2]))
+    good = bad.assign(user=["b", "c"])
+    joined = join_events(as_events(bad), as_events(good))
+    assert len(joined) == 3 and refused(joined) == [("no user", 1, 1)]
+
+
+@pytest.mark.parametrize(
+    "text, items, problems",
+    [
+        ("1,11,1,pv,101,EXTRA\n1,12,1,pv,102\n", ["12"], [("too many fields", 1, 1)]),
+        ("1,11,1,pv,101,\n1,12,1,pv,102,\n", ["11", "12"], []),
+        (
+            "1,10,1,pv,100\n1,11,1,pv,101,EXTRA\n1,12,1,xx,102\n",
+            ["10"],
+            [("too many fields", 1, 2), ("no scene", 1, 3)],
+        ),
+        ('1,"10,1,pv,100\n1,11,1,pv,101\n1,12,1,pv,"103\n', ['"10', "11"], None),
+        ("1,10,1,pv,100\n1,11,1,pv,1511544070000\n", ["10"], [("a time in another unit", 1, 2)]),
+    ],
+)
+def test_one_bad_row_costs_one_row(tmp_path, text, items, problems):
+    (tmp_path / "UserBehavior.csv").write_text(text)
+    events = load_behaviour(tmp_path)
+    assert events.item.tolist() == items
+    assert problems is None or refused(events) == problems
+
+
+@pytest.mark.parametrize("kind", ["zip", "bz2"])
+def test_packed_files(tmp_path, kind):
+    text = "uuid,document_id,timestamp,platform,traffic_source\n" + "u,1,5,1,2\n" + "u,2,6,9,2\n"
+    name = tmp_path / f"page_views_sample.csv.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(name, "w") as z:
+            z.writestr("page_views_sample.csv", text)
+    else:
+        name.write_bytes(bz2.compress(text.encode()))
+    events = load_outbrain(tmp_path)
+    assert len(events) == 1 and refused(events) == [("no scene", 1, 3)]
+
+
+def test_dates_are_seconds_and_missing_ones_are_refused():
+    when = pd.to_datetime(["2020-01-02", None, "2020-01-01"])
+    table = pd.DataFrame(dict(user=["a", "a", "b"], item=[1, 2, 3], scene=list("xyx"), time=when))
+    for dates in (when, when.tz_localize("Europe/Berlin").tz_convert("UTC").tz_localize(None)):
+        events = as_events(table.assign(time=dates))
+        assert refused(events) == [("no time that can be read", 1, 1)]
+    assert as_events(table).time.tolist() == [1577836800.0, 1577923200.0]
+    aware = as_events(table.assign(time=when.tz_localize("Europe/Berlin")))
+    assert aware.time.tolist() == [1577833200.0, 1577919600.0]
+
+
+def test_text_timestamps_of_amazon_are_milliseconds(tmp_path):
+    rows = [
+        '{"user_id":"r","parent_asin":"A","timestamp":%s,"verified_purchase":true,"rating":%s}\n'
+        % x
+        for x in (('"1588687728923"', 5), ("1588687728", 5), ("1588687729000", "NaN"))
+    ]
+    (tmp_path / "T.jsonl").write_text("".join(rows))
+    events = load_amazon(tmp_path)
+    assert events.time.tolist() == [1588687728.923]
+    assert {r[0] for r in refused(events)} == {"a time in another unit", "no scene"}
+
+
+def test_marks_of_the_byte_order(tmp_path):
+    (tmp_path / "ratings.dat").write_text("1::2::5::978300760\n", encoding="utf-8-sig")
+    assert load_movielens(tmp_path).user.tolist() == ["1"]
+    review = tmp_path / "yelp_academic_dataset_review.json"
+    record = '{"user_id":"a","business_id":"b","date":"2018-07-07 22:09:11"}\n'
+    review.write_text(record + record.replace(":11", ":12Z"), encoding="utf-8-sig")
+    (tmp_path / "yelp_academic_dataset_tip.json").write_text("{}\n")
+    events = load_yelp(tmp_path)
+    assert len(events) == 2 and ("no user", 1, 1) in refused(events)
+
+
+def test_movielens_by_its_head_not_its_name(tmp_path):
+    (tmp_path / "mine.csv").write_text("userId,movieId,timestamp,rating\n1,2,978300760,3.5\n")
+    assert load_movielens(tmp_path / "mine.csv").time.tolist() == [978300760.0]
+    (tmp_path / "u1.base").write_text("1\t2\t5\t978300760\n")
+    assert load_movielens(tmp_path / "u1.base").item.tolist() == ["2"]
+
+
+@pytest.mark.parametrize("data", [b"", b"\x1f\x8b\x08\x00"])
+def test_empty_and_broken_files_are_named(tmp_path, data):
+    name = "UserBehavior.csv" + (".gz" if data else "")
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=name):
+        load_behaviour(tmp_path)
+    (tmp_path / "page_views.csv").write_text("")
+    with pytest.raises(ValueError, match="page_views.csv is empty"):
+        load_outbrain(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "items, scenes, message",
+    [
+        ([[1, 2, 0]], [[1, 1, 0]], "padded on the left"),
+        ([[1, 2, 3]], [[1, 0, 1]], "needs both"),
+        ([[0, 0, 0]], [[0, 0, 0]], "no event"),
+        ([[1, 2, 3]], [[1, 40_000, 1]], "an index holds"),
+    ],
+)
+def test_tables_are_checked(items, scenes, message):
+    pair = torch.tensor(items), torch.tensor(scenes)
+    with pytest.raises(ValueError, match=message):
+        as_index(*pair)
+    if "index" not in message:
+        with pytest.raises(ValueError, match=message):
+            split_last(*pair)
+
+
+def test_a_user_alone_with_its_length_is_shuffled_too():
+    scenes = torch.tensor([[1, 2, 3, 4, 1, 2], [0, 0, 0, 0, 1, 2], [0, 0, 0, 0, 2, 1]])
+    mixed = shuffle_scenes(scenes, 1)
+    assert not torch.equal(mixed[0], scenes[0])
+    assert sorted(mixed[0].tolist()) == sorted(scenes[0].tolist())
+
+
+def test_arguments_are_named():
+    log = log_of(3)
+    for bad, name in (
+        (lambda: split_time(log, pd.Timestamp("2020-01-01")), "at"),
+        (lambda: split_time(log, 30.0, core=0), "core"),
+        (lambda: split_time(log, 30.0, max_len=0), "max_len"),
+        (lambda: index_events(as_events(log), items=["a", "a"]), "items"),
+        (lambda: k_core(pd.DataFrame(dict(user=[1]))), "item"),
+        (lambda: as_events([1]), "table"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=name):
+            bad()
+    index = index_events(as_events(log))
+    assert index.rows([], 5)[0].shape == (0, 1)

@@ -304,7 +304,7 @@ def shuffle_scenes(
     scenes: Tensor,  # (U,T) scenes, 0 is padding
     seed: int = 0,  # Of the permutation
 ) -> Tensor:  # (U,T) rows of other users
-    "Every user gets the scenes of another one with the same number of events"
+    "Every user gets the scenes of another one with as many events; a lone one, its own in disorder"
     res = scenes.clone()
     length = (scenes > 0).sum(1)
     for n in length.unique():
@@ -312,4 +312,6 @@ def shuffle_scenes(
         g = rng(seed, "shuffle", int(n))
         ring = rows[torch.randperm(len(rows), generator=g)]
         res[ring] = scenes[ring.roll(1)]
+        if len(rows) == 1 and n > 0:  # nobody else has so many
+            res[rows, -n:] = scenes[rows, -n:][:, torch.randperm(int(n), generator=g)]
     return res

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['fusions', 'positions_of', 'causal_mask', 'Block', 'Encoder', 'DSPOutput', 'check_histories', 'SequenceModel',
-           'best_of', 'without_seen', 'Scores', 'evaluating', 'last_scores', 'recommend', 'Gate', 'DSPNet']
+           'check_context', 'best_of', 'without_seen', 'Scores', 'evaluating', 'last_scores', 'recommend', 'Gate',
+           'DSPNet']
 
 # %% ../../nbs/dspnet/04_model.ipynb #f5c4af64
 from contextlib import contextmanager
@@ -169,8 +170,8 @@ def check_histories(
         {} if scenes is None else dict(scenes=(scenes, n_scenes))
     )
     for name, (x, n) in given.items():
-        if not isinstance(x, Tensor) or x.dim() != 2 or x.is_floating_point():
-            raise ValueError(f"{name}: need a tensor (B,T) of integers")
+        if not isinstance(x, Tensor) or x.dim() != 2 or x.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{name}: need a tensor (B,T) of integers (int64 or int32)")
         if not x.shape[1]:
             raise ValueError(f"{name} has no column; an empty history is a row of zeros")
         if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= n:
@@ -235,18 +236,24 @@ class SequenceModel(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} gives no item scores")
 
 # %% ../../nbs/dspnet/04_model.ipynb #ab37902b
-def _context(target_context, rows, n_scenes, device):
-    "(B,) scene of the target, one for all or one a row"
+def check_context(
+    target_context: "Tensor|int|None",  # Scene of the event to predict, one or (B,)
+    rows: int,  # Number of histories, B
+    n_scenes: int,  # Number of scenes, M
+    device,  # Where
+) -> Tensor | None:  # (B,) int64, or None
+    "Scene of the target, one for all or one a row"
     if target_context is None:
         return None
     given = torch.as_tensor(target_context, device=device)
-    if given.is_floating_point() or given.dim() > 1 or (given.dim() and len(given) != rows):
+    odd = given.is_floating_point() or given.dtype == torch.bool
+    if odd or given.dim() > 1 or (given.dim() and len(given) != rows):
         raise ValueError(f"target_context: need a scene or {rows} of them")
     if given.numel() and not 0 <= int(given.min()) <= int(given.max()) <= n_scenes:
         raise ValueError(
             f"target_context has {given.tolist()}; scenes run from 1 to {n_scenes}, 0 is unknown"
         )
-    return given.expand(rows)
+    return given.long().expand(rows)
 
 
 def best_of(
@@ -301,8 +308,9 @@ def last_scores(
     batch: int = 1024,  # Rows at once
 ) -> Scores:  # Scores of what comes next
     "Scores after the whole history, of all users in batches"
+    check_number("batch", batch, "int [1, inf)")
     device = next(model.parameters()).device
-    context = _context(target_context, len(items), model.n_scenes, device)
+    context = check_context(target_context, len(items), model.n_scenes, device)
     if not len(items):
         raise ValueError("items has no row")
     found = []
@@ -329,10 +337,20 @@ def recommend(
 ) -> Tensor:  # (B,k) int64 item ids, best first; 0 where there are no more
     "Lists for many users"
     check_histories(items, scenes, model.n_items, model.n_scenes)
-    scores = last_scores(model, items, scenes, target_context).items
-    if exclude_seen:
-        scores = without_seen(scores, items.to(scores.device))
-    return best_of(scores, k)
+    if not len(items):
+        raise ValueError("items has no row")
+    device = next(model.parameters()).device
+    context = check_context(target_context, len(items), model.n_scenes, device)
+    lists = []
+    for i in range(0, len(items), 1024):  # scores of all items for so many users at once
+        rows = slice(i, i + 1024)
+        c = None if scenes is None else scenes[rows]
+        told = None if context is None else context[rows]
+        scores = last_scores(model, items[rows], c, told).items
+        if exclude_seen:
+            scores = without_seen(scores, items[rows].to(scores.device).long())
+        lists.append(best_of(scores, k))
+    return torch.cat(lists)
 
 
 SequenceModel.recommend = recommend

@@ -6,6 +6,7 @@
 __all__ = ['Session', 'next_scenes', 'Kept', 'save_dspnet', 'load_dspnet', 'Exported', 'export_program', 'export_onnx']
 
 # %% ../../nbs/dspnet/08_serving.ipynb #ae9ab4eb
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from llmpapers.dspnet.model import (
     SequenceModel,
     best_of,
     causal_mask,
+    check_context,
     check_histories,
+    evaluating,
     last_scores,
     positions_of,
     without_seen,
@@ -51,6 +54,12 @@ class _Stream:
         self.state = torch.where(ids[:, None] > 0, new, self.state)
 
 # %% ../../nbs/dspnet/08_serving.ipynb #a59e2083
+def _check_network(model):
+    "ValueError for a model that is no dual network"
+    if not isinstance(model, DSPNet):
+        raise ValueError(f"model is a {type(model).__name__}; this is for a DSPNet")
+
+
 class Session:
     "Users whose events arrive one by one"
 
@@ -61,17 +70,20 @@ class Session:
         items: Tensor,  # (B,T) histories so far, left-padded with 0; zeros for new users
         scenes: Tensor,  # (B,T) their scenes
     ):
+        _check_network(model)
         check_histories(items, scenes, model.n_items, model.n_scenes)
-        self.model = model.eval()
+        self.model = model
         self.items, self.scenes = items.clone(), scenes.clone()
         self._read()
 
     def _read(self):
         "Read the latest events of all users in one pass"
         v, c = self.model.latest(self.items), self.model.latest(self.scenes)
-        v, c = v.to(self.device), c.to(self.device)
-        self.item_part = _Stream(self.model.item_stream, v, self.model.injected(c))
-        self.scene_part = _Stream(self.model.scene_stream, c, None)
+        width = max(1, int((v > 0).sum(1).max()))  # columns in which somebody did something
+        v, c = v[:, -width:].to(self.device), c[:, -width:].to(self.device)
+        with evaluating(self.model):
+            self.item_part = _Stream(self.model.item_stream, v, self.model.injected(c))
+            self.scene_part = _Stream(self.model.scene_stream, c, None)
         self.there, self.count = v > 0, (v > 0).sum(1)
 
     @property
@@ -91,11 +103,10 @@ class Session:
         scenes: Tensor,  # (B,) its scene, 0 where there is none
     ) -> None:
         "One new event of each user"
-        pair = (
-            (items[:, None], scenes[:, None])
-            if items.dim() == scenes.dim() == 1
-            else (items, scenes)
-        )
+        for name, x in dict(items=items, scenes=scenes).items():
+            if not isinstance(x, Tensor) or x.dim() != 1:
+                raise ValueError(f"{name}: need a tensor (B,) with one number for each user")
+        pair = (items[:, None], scenes[:, None])
         check_histories(*pair, self.model.n_items, self.model.n_scenes)
         if len(items) != len(self.items):
             raise ValueError(
@@ -104,7 +115,8 @@ class Session:
         self.items = self._joined(self.items, items)
         self.scenes = self._joined(self.scenes, scenes)
         v, c = items.to(self.device), scenes.to(self.device)
-        if int((self.count + (v > 0)).max()) > int(self.model.trained_len):
+        held = int(self.model.trained_len)
+        if int((self.count + (v > 0)).max()) > held or self.length >= 2 * held:
             return self._read()
         self.count = self.count + (v > 0)
         self.there = torch.cat([self.there, v[:, None] > 0], 1)
@@ -112,14 +124,17 @@ class Session:
         mask[:, -1] = True  # a row without an event sees itself
         mask = mask[:, None, None]
         position = self.count * (v > 0)
-        self.item_part.append(v, position, self.model.injected(c[:, None]), mask)
-        self.scene_part.append(c, position, None, mask)
+        with evaluating(self.model):
+            self.item_part.append(v, position, self.model.injected(c[:, None]), mask)
+            self.scene_part.append(c, position, None, mask)
 
     def _joined(self, old, new):
         "Histories with the new event at the end; rows without one move nothing"
         wide = torch.cat([old, new[:, None].to(old.device)], 1)
         still = torch.cat([old.new_zeros(len(old), 1), old], 1)
-        return torch.where(new[:, None].to(old.device) > 0, wide, still)
+        joined = torch.where(new[:, None].to(old.device) > 0, wide, still)
+        longest = max(1, int((joined > 0).sum(1).max()))
+        return joined[:, -longest:]
 
     @torch.no_grad()
     def scores(
@@ -127,11 +142,11 @@ class Session:
         target_context: "Tensor|int|None" = None,  # Scene of the event to predict, one or (B,)
     ) -> Scores:  # Of the next item and the next scene
         "Scores after the events so far"
-        z_item, z_scene = self.model.enhance(self.item_part.state, self.scene_part.state)
-        if target_context is not None:
-            target_context = torch.as_tensor(target_context, device=self.device).expand(len(z_item))
-        side = self.model.scene_stream.scores(z_scene)
-        return Scores(self.model.item_scores(z_item, target_context), side)
+        told = check_context(target_context, len(self.items), self.model.n_scenes, self.device)
+        with evaluating(self.model):
+            z_item, z_scene = self.model.enhance(self.item_part.state, self.scene_part.state)
+            side = self.model.scene_stream.scores(z_scene)
+            return Scores(self.model.item_scores(z_item, told), side)
 
     def recommend(
         self,
@@ -182,9 +197,25 @@ def _sizes(model):
         max_len=model.max_len,
         dropout=block.dropout,
         fusion=fusion,
+        hidden=block.up.out_features // block.up.in_features,
         inject_scene=model.inject is not None,
         target_context=model.context is not None,
     )
+
+
+_kept_files = ("model.safetensors", "dspnet.json")
+
+
+def _names(what, names, n):
+    "Names as plain numbers and texts, as many as there are ids, or none"
+    if not isinstance(names, Sequence) or isinstance(names, str):
+        raise ValueError(f"{what} is a {type(names).__name__}; need a list of names")
+    if len(names) not in (0, n):
+        raise ValueError(f"{what} has {len(names)} names, the model {n} {what}")
+    plain = [x.item() if hasattr(x, "item") else x for x in names]
+    if odd := [x for x in plain if not isinstance(x, str | int | float)]:
+        raise ValueError(f"{what} has the name {odd[0]!r}; names are texts or numbers")
+    return plain
 
 
 @dataclass(frozen=True)
@@ -204,15 +235,21 @@ def save_dspnet(
 ) -> Path:  # The folder
     "Write a model, whole or not at all"
     folder = Path(folder)
-    for what, names, n in (("items", items, model.n_items), ("scenes", scenes, model.n_scenes)):
-        if len(names) not in (0, n):
-            raise ValueError(f"{what} has {len(names)} names, the model {n} {what}")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "dspnet.json").exists():
-        raise ValueError(f"folder: {folder.name} holds something else; give a new folder")
-    about = dict(kind="DSPNet", sizes=_sizes(model), items=list(items), scenes=list(scenes))
+    _check_network(model)
+    named = dict(items=_names("items", items, model.n_items))
+    named["scenes"] = _names("scenes", scenes, model.n_scenes)
+    if folder.is_file():
+        raise ValueError(f"folder: {folder.name} is a file; give a folder")
+    if folder.exists() and (others := {p.name for p in folder.iterdir()} - set(_kept_files)):
+        raise ValueError(
+            f"folder: {folder.name} holds something else ({min(others)}); give a folder of its own"
+        )
     with new_folder(folder) as new:
         new.mkdir()
-        need("safetensors.torch").save_model(model, str(new / "model.safetensors"))
+        weights = new / "model.safetensors"
+        need("safetensors.torch").save_model(model, str(weights))
+        about = dict(kind="DSPNet", sizes=_sizes(model), trained_len=int(model.trained_len))
+        about |= named | dict(sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
         (new / "dspnet.json").write_text(json.dumps(about), encoding="utf-8")
     return folder
 
@@ -223,12 +260,21 @@ def load_dspnet(
 ) -> Kept:  # Model and names
     "Read a model"
     folder = Path(folder)
+    broken = need("safetensors").SafetensorError
     try:
         about = json.loads((folder / "dspnet.json").read_text(encoding="utf-8"))
+        if about["kind"] != "DSPNet":
+            raise ValueError(f"it is a {about['kind']}")
+        weights = folder / "model.safetensors"
+        if hashlib.sha256(weights.read_bytes()).hexdigest() != about["sha256"]:
+            raise ValueError(f"{weights.name} is not the file that was written")
         model = DSPNet(**about["sizes"])
-        need("safetensors.torch").load_model(model, str(folder / "model.safetensors"))
-        return Kept(model.to(device).eval(), about["items"], about["scenes"])
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as e:
+        need("safetensors.torch").load_model(model, str(weights))
+        if int(model.trained_len) != about["trained_len"]:
+            raise ValueError(f"trained_len is {about['trained_len']}, not {model.trained_len}")
+        named = [_names(k, about[k], getattr(model, f"n_{k}")) for k in ("items", "scenes")]
+        return Kept(model.to(device).eval(), *named)
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, broken) as e:
         raise ValueError(f"folder: {folder.name} holds no complete DSPNet ({e})") from e
 
 # %% ../../nbs/dspnet/08_serving.ipynb #c93dbbd3
@@ -240,8 +286,9 @@ class Exported(nn.Module):
         model: DSPNet,  # A trained network
     ):
         super().__init__()
+        _check_network(model)
         self.model = model
-        self.eval()
+        self.training = False
 
     def forward(
         self,
@@ -251,8 +298,11 @@ class Exported(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # (B,I) scores of the next item; (B,M) of the next scene
         "Scores after whole histories"
         out = self.model(items, scenes, logits=False)
-        told = None if self.model.context is None else target
-        return self.model.item_scores(out.z_item[:, -1], told), out.scene_logits[:, -1]
+        if self.model.context is None:  # the input stays, and changes nothing
+            scores = self.model.item_scores(out.z_item[:, -1]) + 0.0 * target[:, None]
+        else:
+            scores = self.model.item_scores(out.z_item[:, -1], target)
+        return scores, out.scene_logits[:, -1]
 
 
 def _example(model):
@@ -269,7 +319,8 @@ def export_program(
 ) -> "torch.export.ExportedProgram":  # With a free number of rows
     "The network for `torch.export`'s runtimes"
     rows = {0: torch.export.Dim("rows", min=1, max=65536)}
-    made = torch.export.export(Exported(model), _example(model), dynamic_shapes=(rows, rows, rows))
+    with evaluating(model):
+        made = torch.export.export(Exported(model), _example(model), dynamic_shapes=(rows,) * 3)
     if path is not None:
         torch.export.save(made, str(path))
     return made
@@ -284,5 +335,6 @@ def export_onnx(
     names = dict(input_names=["items", "scenes", "target"], output_names=["item", "scene"])
     free = {name: {0: "rows"} for group in names.values() for name in group}
     how = dict(dynamo=False, opset_version=17, dynamic_axes=free, **names)
-    torch.onnx.export(Exported(model), _example(model), str(path), **how)
+    with evaluating(model):
+        torch.onnx.export(Exported(model), _example(model), str(path), **how)
     return Path(path)
