@@ -2,14 +2,24 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpapers.core.scale import rng
+from llmpapers.dspnet.baselines import make_baseline
 from llmpapers.dspnet.model import DSPNet, last_scores
-from llmpapers.dspnet.serving import Session, export_program, load_dspnet, next_scenes, save_dspnet
+from llmpapers.dspnet.serving import (
+    Session,
+    export_onnx,
+    export_program,
+    load_dspnet,
+    next_scenes,
+    save_dspnet,
+)
+from llmpapers.dspnet.train import DSPConfig
 
 
 def network(**kw):
@@ -71,3 +81,112 @@ def test_an_exported_program_takes_any_number_of_rows():
         want = last_scores(model, items, scenes, told)
         got = program(items, scenes, told)
         assert (got[0] - want.items).abs().max() < 1e-4
+
+
+SIZES = dict(d=8, d_scene=4, n_layers=1, max_len=6, dropout=0.0)
+
+
+def zeros(n):
+    return torch.zeros(n, 1, dtype=torch.long)
+
+
+def test_a_session_of_single_actors_stays_small():
+    model = DSPNet(50, 3, **SIZES)
+    users = 20
+    session = Session(model, zeros(users), zeros(users))
+    for turn in range(4 * users):
+        act = torch.zeros(users, dtype=torch.long)
+        act[turn % users] = turn % 50 + 1
+        session.append(act, act.clamp(max=3))
+        assert session.length <= 12 and session.items.shape[1] <= turn // users + 2
+    whole = last_scores(model, session.items, session.scenes)
+    assert (session.scores().items - whole.items).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("told", [4, -1, 1.0, True, [1, 2, 3]])
+def test_a_session_checks_the_scene_of_the_target(told):
+    model = DSPNet(50, 3, **SIZES, target_context=True)
+    session = Session(model, zeros(2), zeros(2))
+    for asked in (session, model):
+        with pytest.raises(ValueError, match="target_context"):
+            if asked is session:
+                session.recommend(3, target_context=told)
+            else:
+                model.recommend(zeros(2), zeros(2), 3, target_context=told)
+
+
+def test_nobody_changes_the_mode_of_a_model(tmp_path):
+    model = DSPNet(50, 3, **SIZES).train()
+    session = Session(model, zeros(2), zeros(2))
+    session.append(torch.ones(2, dtype=torch.long), torch.ones(2, dtype=torch.long))
+    session.recommend(3)
+    export_program(model)
+    with pytest.raises(ValueError):
+        last_scores(model, zeros(2) + 99, zeros(2) + 1)
+    assert model.training and all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("use", [save_dspnet, Session, export_program])
+def test_rivals_are_refused_by_name(use, tmp_path):
+    rival, _ = make_baseline("SASRec", 10, 3, DSPConfig(d=8, d_scene=4, n_layers=1, max_len=6))
+    more = {save_dspnet: (tmp_path / "x",), Session: (zeros(1), zeros(1))}.get(use, ())
+    with pytest.raises(ValueError, match="SASRec"):
+        use(rival, *more)
+
+
+def test_names_of_numbers_are_kept_and_other_files_spared(tmp_path):
+    model = DSPNet(3, 2, **SIZES)
+    save_dspnet(model, tmp_path / "m", items=list(np.array([10, 20, 30])), scenes=["a", "b"])
+    kept = load_dspnet(tmp_path / "m")
+    assert kept.items == [10, 20, 30] and kept.scenes == ["a", "b"]
+    save_dspnet(model, tmp_path / "m")
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="notes.txt"):
+        save_dspnet(model, tmp_path / "m")
+    with pytest.raises(ValueError, match="is a file"):
+        save_dspnet(model, tmp_path / "m" / "notes.txt")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(items=["c", "a"]), "2 names"),
+        (dict(items="abc"), "list of names"),
+        (dict(items=None), "list of names"),
+        (dict(kind="SASRec"), "SASRec"),
+        (dict(trained_len=500), "trained_len"),
+        ("cut", "not the file"),
+        ("noise", "not the file"),
+    ],
+)
+def test_what_is_read_is_checked(tmp_path, change, message):
+    folder = save_dspnet(DSPNet(3, 2, **SIZES), tmp_path / "m")
+    about, weights = folder / "dspnet.json", folder / "model.safetensors"
+    if isinstance(change, dict):
+        about.write_text(json.dumps(json.loads(about.read_text()) | change))
+    else:
+        data = weights.read_bytes()
+        weights.write_bytes(data[:-50] if change == "cut" else b"noise")
+    with pytest.raises(ValueError, match=f"holds no complete DSPNet.*{message}"):
+        load_dspnet(folder)
+
+
+def test_onnx_has_its_three_inputs_with_and_without_a_told_scene(tmp_path):
+    ort = pytest.importorskip("onnxruntime")
+    model = DSPNet(10, 3, **SIZES)
+    path = export_onnx(model, tmp_path / "m.onnx")
+    run = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    items = torch.randint(1, 11, (3, 6))
+    fed = dict(items=items.numpy(), scenes=(items % 3 + 1).numpy(), target=np.array([0, 1, 2]))
+    want = last_scores(model, items, items % 3 + 1)
+    assert np.abs(run.run(None, fed)[0] - want.items.numpy()).max() < 1e-4
+
+
+def test_lists_of_many_users_are_those_of_a_few():
+    model = DSPNet(10, 3, **SIZES, target_context=True)
+    items = torch.randint(1, 11, (2100, 5))
+    told = torch.arange(2100) % 4
+    lists = model.recommend(items, items % 3 + 1, 4, True, told)
+    some = slice(1020, 1030)
+    few = model.recommend(items[some], items[some] % 3 + 1, 4, True, told[some])
+    assert torch.equal(lists[some], few)
