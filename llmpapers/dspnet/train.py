@@ -337,9 +337,7 @@ def train_model(
     objective = model if isinstance(model, Objective) else Objective(model, config)
     model = objective.model
     if valid is not None and not config.eval_every:
-        raise ValueError(
-            "valid is given, but with eval_every=0 nobody looks at it; set eval_every"
-        )
+        raise ValueError("valid is given, but with eval_every=0 nobody looks at it; set eval_every")
     if out is not None:
         _same_run(out, _recipe(objective, source, config))
     best = _Best(model, out if valid is not None else None)
