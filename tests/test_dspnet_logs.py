@@ -282,10 +282,10 @@ def test_dates_are_seconds_and_missing_ones_are_refused():
 
 
 def test_text_timestamps_of_amazon_are_milliseconds(tmp_path):
+    start = '{"user_id":"r","parent_asin":"A","verified_purchase":true,'
     rows = [
-        '{"user_id":"r","parent_asin":"A","timestamp":%s,"verified_purchase":true,"rating":%s}\n'
-        % x
-        for x in (('"1588687728923"', 5), ("1588687728", 5), ("1588687729000", "NaN"))
+        f'{start}"timestamp":{time},"rating":{rating}}}\n'
+        for time, rating in (('"1588687728923"', 5), ("1588687728", 5), ("1588687729000", "NaN"))
     ]
     (tmp_path / "T.jsonl").write_text("".join(rows))
     events = load_amazon(tmp_path)
