@@ -424,7 +424,7 @@ def test_what_was_refused_is_not_forgotten(tmp_path):
     for table in (pd.concat([a, b]), log_of(0)):
         with pytest.raises(ValueError, match="no record"):
             problems_of(table)
-    both = join_events([a, b])
+    both = join_events(a, b)
     assert len(both) + problems_of(both).rows.sum() == 40
     assert set(problems_of(both).reason) >= {"no user", "no item"}
 

@@ -61,9 +61,11 @@ def problems_of(
 
 
 def join_events(
-    tables: list,  # Tables of loaders
+    *tables: pd.DataFrame,  # From loaders; users and items must be named alike in all
 ) -> pd.DataFrame:  # All events in the order of time, with all that was refused
     "Several tables of events as one"
+    if not tables:
+        raise ValueError("tables: need one table or more")
     noted = [row for t in tables for row in problems_of(t).itertuples(index=False, name=None)]
     events = pd.concat([t for t in tables if len(t)] or tables, ignore_index=True)
     twice = events.duplicated().to_numpy()
@@ -255,7 +257,7 @@ def _need_columns(table, wanted, file):
 def _all_files(files, load):
     "Events of several files, each read by `load`"
     tables = [load(file, _Problems(file.name)) for file in files]
-    events = join_events(tables) if len(tables) > 1 else tables[0]
+    events = join_events(*tables) if len(tables) > 1 else tables[0]
     return _not_empty(events, f"path: {', '.join(f.name for f in files)}")
 
 # %% ../../nbs/dspnet/02_logs.ipynb #58967aa0

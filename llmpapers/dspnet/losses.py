@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['weight_kinds', 'JointLoss', 'next_nll', 'joint_nll', 'shared_information', 'ccr_loss', 'WeightHeads', 'ccr_weights',
-           'weight_entropy', 'alignment', 'uniformity', 'Discriminator', 'mmd', 'chunked_ce']
+           'weight_entropy', 'own_share', 'alignment', 'uniformity', 'Discriminator', 'mmd', 'chunked_ce']
 
 # %% ../../nbs/dspnet/05_losses.ipynb #c862645a
 import math
@@ -163,6 +163,14 @@ def weight_entropy(
 ) -> float:  # Mean entropy of a row, nats: 0 for the identity, log B for equal weights
     "How far the target of a row is spread"
     return float(-(weights * weights.clamp(min=1e-30).log()).sum(1).mean())
+
+
+@torch.no_grad()
+def own_share(
+    weights: Tensor,  # (B,B) rows sum to one
+) -> float:  # Mean weight of a row's own twin: 1 for the identity, 1/B for equal weights
+    "How near the weights are to those of InfoNCE"
+    return float(weights.diagonal().mean())
 
 
 @torch.no_grad()
