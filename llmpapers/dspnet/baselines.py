@@ -431,8 +431,6 @@ def make_baseline(
         raise ValueError(f"name={name!r} must be one of {', '.join(baselines)}")
     kind, changes = baselines[name]
     config = replace(config, **changes)
-    if config.target_context and not kind.takes_context:
-        raise ValueError(f"target_context=True, but {name} cannot be told the scene of the target")
     return seeded(lambda: kind(n_items, n_scenes, config), config.seed), config
 
 

@@ -232,7 +232,10 @@ def _table(path, problems, names=None, sep=","):
     with _reading(path) as f:
         head = names is None
         if head:
-            names = [x.strip() for x in f.readline().rstrip("\n").split(sep)]
+            first = f.readline().rstrip("\n")
+            if not first.strip():
+                raise ValueError(f"path: {problems.file} is empty")
+            names = [x.strip() for x in first.split(sep)]
             if len(set(names)) < len(names):
                 raise ValueError(f"path: {problems.file} has two columns of one name: {names}")
         lines = _Lines(f, sep, len(names), int(head))

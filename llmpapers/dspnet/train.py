@@ -57,7 +57,7 @@ class DSPConfig:
     dropout: float = 0.1  # Share of what is dropped in training
     fusion: str = "mlp"  # How the streams meet: "mlp", "gate" or "none"
     inject_scene: bool = False  # Does the item stream read scenes? An extension
-    target_context: bool = False  # Can the scene of the target be told? An extension
+    target_context: bool = False  # Can the scene of the target be told? Rivals leave it aside
     alpha: float = 0.5  # Weight of the scene loss
     ccr: str = "none"  # Kind of contrastive weights: "none" or one of `weight_kinds`
     ccr_weight: float = 0.02  # Weight of the contrastive loss
@@ -124,7 +124,8 @@ def likelihood(
     "Negative log-likelihood of a batch"
     if hasattr(model, "own_nll"):
         return model.own_nll(batch.items, batch.scenes, alpha)
-    given = dict(target_scenes=batch.told) if batch.told is not None else {}
+    told = batch.told is not None and model.takes_context
+    given = dict(target_scenes=batch.told) if told else {}
     out = model(batch.items[:, :-1], batch.scenes[:, :-1], logits=not chunk, **given)
     if chunk:
         item = _item_loss_in_pieces(model, out, batch, chunk)
@@ -155,11 +156,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config
         self.heads, self.judge = None, None
-        if config.target_context and not model.takes_context:
-            name = type(model).__name__
-            raise ValueError(
-                f"target_context=True, but this {name} cannot be told the target's scene"
-            )
+        if config.target_context and isinstance(model, DSPNet) and not model.takes_context:
+            raise ValueError("target_context=True, but the model was made without it")
         with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
             torch.manual_seed(rng(config.seed, "objective").initial_seed() % 2**32)
             self._make_parts()
