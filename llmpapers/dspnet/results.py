@@ -74,9 +74,8 @@ def _arms():
     for model in contenders:
         for setting in ("off", "late", "B"):
             res[f"{setting}: {model}"] = Arm(setting, model)
+    for model in ("DSPnet", "attribute + scene loss", "behaviour types"):
         res[f"A: {model}, 750 steps"] = Arm("A", model, dict(steps=750))
-        for lr in (0.0025, 0.01):
-            res[f"A: {model}, rate {lr:g}"] = Arm("A", model, dict(lr=lr))
     res["B: DSPnet, injection"] = Arm("B", "DSPnet", dict(inject_scene=True))
     for kind in ("none", "identity", "target", "history", "learned"):
         res[f"small: DSPnet, CCR {kind}"] = Arm("small", "DSPnet", dict(ccr=kind))
