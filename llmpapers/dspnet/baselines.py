@@ -52,6 +52,14 @@ def count_scores(
     if kind not in count_kinds:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(count_kinds)}")
     check_number("prior", prior, "(0, inf)")
+    for name, x, most in (
+        ("items", items, n_items),
+        ("scenes", scenes, n_scenes),
+        ("last_items", last_items, n_items),
+        ("last_scenes", last_scenes, n_scenes),
+    ):
+        if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= most:
+            raise ValueError(f"{name} has ids {int(x.min())} to {int(x.max())}; 0 to {most} exist")
     taken = items[items > 0] - 1
     share = torch.bincount(taken, minlength=n_items).double() + 1
     share = share / share.sum()
@@ -91,10 +99,10 @@ class SASRec(SequenceModel):
     def item_scores(
         self,
         z: Tensor,  # (..., d) states
-        target_context: Tensor | None = None,  # Refused
+        target_context: Tensor | None = None,  # Refused, but for 0: unknown
     ) -> Tensor:  # (..., I)
         "Scores of all items"
-        if target_context is not None:
+        if target_context is not None and (target_context > 0).any():
             raise ValueError(f"target_context is given, but {type(self).__name__} cannot be told")
         return self.item_stream.scores(z)
 

@@ -32,6 +32,8 @@ def places_of(
 ) -> Places:  # Where each target stands
     "Count what is above and what is equal"
     scores, targets = torch.as_tensor(scores), torch.as_tensor(targets)
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"targets holds {targets.dtype}; need ids, int64 or int32")
     if scores.dim() != 2 or targets.shape != scores.shape[:1] or not len(targets):
         raise ValueError(
             f"scores needs (N,I) and targets (N,), N > 0; got {tuple(scores.shape)} "
@@ -41,7 +43,7 @@ def places_of(
         raise ValueError(f"scores has NaN in row {int(scores.isnan().any(1).nonzero()[0])}")
     if not 1 <= int(targets.min()) <= int(targets.max()) <= scores.shape[1]:
         raise ValueError(f"targets: ids run from 1 to {scores.shape[1]}")
-    mine = scores.gather(1, targets[:, None] - 1)
+    mine = scores.gather(1, targets[:, None].long() - 1)
     candidate = scores > -torch.inf
     there = mine[:, 0] > -torch.inf
     equal = ((scores == mine) & candidate).sum(1)
@@ -63,6 +65,8 @@ def ranking_metrics(
     per_user: bool = False,  # Give (N,) values instead of means
 ) -> dict:  # HR@K, NDCG@K, MRR, MAP@12, AUC, and the number of users and of items
     "Metrics of full rankings, ties in expectation"
+    if not isinstance(ks, Sequence):
+        raise TypeError(f"ks={ks!r}: need a list of depths, such as (10,)")
     for k in ks:
         check_number("ks", k, "int [1, inf)")
     places = places_of(scores, targets)
@@ -97,6 +101,9 @@ def expected_metrics(
         )
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) <= probs.shape[1]:
         raise ValueError(f"ids must lie between 0 and {probs.shape[1]}")
+    whole = probs.sum(1) if len(probs) else probs.new_zeros(1)
+    if probs.isnan().any() or (probs < 0).any() or (whole - 1).abs().max() > 1e-3:
+        raise ValueError("probs: each row needs probabilities that sum to one")
     twice = ids.sort(1).values
     if ((twice[:, 1:] == twice[:, :-1]) & (twice[:, 1:] > 0)).any():
         raise ValueError("ids names an item twice in a list")
@@ -143,6 +150,8 @@ def compare_all(
     "One method against every rival"
     if method not in results:
         raise ValueError(f"method={method!r} is none of {', '.join(results)}")
+    if len(results) < 2:
+        raise ValueError("results has one method; need another to compare it with")
     found = {k: paired_test(results[method], x) for k, x in results.items() if k != method}
     corrected = holm([c.p for c in found.values()])
     return {k: c._replace(p=float(p)) for (k, c), p in zip(found.items(), corrected)}

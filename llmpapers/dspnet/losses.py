@@ -93,6 +93,8 @@ def ccr_loss(
             f"z {tuple(z.shape)}, z2 {tuple(z2.shape)} and weights {tuple(weights.shape)} "
             "need (B,d), (B,d) and (B,B)"
         )
+    if (weights.detach().sum(1) - 1).abs().max() > 1e-3:
+        raise ValueError("weights: each row must sum to one")
     logits = _unit(z.float()) @ _unit(z2.float()).T / tau
     return -(weights * logits.log_softmax(1)).sum(1).mean()
 
