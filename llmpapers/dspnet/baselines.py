@@ -94,10 +94,10 @@ class SASRec(SequenceModel):
     def item_scores(
         self,
         z: Tensor,  # (..., d) states
-        target_context: Tensor | None = None,  # Refused
+        target_context: Tensor | None = None,  # Refused, but for 0: unknown
     ) -> Tensor:  # (..., I)
         "Scores of all items"
-        if target_context is not None:
+        if target_context is not None and (target_context > 0).any():
             raise ValueError(f"target_context is given, but {type(self).__name__} cannot be told")
         return self.item_stream.scores(z)
 

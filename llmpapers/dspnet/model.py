@@ -502,6 +502,8 @@ class DSPNet(SequenceModel):
         if target_context is None:
             return z
         if self.context is None:
+            if not (target_context > 0).any():  # unknown in every row
+                return z
             raise ValueError(
                 "target_context is given, but this model was made without it; "
                 "use DSPNet(..., target_context=True)"
