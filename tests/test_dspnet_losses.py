@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpapers.core.scale import rng
-from llmpapers.dspnet.evaluate import expected_metrics, ranking_metrics
+from llmpapers.dspnet.evaluate import compare_all, expected_metrics, ranking_metrics
 from llmpapers.dspnet.losses import (
     WeightHeads,
     ccr_loss,
@@ -131,3 +131,25 @@ def test_shared_information_is_not_negative(seed):
 def test_mmd_of_the_same_states_is_zero():
     x = torch.randn(20, 4, generator=rng(0, "mmd"))
     assert abs(float(mmd(x, x))) < 1e-6
+
+
+bad_metrics = {
+    "ks": lambda: ranking_metrics(torch.rand(2, 3), torch.tensor([1, 2]), ks=10),
+    "targets: need integers": lambda: ranking_metrics(torch.rand(2, 3), torch.tensor([1.0, 2.0])),
+    "n_items": lambda: ranking_metrics(torch.rand(2, 3), torch.tensor([1, 4])),
+    "ids: need integers": lambda: expected_metrics(torch.ones(1, 1), torch.ones(1, 1), (1,)),
+    "probs": lambda: expected_metrics(torch.tensor([[1]]), torch.full((1, 2), 5.0), (1,)),
+    "probs: every row": lambda: expected_metrics(
+        torch.tensor([[1]]), torch.tensor([[float("nan"), 1.0]]), (1,)
+    ),
+    "need the same rows": lambda: expected_metrics(
+        torch.zeros(0, 1).long(), torch.zeros(0, 2), (1,)
+    ),
+    "alone": lambda: compare_all(dict(a=[1.0, 2.0]), "a"),
+}
+
+
+@pytest.mark.parametrize("message", bad_metrics)
+def test_bad_arguments_are_named(message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        bad_metrics[message]()

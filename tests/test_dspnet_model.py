@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpapers.core.scale import rng
-from llmpapers.dspnet.baselines import SASRec, baselines, make_baseline
-from llmpapers.dspnet.losses import joint_nll
+from llmpapers.dspnet.baselines import SASRec, baselines, count_scores, make_baseline
+from llmpapers.dspnet.evaluate import compare_all, expected_metrics, ranking_metrics
+from llmpapers.dspnet.losses import ccr_loss, joint_nll
 from llmpapers.dspnet.model import DSPNet, last_scores, positions_of, recommend
 from llmpapers.dspnet.train import DSPConfig, TensorSource, model_fields, train_dspnet, train_model
 
@@ -172,3 +173,29 @@ def test_positions_count_events(pair):
     place = positions_of(items)
     assert torch.equal(place > 0, items > 0)
     assert torch.equal(place.amax(1), (items > 0).sum(1))
+
+
+def test_an_unknown_scene_of_the_target_is_no_question():
+    items = torch.randint(1, 11, (3, 4))
+    config = DSPConfig(d=8, d_scene=4, n_layers=1, max_len=6)
+    sizes = dict(d=8, d_scene=4, n_layers=1, max_len=6)
+    for model in (DSPNet(10, 3, **sizes), make_baseline("SASRec", 10, 3, config)[0]):
+        lists = model.recommend(items, items % 3 + 1, 3, target_context=0)
+        assert torch.equal(lists, model.recommend(items, items % 3 + 1, 3))
+        with pytest.raises(ValueError, match="target_context"):
+            model.recommend(items, items % 3 + 1, 3, target_context=1)
+
+
+def test_measures_name_what_they_cannot_use():
+    last = (torch.tensor([1]), torch.tensor([4]))
+    scores, law = torch.rand(2, 5), torch.full((2, 5), 0.2)
+    for bad, name in (
+        (lambda: ranking_metrics(scores, torch.tensor([1, 2]), 10), "ks"),
+        (lambda: ranking_metrics(scores, torch.tensor([1.0, 2.0])), "targets"),
+        (lambda: expected_metrics(torch.tensor([[1], [2]]), 2 * law, (1,)), "probs"),
+        (lambda: compare_all(dict(ours=[1.0, 2.0]), "ours"), "one method"),
+        (lambda: ccr_loss(scores, scores, torch.ones(2, 2)), "weights"),
+        (lambda: count_scores("markov", *[torch.tensor([[1, 2]])] * 2, *last, 5, 3), "last_scenes"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=name):
+            bad()

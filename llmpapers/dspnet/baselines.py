@@ -23,11 +23,13 @@ from llmpapers.dspnet.model import (
     DSPOutput,
     Encoder,
     SequenceModel,
+    check_histories,
     positions_of,
 )
 from llmpapers.dspnet.train import (
     DSPConfig,
     TensorSource,
+    catalogue,
     model_fields,
     seeded,
     train_model,
@@ -51,6 +53,8 @@ def count_scores(
     if kind not in count_kinds:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(count_kinds)}")
     check_number("prior", prior, "(0, inf)")
+    check_histories(items, scenes, n_items, n_scenes)
+    check_histories(last_items[:, None], last_scenes[:, None], n_items, n_scenes)
     taken = items[items > 0] - 1
     share = torch.bincount(taken, minlength=n_items).double() + 1
     share = share / share.sum()
@@ -67,7 +71,7 @@ def count_scores(
     at = context(before, scenes[:, :-1].flatten())[there]
     counts = torch.zeros((n_items + 1) * groups, n_items, dtype=torch.float64)
     counts.index_put_((at, after[there] - 1), torch.ones(len(at), dtype=torch.float64), True)
-    mine = counts[context(last_items, last_scenes)]
+    mine = counts[context(last_items.long(), last_scenes.long())]
     law = (mine + prior * share) / (mine.sum(1, keepdim=True) + prior)
     return law.log().float()
 
@@ -84,16 +88,16 @@ class SASRec(SequenceModel):
         config: DSPConfig,  # Sizes
     ):
         super().__init__(n_items, n_scenes, config.max_len)
-        sizes = (config.d, config.n_layers, config.n_heads, config.max_len, config.dropout)
-        self.item_stream = Encoder(n_items, *sizes)
+        sizes = (config.d, config.n_layers, config.n_heads, config.max_len)
+        self.item_stream = Encoder(n_items, *sizes, config.dropout, config.hidden)
 
     def item_scores(
         self,
         z: Tensor,  # (..., d) states
-        target_context: Tensor | None = None,  # Refused
+        target_context: Tensor | None = None,  # Refused, but for 0: unknown
     ) -> Tensor:  # (..., I)
         "Scores of all items"
-        if target_context is not None:
+        if target_context is not None and (target_context > 0).any():
             raise ValueError(f"target_context is given, but {type(self).__name__} cannot be told")
         return self.item_stream.scores(z)
 
@@ -163,8 +167,8 @@ class BERT4Rec(SASRec):
         config: DSPConfig,  # Sizes
     ):
         SequenceModel.__init__(self, n_items, n_scenes, config.max_len)
-        sizes = (config.d, config.n_layers, config.n_heads, config.max_len + 1, config.dropout)
-        self.item_stream = _BothWays(n_items + 1, *sizes)
+        sizes = (config.d, config.n_layers, config.n_heads, config.max_len + 1)
+        self.item_stream = _BothWays(n_items + 1, *sizes, config.dropout, config.hidden)
 
     def item_scores(
         self,
@@ -247,7 +251,7 @@ class FDSALike(SASRec):
         config: DSPConfig,  # Sizes
     ):
         super().__init__(n_items, n_scenes, config)
-        sizes = (config.n_layers, config.n_heads, config.max_len, config.dropout)
+        sizes = (config.n_layers, config.n_heads, config.max_len, config.dropout, config.hidden)
         self.scene_stream = Encoder(n_scenes, config.d_scene, *sizes)
         self.meet = nn.Linear(config.d + config.d_scene, config.d)
 
@@ -266,6 +270,8 @@ class FDSALike(SASRec):
 # %% ../../nbs/dspnet/07_baselines.ipynb #b4d45564
 class MultiBehaviour(SASRecScene):
     "Scenes as types of behaviour: the scene first, then the item in it"
+
+    takes_context = True
 
     def __init__(
         self,
@@ -324,6 +330,9 @@ class MultiBehaviour(SASRecScene):
         out = self(items[:, :-1], scenes[:, :-1], logits=False)
         there = items[:, 1:] > 0
         z, scene, item = out.z_item[there], scenes[:, 1:][there], items[:, 1:][there] - 1
+        if not len(z):  # nobody has an event
+            zero = out.z_item.sum() * 0
+            return JointLoss(zero, zero, zero), out
         of_item = F.nll_loss(self.log_law(z, scene), item)
         of_scene = F.cross_entropy(self.scene_head(z), scene - 1)
         return JointLoss(of_item + of_scene, of_item, of_scene), out
@@ -333,6 +342,7 @@ class Composite(SASRec):
     "One token per pair of item and scene"
 
     reads_scenes = True
+    takes_context = True
 
     def __init__(
         self,
@@ -387,9 +397,11 @@ class Composite(SASRec):
         "Likelihood of pairs"
         h = self.item_stream(self.tokens(items[:, :-1], scenes[:, :-1]))
         labels = self.tokens(items, scenes)[:, 1:] - 1
-        loss = F.cross_entropy(
-            self.item_stream.scores(h).flatten(0, 1), labels.flatten(), ignore_index=-1
-        )
+        scores = self.item_stream.scores(h).flatten(0, 1)
+        if (labels < 0).all():  # nobody has an event
+            loss = h.sum() * 0
+        else:
+            loss = F.cross_entropy(scores, labels.flatten(), ignore_index=-1)
         return JointLoss(loss, loss, loss.new_zeros(())), DSPOutput(None, None, h, None, h, None)
 
 # %% ../../nbs/dspnet/07_baselines.ipynb #bd54b6e1
@@ -404,6 +416,7 @@ baselines = {  # Name -> class and what the name changes in the configuration
     "composite": (Composite, {}),
     "SASRec + InfoNCE": (SASRec, dict(ccr="identity")),
     "SASRec + CCR": (SASRec, dict(ccr="history")),
+    "SASRec + learned CCR": (SASRec, dict(ccr="learned")),
 }
 
 
@@ -446,12 +459,13 @@ def train_baseline(
     items: Tensor,  # (U,T) training items, left-padded with 0
     scenes: Tensor,  # (U,T) their scenes
     config: DSPConfig | None = None,  # The run; None takes the defaults
-    n_items: int | None = None,  # I; None: the largest id
-    n_scenes: int | None = None,  # M; None: the largest id
+    n_items: int | None = None,  # I; None: the largest id of training and validation
+    n_scenes: int | None = None,  # M; None: the same
     valid: Held | None = None,  # Users to choose weights by
     device=None,  # None: a GPU if there is one
 ) -> tuple[SequenceModel, History]:  # Trained model and its losses
     "Train a rival exactly as the dual network is trained"
-    sizes = (n_items or int(items.max()), n_scenes or int(scenes.max()))
+    source = TensorSource(items, scenes)
+    sizes = catalogue(items, scenes, n_items, n_scenes, valid)
     model, config = make_baseline(name, *sizes, config or DSPConfig())
-    return model, train_model(model, TensorSource(items, scenes), config, valid, device=device)
+    return model, train_model(model, source, config, valid, device=device)

@@ -229,6 +229,7 @@ def make_interplay_world(
 ) -> SceneWorld:  # Events and the law of the last one
     "World A: scenes and items move each other"
     _check_world(n_users, seq_len, n_items, n_clusters, n_scenes, eps)
+    seed = check_number("seed", seed, "int [0, inf)")
     check_number("n_habits", n_habits, "int [1, inf)")
     check_number("delta", delta, "int [0, inf)")
     for name, value in dict(rho=rho, kappa=kappa, eta=eta).items():
@@ -271,6 +272,7 @@ def make_binding_world(
 ) -> SceneWorld:  # Events and the law of the last one
     "World B: what a user prefers depends on the scene"
     _check_world(n_users, seq_len, n_items, n_clusters, n_scenes, eps)
+    seed = check_number("seed", seed, "int [0, inf)")
     check_number("order", order, "[0, 1]")
     check_number("eps", eps, "(0, 1]")
     g = rng(seed, "binding")
@@ -293,6 +295,10 @@ def relabel_scenes(
 ) -> Tensor:  # (U,T)
     "Scenes under new names; several may get the same"
     names = torch.as_tensor(names)
+    if names.is_floating_point() or names.dtype == torch.bool:
+        raise ValueError(f"names: need integers, got {names.dtype}")
+    if scenes.numel() and int(scenes.min()) < 0:
+        raise ValueError(f"scenes has id {int(scenes.min())}; scenes run from 1, 0 is padding")
     if scenes.max() > len(names) or names.min() < 1:
         raise ValueError(
             f"names needs a name >= 1 for each of {int(scenes.max())} scenes, got {names.tolist()}"
@@ -300,16 +306,30 @@ def relabel_scenes(
     return torch.cat([names.new_zeros(1), names])[scenes]
 
 
+def _others(scenes, row, n, generator):
+    "A row of n scenes from other users, one after the other, for a user like no other"
+    order = torch.randperm(len(scenes), generator=generator)
+    rest = scenes[order[order != row]]
+    rest = rest[rest > 0]
+    if not len(rest):
+        raise ValueError("scenes: only one user has events, so there is nobody to take others from")
+    rest = rest.repeat(-(-n // len(rest)))[:n]
+    return torch.nn.functional.pad(rest, (scenes.shape[1] - n, 0))
+
+
 def shuffle_scenes(
     scenes: Tensor,  # (U,T) scenes, 0 is padding
     seed: int = 0,  # Of the permutation
 ) -> Tensor:  # (U,T) rows of other users
-    "Every user gets the scenes of another one with the same number of events"
+    "Every user gets the scenes of others, of another one with as many events where there is one"
     res = scenes.clone()
     length = (scenes > 0).sum(1)
     for n in length.unique():
         rows = (length == n).nonzero()[:, 0]
         g = rng(seed, "shuffle", int(n))
-        ring = rows[torch.randperm(len(rows), generator=g)]
-        res[ring] = scenes[ring.roll(1)]
+        if len(rows) > 1 or n == 0:
+            ring = rows[torch.randperm(len(rows), generator=g)]
+            res[ring] = scenes[ring.roll(1)]
+        else:
+            res[rows] = _others(scenes, int(rows), int(n), g)
     return res

@@ -37,10 +37,17 @@ def places_of(
             f"scores needs (N,I) and targets (N,), N > 0; got {tuple(scores.shape)} "
             f"and {tuple(targets.shape)}"
         )
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        raise ValueError(f"targets: need integers, got {targets.dtype}")
+    targets = targets.long()
     if scores.isnan().any():
         raise ValueError(f"scores has NaN in row {int(scores.isnan().any(1).nonzero()[0])}")
     if not 1 <= int(targets.min()) <= int(targets.max()) <= scores.shape[1]:
-        raise ValueError(f"targets: ids run from 1 to {scores.shape[1]}")
+        wrong = int(targets.max()) if targets.max() > scores.shape[1] else int(targets.min())
+        raise ValueError(
+            f"targets has id {wrong}; ids run from 1 to {scores.shape[1]}, the columns of scores "
+            "(a model trained with n_items covers items that training has not)"
+        )
     mine = scores.gather(1, targets[:, None] - 1)
     candidate = scores > -torch.inf
     there = mine[:, 0] > -torch.inf
@@ -56,6 +63,13 @@ def _mean_gain(places, gain):
     return torch.where(found, spread / places.equal.clamp(min=1), 0.0)
 
 
+def _depths(ks):
+    "A sequence of depths"
+    if not isinstance(ks, Sequence) or isinstance(ks, str):
+        raise TypeError(f"ks={ks!r} must be a sequence of depths, such as (10,)")
+    return ks
+
+
 def ranking_metrics(
     scores: Tensor,  # (N,I) scores of the whole catalogue; minus infinity: not a candidate
     targets: Tensor,  # (N,) ids of what was taken, from 1 on
@@ -63,7 +77,7 @@ def ranking_metrics(
     per_user: bool = False,  # Give (N,) values instead of means
 ) -> dict:  # HR@K, NDCG@K, MRR, MAP@12, AUC, and the number of users and of items
     "Metrics of full rankings, ties in expectation"
-    for k in ks:
+    for k in _depths(ks):
         check_number("ks", k, "int [1, inf)")
     places = places_of(scores, targets)
     n = torch.as_tensor(scores).shape[1]
@@ -91,10 +105,15 @@ def expected_metrics(
 ) -> dict:  # Expected HR@k and NDCG@k
     "Value of lists under a known law"
     ids, probs = torch.as_tensor(ids), torch.as_tensor(probs).double()
-    if ids.dim() != 2 or probs.dim() != 2 or len(ids) != len(probs):
+    if ids.dim() != 2 or probs.dim() != 2 or len(ids) != len(probs) or not len(ids):
         raise ValueError(
             f"ids {tuple(ids.shape)} and probs {tuple(probs.shape)} need the same rows"
         )
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"ids: need integers, got {ids.dtype}")
+    if not ((probs >= 0).all() and ((probs.sum(1) - 1).abs() < 1e-3).all()):
+        raise ValueError("probs: every row must be a law, without NaN and with the sum 1")
+    ids = ids.long()
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) <= probs.shape[1]:
         raise ValueError(f"ids must lie between 0 and {probs.shape[1]}")
     twice = ids.sort(1).values
@@ -103,7 +122,7 @@ def expected_metrics(
     mass = torch.cat([probs.new_zeros(len(probs), 1), probs], 1).gather(1, ids)
     gain = 1 / torch.log2(torch.arange(ids.shape[1], dtype=torch.float64) + 2)
     res = {}
-    for k in ks:
+    for k in _depths(ks):
         check_number("ks", k, f"int [1, {ids.shape[1]}]")
         res[f"HR@{k}"] = mass[:, :k].sum(1)
         res[f"NDCG@{k}"] = mass[:, :k] @ gain[:k]
@@ -143,6 +162,8 @@ def compare_all(
     "One method against every rival"
     if method not in results:
         raise ValueError(f"method={method!r} is none of {', '.join(results)}")
+    if len(results) < 2:
+        raise ValueError(f"results has {method!r} alone; there is nothing to compare it with")
     found = {k: paired_test(results[method], x) for k, x in results.items() if k != method}
     corrected = holm([c.p for c in found.values()])
     return {k: c._replace(p=float(p)) for (k, c), p in zip(found.items(), corrected)}

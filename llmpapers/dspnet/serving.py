@@ -6,6 +6,7 @@
 __all__ = ['Session', 'next_scenes', 'Kept', 'save_dspnet', 'load_dspnet', 'Exported', 'export_program', 'export_onnx']
 
 # %% ../../nbs/dspnet/08_serving.ipynb #ae9ab4eb
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from llmpapers.dspnet.model import (
     best_of,
     causal_mask,
     check_histories,
+    context_of,
+    evaluating,
     last_scores,
     positions_of,
     without_seen,
@@ -50,7 +53,19 @@ class _Stream:
         new = self.encoder.norm(x)[:, 0]
         self.state = torch.where(ids[:, None] > 0, new, self.state)
 
+    def pick(self, columns):
+        "Keep the keys and values of some columns, (B,n) of each row"
+        for i, x in enumerate(self.past):
+            at = columns[None, :, None, :, None].expand(2, -1, x.shape[2], -1, x.shape[4])
+            self.past[i] = x.gather(3, at)
+
 # %% ../../nbs/dspnet/08_serving.ipynb #a59e2083
+def _need_dspnet(model):
+    "Rivals have other parts"
+    if not isinstance(model, DSPNet):
+        raise ValueError(f"model: need a DSPNet, got {type(model).__name__}")
+
+
 class Session:
     "Users whose events arrive one by one"
 
@@ -61,8 +76,9 @@ class Session:
         items: Tensor,  # (B,T) histories so far, left-padded with 0; zeros for new users
         scenes: Tensor,  # (B,T) their scenes
     ):
+        _need_dspnet(model)
         check_histories(items, scenes, model.n_items, model.n_scenes)
-        self.model = model.eval()
+        self.model = model
         self.items, self.scenes = items.clone(), scenes.clone()
         self._read()
 
@@ -70,9 +86,18 @@ class Session:
         "Read the latest events of all users in one pass"
         v, c = self.model.latest(self.items), self.model.latest(self.scenes)
         v, c = v.to(self.device), c.to(self.device)
-        self.item_part = _Stream(self.model.item_stream, v, self.model.injected(c))
-        self.scene_part = _Stream(self.model.scene_stream, c, None)
+        with evaluating(self.model):
+            self.item_part = _Stream(self.model.item_stream, v, self.model.injected(c))
+            self.scene_part = _Stream(self.model.scene_stream, c, None)
         self.there, self.count = v > 0, (v > 0).sum(1)
+
+    def _squeeze(self):
+        "Drop columns in which users did nothing, once there are more than events can be"
+        width = max(1, int(self.count.max()))
+        columns = self.there.int().argsort(dim=1, stable=True)[:, -width:]  # events last, in order
+        self.there = self.there.gather(1, columns)
+        for part in (self.item_part, self.scene_part):
+            part.pick(columns)
 
     @property
     def device(self) -> torch.device:  # Where the model lives
@@ -91,12 +116,10 @@ class Session:
         scenes: Tensor,  # (B,) its scene, 0 where there is none
     ) -> None:
         "One new event of each user"
-        pair = (
-            (items[:, None], scenes[:, None])
-            if items.dim() == scenes.dim() == 1
-            else (items, scenes)
-        )
-        check_histories(*pair, self.model.n_items, self.model.n_scenes)
+        for name, x in dict(items=items, scenes=scenes).items():
+            if not isinstance(x, Tensor) or x.dim() != 1:
+                raise ValueError(f"{name}: need a tensor (B,), one event of each user")
+        check_histories(items[:, None], scenes[:, None], self.model.n_items, self.model.n_scenes)
         if len(items) != len(self.items):
             raise ValueError(
                 f"items has {len(items)} events; the session has {len(self.items)} users"
@@ -112,14 +135,18 @@ class Session:
         mask[:, -1] = True  # a row without an event sees itself
         mask = mask[:, None, None]
         position = self.count * (v > 0)
-        self.item_part.append(v, position, self.model.injected(c[:, None]), mask)
-        self.scene_part.append(c, position, None, mask)
+        with evaluating(self.model):
+            self.item_part.append(v, position, self.model.injected(c[:, None]), mask)
+            self.scene_part.append(c, position, None, mask)
+        if self.length > int(self.model.trained_len):
+            self._squeeze()
 
     def _joined(self, old, new):
         "Histories with the new event at the end; rows without one move nothing"
         wide = torch.cat([old, new[:, None].to(old.device)], 1)
         still = torch.cat([old.new_zeros(len(old), 1), old], 1)
-        return torch.where(new[:, None].to(old.device) > 0, wide, still)
+        joined = torch.where(new[:, None].to(old.device) > 0, wide, still)
+        return joined[:, 1:] if joined.shape[1] > 1 and not joined[:, 0].any() else joined
 
     @torch.no_grad()
     def scores(
@@ -128,8 +155,7 @@ class Session:
     ) -> Scores:  # Of the next item and the next scene
         "Scores after the events so far"
         z_item, z_scene = self.model.enhance(self.item_part.state, self.scene_part.state)
-        if target_context is not None:
-            target_context = torch.as_tensor(target_context, device=self.device).expand(len(z_item))
+        target_context = context_of(target_context, len(z_item), self.model.n_scenes, self.device)
         side = self.model.scene_stream.scores(z_scene)
         return Scores(self.model.item_scores(z_item, target_context), side)
 
@@ -181,10 +207,27 @@ def _sizes(model):
         n_heads=block.n_heads,
         max_len=model.max_len,
         dropout=block.dropout,
+        hidden=block.up.out_features // block.up.in_features,
         fusion=fusion,
         inject_scene=model.inject is not None,
         target_context=model.context is not None,
     )
+
+
+_files = {"dspnet.json", "model.safetensors", "checksums.json"}  # Of a kept model
+
+
+def _plain(names):
+    "Names as JSON knows them; numbers of NumPy and torch as plain ones"
+    return [x.item() if hasattr(x, "item") else x for x in names]
+
+
+def _sums(folder):
+    "Check sums of what a reader relies on"
+    return {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("dspnet.json", "model.safetensors")
+    }
 
 
 @dataclass(frozen=True)
@@ -203,18 +246,42 @@ def save_dspnet(
     scenes: Sequence = (),  # Names of the scenes
 ) -> Path:  # The folder
     "Write a model, whole or not at all"
-    folder = Path(folder)
+    _need_dspnet(model)
+    folder, items, scenes = Path(folder), _plain(items), _plain(scenes)
     for what, names, n in (("items", items, model.n_items), ("scenes", scenes, model.n_scenes)):
         if len(names) not in (0, n):
             raise ValueError(f"{what} has {len(names)} names, the model {n} {what}")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "dspnet.json").exists():
+        if odd := [x for x in names if not isinstance(x, str | int | float)]:
+            raise ValueError(f"{what}: a name must be a text or a number, got {odd[0]!r}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{what}: a name stands there twice")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder: {folder.name} is a file; give a folder")
+    there = {x.name for x in folder.iterdir()} if folder.exists() else set()
+    if there and (there - _files or "dspnet.json" not in there):
         raise ValueError(f"folder: {folder.name} holds something else; give a new folder")
-    about = dict(kind="DSPNet", sizes=_sizes(model), items=list(items), scenes=list(scenes))
+    for name, x in model.state_dict().items():
+        if not x.isfinite().all():
+            raise ValueError(f"model: {name} has entries that are not finite")
+    about = dict(kind="DSPNet", sizes=_sizes(model), items=items, scenes=scenes)
     with new_folder(folder) as new:
         new.mkdir()
         need("safetensors.torch").save_model(model, str(new / "model.safetensors"))
         (new / "dspnet.json").write_text(json.dumps(about), encoding="utf-8")
+        (new / "checksums.json").write_text(json.dumps(_sums(new)), encoding="utf-8")
     return folder
+
+
+def _read_checked(folder):
+    "What the readable file says, after both files were found as they were written"
+    sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+    for name, found in _sums(folder).items():
+        if sums.get(name) != found:
+            raise ValueError(f"{name} is not what was written")
+    about = json.loads((folder / "dspnet.json").read_text(encoding="utf-8"))
+    if about["kind"] != "DSPNet":
+        raise ValueError(f"kind is {about['kind']!r}")
+    return about
 
 
 def load_dspnet(
@@ -224,7 +291,7 @@ def load_dspnet(
     "Read a model"
     folder = Path(folder)
     try:
-        about = json.loads((folder / "dspnet.json").read_text(encoding="utf-8"))
+        about = _read_checked(folder)
         model = DSPNet(**about["sizes"])
         need("safetensors.torch").load_model(model, str(folder / "model.safetensors"))
         return Kept(model.to(device).eval(), about["items"], about["scenes"])
@@ -233,7 +300,7 @@ def load_dspnet(
 
 # %% ../../nbs/dspnet/08_serving.ipynb #c93dbbd3
 class Exported(nn.Module):
-    "A network as a function of three tensors"
+    "A network as a function of tensors"
 
     def __init__(
         self,
@@ -241,26 +308,26 @@ class Exported(nn.Module):
     ):
         super().__init__()
         self.model = model
-        self.eval()
 
     def forward(
         self,
         items: Tensor,  # (B,T) histories of the trained length, left-padded with 0
         scenes: Tensor,  # (B,T) their scenes
-        target: Tensor,  # (B,) scene of the target, 0 unknown
+        target: Tensor | None = None,  # (B,) scene of the target, 0 unknown; if it can be told
     ) -> tuple[Tensor, Tensor]:  # (B,I) scores of the next item; (B,M) of the next scene
         "Scores after whole histories"
         out = self.model(items, scenes, logits=False)
-        told = None if self.model.context is None else target
-        return self.model.item_scores(out.z_item[:, -1], told), out.scene_logits[:, -1]
+        return self.model.item_scores(out.z_item[:, -1], target), out.scene_logits[:, -1]
 
 
 def _example(model):
-    "Two rows of the trained length"
-    n = int(model.trained_len)
-    items = torch.ones(2, n, dtype=torch.long)
+    "Two rows of the trained length, and a scene of the target where it can be told"
+    _need_dspnet(model)
+    n, device = int(model.trained_len), model.trained_len.device
+    items = torch.ones(2, n, dtype=torch.long, device=device)
     items[0, : n // 2] = 0
-    return items, items.clone(), torch.zeros(2, dtype=torch.long)
+    target = (torch.zeros(2, dtype=torch.long, device=device),) if model.takes_context else ()
+    return items, items.clone(), *target
 
 
 def export_program(
@@ -268,8 +335,10 @@ def export_program(
     path=None,  # File to write, `.pt2`; None writes none
 ) -> "torch.export.ExportedProgram":  # With a free number of rows
     "The network for `torch.export`'s runtimes"
-    rows = {0: torch.export.Dim("rows", min=1, max=65536)}
-    made = torch.export.export(Exported(model), _example(model), dynamic_shapes=(rows, rows, rows))
+    rows, example = {0: torch.export.Dim("rows", min=1, max=65536)}, _example(model)
+    with evaluating(model):
+        free = (rows,) * len(example)
+        made = torch.export.export(Exported(model).eval(), example, dynamic_shapes=free)
     if path is not None:
         torch.export.save(made, str(path))
     return made
@@ -281,8 +350,11 @@ def export_onnx(
 ) -> Path:  # The file
     "The network as ONNX, with a free number of rows"
     need("onnx", "search")
-    names = dict(input_names=["items", "scenes", "target"], output_names=["item", "scene"])
+    example = _example(model)
+    inputs = ["items", "scenes", "target"][: len(example)]
+    names = dict(input_names=inputs, output_names=["item", "scene"])
     free = {name: {0: "rows"} for group in names.values() for name in group}
     how = dict(dynamo=False, opset_version=17, dynamic_axes=free, **names)
-    torch.onnx.export(Exported(model), _example(model), str(path), **how)
+    with evaluating(model):
+        torch.onnx.export(Exported(model).eval(), example, str(path), **how)
     return Path(path)
