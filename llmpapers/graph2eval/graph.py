@@ -393,6 +393,10 @@ def build_web_graph(
     pages: Sequence[PageSnapshot],  # Of one site, from `crawl`
 ) -> KG:  # Pages, facts, forms and what is in them, and end points
     "Pages as a graph"
+    first = {}
+    for p in pages:
+        first.setdefault(p.path, p)  # of two snapshots of an address the first counts
+    pages = list(first.values())
     kg, menu = KG(), _menu(pages)
     for p in pages:
         own = {w.href for w in p.widgets if w.role == "link" and (w.name, w.href) not in menu}
