@@ -1,4 +1,4 @@
-"The wire of the task generator: one request for one, time limits, standard forms, addresses, robots"
+"The wire of the task generator: one request for one, time limits, forms, addresses, robots"
 
 import socket
 import socketserver

@@ -7,6 +7,7 @@ __all__ = ['statuses', 'backends', 'Obs', 'Episode', 'InfrastructureError', 'Web
            'regrade']
 
 # %% ../../nbs/graph2eval/10_env.ipynb #953f5198
+import http.client
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ from llmpapers.graph2eval.browser import (
     Policy,
     direct,
     find_chromium,
+    origin_of,
 )
 from .graph import path_of
 from .site import Site, fresh_state, make_request, respond
@@ -51,7 +53,7 @@ class Episode:
     status: str  # One of `statuses`
     reward: float | None  # 1.0, 0.0; None if the machinery failed
     reason: str  # In words
-    path: str  # Where the agent ended
+    path: str  # Where the agent ended; "(status) address" for what is no page of the site
     answer: str | None  # What it said; None if it never did
     state: dict  # Of the server at that moment
     steps: list  # Actions with their errors
@@ -126,7 +128,7 @@ class WebEnv:
 def reset(
     self: WebEnv,
     task: Task,  # Of the domain web
-    state: dict | None = None,  # To begin with; None: a fresh one
+    state: dict | None = None,  # To begin with; None: what the task says, else a fresh one
 ) -> Obs:  # The first page
     "Begin an episode in a fresh session and a fresh browser"
     if task.domain != "web":
@@ -135,12 +137,15 @@ def reset(
     self.task, self.steps, self.done = task, [], None
     self.start, self.trouble = time.perf_counter(), ""
     self.sid = self.site.new_session()
+    state = task.meta.get("initial") if state is None else state
     try:
         if state is not None:
             self.site.restore(self.sid, state)
         self.before = self.site.state(self.sid)
         self.browser = self._browser(dict(sid=self.sid))
-        self.browser.goto(self.site.origin + task.start)
+        page = self.browser.goto(self.site.origin + task.start)
+        if page.status != 200:
+            raise InfrastructureError(f"the first page {task.start} gives status {page.status}")
     except Exception as e:
         self._release()
         raise InfrastructureError(f"no episode could be begun: {e}") from e
@@ -160,6 +165,8 @@ def step(
     "Do something; an action that cannot be done is an observation, not an exception"
     if self.browser is None or self.done is not None:
         raise ValueError("the episode has ended; call reset first")
+    if not isinstance(action, Action):
+        raise TypeError(f"action must be an Action, not {type(action).__name__}")
     error = ""
     if action.kind == "answer":
         self.steps.append(asdict(action))
@@ -181,18 +188,26 @@ def step(
 
 # %% ../../nbs/graph2eval/10_env.ipynb #b85a9bca
 def _trouble(har, origin):
-    "Answers of the site that are the machinery's fault"
+    "Answers that are the machinery's fault: errors of the site, and too many requests"
     for e in har["log"]["entries"]:
-        status = e["response"]["status"]
-        if e["request"]["url"].startswith(origin + "/") and status >= 500:
-            return f"status {status} from {path_of(e['request']['url'])}"
+        status, url = e["response"]["status"], e["request"]["url"]
+        loop = status == 508 and "_note" in e  # of redirects: the agent's way, not a failure
+        if url.startswith(origin + "/") and (status >= 500 or status == 429) and not loop:
+            return f"status {status} from {path_of(url)}"
     return ""
 
 
+def _place(page, origin):
+    "Where an agent is: the path of a page of the site, or what is none"
+    if page.status == 200 and origin_of(page.url) == origin_of(origin):
+        return path_of(page.url)
+    return f"({page.status}) {page.url}"
+
+
 @patch
-def _finish(self: WebEnv, status, answer):
+def _finish(self: WebEnv, status, answer, failed=""):
     "Take down address, state and answer, and grade"
-    url, state, why = self.browser.page.url, {}, self.trouble
+    place, state, why = _place(self.browser.page, self.site.origin), {}, self.trouble
     try:
         if not self.site.wait_idle(self.policy.timeout):
             why = why or "the site was not at rest"
@@ -201,12 +216,16 @@ def _finish(self: WebEnv, status, answer):
         why = why or "the session has gone"
     har = self.browser.har.to_dict()
     why = why or _trouble(har, self.site.origin)
+    met = False
+    try:
+        met = not why and answer is not None and self.task.goal.check(place, state, answer)
+    except Exception as e:  # of the goal: not to be held against the agent
+        why = f"the goal cannot be checked: {type(e).__name__}: {e}"
     if why:
         status, reward = "infrastructure", None
     else:
-        met = answer is not None and self.task.goal.check(url, state, answer)
         reward = float(met)
-        why = (
+        why = failed or (
             "goal met"
             if met
             else "no answer within the steps"
@@ -218,7 +237,7 @@ def _finish(self: WebEnv, status, answer):
         status,
         reward,
         why,
-        path_of(url),
+        place,
         answer,
         state,
         self.steps,
@@ -259,10 +278,13 @@ def play(
                 on_step(obs, action)
             obs = env.step(action)
         return env.result()
-    except InfrastructureError as e:
-        return Episode(task.id, "infrastructure", None, str(e), *nothing)
+    except (InfrastructureError, OSError, http.client.HTTPException) as e:
+        env.trouble = f"{type(e).__name__}: {str(e)[:200]}"  # what the agent stands on has failed
+        env._finish("infrastructure", None)
+        return env.result()
     except Exception as e:
-        return Episode(task.id, "finished", 0.0, f"the agent failed: {type(e).__name__}", *nothing)
+        env._finish("finished", None, f"the agent failed: {type(e).__name__}: {str(e)[:200]}")
+        return env.result()
     finally:
         env._release()
 
@@ -296,7 +318,7 @@ class Regrade(NamedTuple):
 
     reward: float | None  # As `Episode.reward`
     same_state: bool  # Did the replayed requests lead to the recorded state?
-    agrees: bool  # Is the reward the recorded one?
+    agrees: bool  # Are reward and last page the recorded ones?
 
 
 def replay(
@@ -314,6 +336,19 @@ def replay(
     return state
 
 
+def _landed(har):
+    "Paths of the pages that the recorded site gave, the last one last"
+    entries = har["log"]["entries"]
+    home = origin_of(entries[0]["request"]["url"]) if entries else ""
+    return [
+        path_of(e["request"]["url"])
+        for e in entries
+        if e["response"]["status"] == 200
+        and "_note" not in e
+        and origin_of(e["request"]["url"]) == home
+    ]
+
+
 def regrade(
     episode: Episode | dict,  # Or its JSON
     task: Task,  # What it was about
@@ -327,4 +362,5 @@ def regrade(
         return Regrade(None, True, e.reward is None)
     state = replay(e.har, world, e.state_before)
     met = e.answer is not None and task.goal.check(e.path, state, e.answer)
-    return Regrade(float(met), state == e.state, float(met) == e.reward)
+    there = e.path.startswith("(") or _landed(e.har)[-1:] == [e.path]
+    return Regrade(float(met), state == e.state, there and float(met) == e.reward)

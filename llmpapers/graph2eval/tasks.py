@@ -24,7 +24,7 @@ from ..core.scale import check_number
 from .browser import Action, PageSnapshot
 from .graph import KG
 from .metapath import match
-from .metrics import answers_match, kind_of
+from .metrics import answers_match, canonical, kind_of
 from .site import fresh_state
 from .world import World
 
@@ -92,6 +92,10 @@ class AnswerIs:
 
     kind: str  # One of `metrics.answer_kinds`
     value: str  # As the evidence prints it
+
+    def __post_init__(self):
+        if canonical(self.kind, self.value) is None:
+            raise ValueError(f"value={self.value!r} is no {self.kind}; no answer could be right")
 
     def check(
         self,

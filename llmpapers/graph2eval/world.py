@@ -196,7 +196,8 @@ def money(
     cents: int,  # Price
 ) -> str:  # With a currency sign and two decimals
     "A price as pages print it"
-    return f"${cents // 100:,}.{cents % 100:02}"
+    sign, cents = "-" if cents < 0 else "", abs(cents)
+    return f"{sign}${cents // 100:,}.{cents % 100:02}"
 
 
 @patch
