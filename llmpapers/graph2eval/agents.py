@@ -17,8 +17,8 @@ import numpy as np
 
 from ..core.scale import check_number
 from .browser import Action, PageSnapshot
-from .client import ChatClient, ClientError
-from .env import Obs, Script, WebEnv, play
+from .client import ChatClient, ClientError, EndpointError
+from .env import InfrastructureError, Obs, Script, WebEnv, play
 from .graph import KG
 from .metrics import canonical, kind_of
 from .tasks import Task, blank
@@ -654,6 +654,8 @@ class LLMWebAgent:
             action = Action(**said)
             self.bad = 0
             return action
+        except EndpointError as e:
+            raise InfrastructureError(str(e)) from e
         except (ClientError, ValueError):
             self.bad += 1
             return Action("answer") if self.bad > 1 else Action("scroll")
@@ -672,7 +674,7 @@ class LLMDocAgent:
     def answer(
         self,
         task: Task,  # Only its instruction is read
-    ) -> str:  # Empty if there is no usable reply
+    ) -> str:  # Empty if the reply cannot be used; EndpointError if there is none
         "Ask the model"
         texts = [self.reader.kg.attrs[k]["text"] for k in self.reader.given(task)]
         ask = "\n".join(
@@ -686,5 +688,7 @@ class LLMDocAgent:
         )
         try:
             return self.client.chat([dict(role="user", content=ask)], dict(answer=str))["answer"]
+        except EndpointError:
+            raise  # no answer of a server is not a wrong answer of the model
         except ClientError:
             return ""

@@ -9,7 +9,7 @@ __all__ = ['statuses', 'backends', 'Obs', 'Episode', 'InfrastructureError', 'Web
 # %% ../../nbs/graph2eval/10_env.ipynb #953f5198
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 from fastcore.basics import patch
@@ -247,6 +247,14 @@ def play(
     "One episode"
     empty = dict(log=dict(version="1.2", creator=dict(name="llmpapers.graph2eval"), entries=[]))
     nothing = (task.start, None, {}, [], empty, [], env.backend, 0.0)
+
+    def ended(status, reason):
+        "Take down what there is; the reason is the agent's or the machinery's"
+        if env.done is None:
+            env.trouble = (reason or "trouble") if status == "infrastructure" else ""
+            env._finish(status, None)
+        return replace(env.done, reason=reason) if env.done.status == status else env.done
+
     try:
         obs = env.reset(task)
     except InfrastructureError as e:
@@ -260,9 +268,9 @@ def play(
             obs = env.step(action)
         return env.result()
     except InfrastructureError as e:
-        return Episode(task.id, "infrastructure", None, str(e), *nothing)
+        return ended("infrastructure", str(e))
     except Exception as e:
-        return Episode(task.id, "finished", 0.0, f"the agent failed: {type(e).__name__}", *nothing)
+        return ended("finished", f"the agent failed: {type(e).__name__}: {str(e)[:100]}")
     finally:
         env._release()
 

@@ -464,7 +464,7 @@ def _filter(m):
                 Action("click", b["widget"]),
                 m.finish(),
             ],
-            [f.bindings["form"], option],
+            [f.bindings["form"]],
             len(clicks) + 1,
             claims=[[title, ""]],
         )
