@@ -225,11 +225,14 @@ def test_coverage_has_diminishing_returns(item, covered, more):
 def test_an_endpoint_that_fails_is_not_the_failure_of_its_agent(shop, reply):
     site, _, tasks = shop
     with StubServer([reply]) as stub:
-        agent = LLMWebAgent(ChatClient(stub.base_url, "stub", retries=0))
-        episode = play(WebEnv(site, "direct"), tasks[0], agent)
+        agent, env = (
+            LLMWebAgent(ChatClient(stub.base_url, "stub", retries=0)),
+            WebEnv(site, "direct"),
+        )
+        episode = play(env, tasks[0], agent)
         with pytest.raises(EndpointError):
             agent.client.chat([dict(role="user", content="?")])
-    assert (episode.status, episode.reward) == ("infrastructure", None) and not site.sessions
+    assert (episode.status, episode.reward, env.sid) == ("infrastructure", None, None)
 
 
 @pytest.mark.parametrize("reply", ["I am sorry", "cut", "empty"])
@@ -255,10 +258,11 @@ def test_an_agent_that_crashes_leaves_its_record(shop):
                 raise ZeroDivisionError("a bug")
             return super().act(obs)
 
-    episode = play(WebEnv(site, "direct"), task, Crash(task.oracle))
+    env = WebEnv(site, "direct")
+    episode = play(env, task, Crash(task.oracle))
     assert episode.steps and episode.har["log"]["entries"] and "a bug" in episode.reason
     assert (episode.status, episode.reward) == ("finished", 0.0)
-    assert regrade(asdict(episode), task, site.world).same_state and not site.sessions
+    assert regrade(asdict(episode), task, site.world).same_state and env.sid is None
 
 
 def test_an_answer_inside_of_a_number_was_not_seen(shop):

@@ -378,7 +378,9 @@ def _is_running(line, running, height):
 
 # %% ../../nbs/graph2eval/03_documents.ipynb #47edbbd7
 _caption = re.compile(r"(Table|Figure|Fig\.)\s+(\d+)\s*[:.]\s*(.*)", re.S)
-_hidden = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2060\ufeff]")
+_hidden = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]"
+)
 
 
 def clean_text(

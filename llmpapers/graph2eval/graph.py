@@ -420,7 +420,12 @@ def build_web_graph(
 
 # %% ../../nbs/graph2eval/05_graph.ipynb #d6179c7a
 def _facts_of(kg, page):
+    told = {}
     for label, value in page.facts:
+        told.setdefault(label, set()).add(value)
+    for label, value in dict(page.facts).items():
+        if len(told[label]) > 1:
+            continue  # two values of one label: which of them is asked for?
         name = kg.add(f"{page.path}#fact/{label}", "Fact", label=label, value=value, page=page.path)
         kg.link(page.path, name, "Shows")
 

@@ -8,15 +8,19 @@ __all__ = ['answer_kinds', 'canonical', 'answers_match', 'kind_of', 'normalize_a
 
 # %% ../../nbs/graph2eval/08_metrics.ipynb #a028ee5a
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from datetime import date
-from decimal import Decimal, InvalidOperation
+from decimal import Context, Decimal, InvalidOperation
 
 # %% ../../nbs/graph2eval/08_metrics.ipynb #9c0d904e
 answer_kinds = ("text", "id", "number", "quantity", "money", "date", "yesno")
-_signs = {"$": "USD", "€": "EUR", "£": "GBP", "¥": "JPY"}
+_signs = {"$": "USD", "US$": "USD", "€": "EUR", "£": "GBP", "¥": "JPY"}
 _months = "january february march april may june july august september october november december"
+_days = "monday tuesday wednesday thursday friday saturday sunday"
+_units = {f"{u}s": u for u in ("month", "year", "day", "hour", "minute", "second", "piece")}
+_weekdays = {x for d in _days.split() for x in (d, d[:3])}
 _number = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[+-]?\.\d+")
 
 
@@ -24,27 +28,30 @@ def _decimal(text):
     if not _number.fullmatch(text):
         return None
     try:
-        return Decimal(text.replace(",", "")).normalize() + 0
+        exact = Context(prec=max(28, len(text)))  # long numbers are not rounded
+        return exact.add(exact.normalize(Decimal(text.replace(",", ""))), 0)
     except InvalidOperation:
         return None
 
 
 def _money(text):
-    m = re.fullmatch(r"([+-]?)\s*([$€£¥]|[A-Za-z]{3})?\s*([\d,.]+)\s*([$€£¥]|[A-Za-z]{3})?", text)
-    if not m or (m[2] and m[4]):
+    unit = r"(US\$|[$€£¥]|[A-Za-z]{3})?"
+    m = re.fullmatch(rf"([+-]?)\s*{unit}\s*([+-]?)([\d,.]+)\s*{unit}", text)
+    if not m or (m[1] and m[3]):
         return None
-    amount = _decimal(m[1] + m[3])
-    sign = m[2] or m[4] or ""
-    currency = _signs.get(sign, sign.upper())
-    return None if amount is None else (amount, currency)
+    amount = _decimal((m[1] or m[3]) + m[4])
+    named = {_signs.get(x, x.upper()) for x in (m[2], m[5]) if x}
+    return None if amount is None or len(named) > 1 else (amount, "".join(named))
 
 
 def _day(text):
+    text = re.sub(r"T00:00(:00)?Z?$", "", re.sub(r"(?<=\d)(st|nd|rd|th)\b", "", text))
     words = re.findall(r"[A-Za-z]+|\d+", text.lower())
+    words = [w for w in words if w not in _weekdays]
     names = {m: k + 1 for k, m in enumerate(_months.split())}
-    names |= {m[:3]: k for m, k in names.items()}
+    names |= {m[:3]: k for m, k in names.items()} | dict(sept=9)
     try:
-        if re.fullmatch(r"\d{4}-\d{1,2}-\d{1,2}", text):
+        if re.fullmatch(r"\d{4}([-/])\d{1,2}\1\d{1,2}", text):
             return date(*map(int, words))
         if len(words) == 3 and any(w in names for w in words):
             month = next(names[w] for w in words if w in names)
@@ -68,23 +75,27 @@ def canonical(
         raise ValueError(f"kind={kind!r} must be one of {', '.join(answer_kinds)}")
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
-    text = " ".join(text.split()).strip(" .")
+    text = unicodedata.normalize("NFC", text).replace("\u2212", "-")
+    text = re.sub(r"(?<=\d)[\u00a0\u202f](?=\d{3}(?!\d))", "", text)  # 1 200, with a hard space
+    text = " ".join(text.split())
+    text = text.strip(" .") if not re.match(r"\.\d", text) else text.rstrip(" .")
     if kind == "id":
         return text or None
     if kind == "number":
         return _decimal(text)
     if kind == "quantity":
-        m = re.fullmatch(r"(\S+?)\s*([A-Za-z%]+)", text)
+        m = re.fullmatch(r"(\S+?)\s*(%|[A-Za-z]+)", text)
         amount = _decimal(m[1]) if m else None
-        return None if amount is None else (amount, m[2].lower())
+        return None if amount is None else (amount, _units.get(m[2].lower(), m[2].lower()))
     if kind == "money":
         return _money(text)
     if kind == "date":
         return _day(text)
     if kind == "yesno":
         return {"yes": True, "true": True, "no": False, "false": False}.get(text.lower())
-    words = [w for w in text.casefold().split() if w not in ("a", "an", "the")]
-    return " ".join(words) or None
+    words = text.casefold().split()
+    kept = [w for w in words if w not in ("a", "an", "the")]
+    return " ".join(kept or words) or None  # a text that is an article alone stays
 
 
 def answers_match(
@@ -107,16 +118,16 @@ def kind_of(
 ) -> str:  # One of `answer_kinds`
     "Guess the kind of a value"
     text = text.strip()
-    if re.fullmatch(r"0\d+", text):
-        return "id"
-    if _number.fullmatch(text):
-        return "number"
-    if re.fullmatch(r"[$€£¥]\s*[\d,.]+", text):
-        return "money"
-    if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
-        return "date"
-    if re.fullmatch(r"\d+ (g|kg|months|cm|mm)", text):
-        return "quantity"
+    forms = (
+        ("id", r"0\d+"),
+        ("number", _number.pattern),
+        ("money", r"-?\s*[$€£¥]\s*[\d,.]+"),
+        ("date", r"\d{4}-\d{2}-\d{2}"),
+        ("quantity", r"\d+(?:\.\d+)? ?(?:g|kg|months?|cm|mm|%)"),
+    )
+    for kind, form in forms:
+        if re.fullmatch(form, text) and canonical(kind, text) is not None:
+            return kind  # what looks like a price or a day and is none stays a text
     return "text"
 
 # %% ../../nbs/graph2eval/08_metrics.ipynb #7c3225d7
@@ -125,7 +136,7 @@ def normalize_answer(
 ) -> list[str]:  # Words in lower case, numbers in one form, articles dropped
     "Words for comparison"
     out = []
-    for w in re.findall(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\w+", s.lower()):
+    for w in re.findall(rf"{_number.pattern}|\w+", s.lower().replace("\u2212", "-")):
         value = _decimal(w)
         if value is not None:
             whole = value == value.to_integral_value()
@@ -182,6 +193,8 @@ def citation_prf(
     gold: Iterable[str],  # Ids that should be
 ) -> tuple[float, float, float]:  # precision, recall, F1; all 1 if both are empty
     "How good citations are"
+    if isinstance(pred, str) or isinstance(gold, str):
+        raise TypeError("pred and gold must be collections of ids, not one string")
     pred, gold = set(pred), set(gold)
     if not pred or not gold:
         return (float(pred == gold),) * 3

@@ -143,13 +143,18 @@ class _Index:
 per_page = 6  # products on one page of a list
 
 
+def _count(text):
+    "A whole number of at most six digits as somebody typed it; None if it is none"
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 6 else None
+
+
 def _product_links(products):
     return _links([(p.name, f"/p/{p.id}") for p in products])
 
 
 def _list(title, found, base, query, *before):
     "A list of products, one page of it"
-    page = max(1, int(query.get("page", "1")) if query.get("page", "1").isdigit() else 1)
+    page = max(1, _count(query.get("page", "1")) or 1)
     shown = found[(page - 1) * per_page : page * per_page]
     kept = {k: v for k, v in query.items() if k != "page"}
     turn = []
@@ -275,8 +280,8 @@ def _checkout(ix, state, query):
 
 
 def _order(ix, state, query, key):
-    k = int(key) if key.isdigit() else -1
-    if not 0 <= k < len(state["orders"]):
+    k = _count(key)
+    if k is None or k >= len(state["orders"]):
         return Response(404, "no such order")
     order = state["orders"][k]
     return _page(f"Order {k}", _facts([("Shipping", order["shipping"]), ("Note", order["note"])]))
@@ -314,10 +319,10 @@ def _contact(ix, state, query):
 
 # %% ../../nbs/graph2eval/02_site.ipynb #5c6e2edb
 def _add(ix, state, form):
-    n, item = form.get("quantity", ""), form.get("item")
-    if item not in ix.by_id or not n.isascii() or not n.isdigit() or not 1 <= int(n) <= 99:
+    n, item = _count(form.get("quantity", "")), form.get("item")
+    if item not in ix.by_id or n is None or not 1 <= n <= 99:
         return None
-    state["cart"][item] = state["cart"].get(item, 0) + int(n)
+    state["cart"][item] = state["cart"].get(item, 0) + n
     return f"/p/{item}?note=Added+to+cart"
 
 
