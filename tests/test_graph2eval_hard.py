@@ -1,12 +1,24 @@
 "Odd pages, odd files and odd agents: what they type, write and claim decides nothing it should not"
 
+import socket
+import threading
+import time
 from dataclasses import asdict, replace
 
 import pytest
 
 from llmpapers.graph2eval.agents import OracleAgent
-from llmpapers.graph2eval.browser import Action, HttpBrowser, Policy, crawl, direct, parse_page
-from llmpapers.graph2eval.documents import load_html, load_pdf, write_blocks
+from llmpapers.graph2eval.browser import (
+    Action,
+    HttpBrowser,
+    Policy,
+    crawl,
+    direct,
+    fetch_once,
+    parse_page,
+)
+from llmpapers.graph2eval.client import ChatClient, EndpointError, judge
+from llmpapers.graph2eval.documents import clean_text, load_html, load_pdf, write_blocks
 from llmpapers.graph2eval.env import Script, WebEnv, play, regrade
 from llmpapers.graph2eval.graph import build_document_graph, build_web_graph
 from llmpapers.graph2eval.metrics import answers_match, canonical, kind_of
@@ -14,6 +26,7 @@ from llmpapers.graph2eval.site import Site, fresh_state
 from llmpapers.graph2eval.tasks import (
     All,
     AnswerIs,
+    Task,
     UrlIs,
     generate_document_tasks,
     generate_web_tasks,
@@ -235,3 +248,110 @@ def test_goals_without_a_gold_are_not_graded_as_failures(shop):
     bad = replace(by_type["lookup"], goal=All((UrlIs("/"), "no goal")))
     episode = play(WebEnv(site, "direct"), bad, Script([]))
     assert (episode.status, episode.reward) == ("infrastructure", None)
+
+
+class Raw:
+    "A server that sends these bytes to whoever asks, piece by piece"
+
+    def __init__(self, *pieces, pause=0.0):
+        self.pieces, self.pause, self.asked = pieces, pause, []
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while True:
+            try:
+                link, _ = self.listening.accept()
+                with link:
+                    self.asked.append(link.recv(65536))
+                    for p in self.pieces:
+                        link.sendall(p)
+                        time.sleep(self.pause)
+            except OSError:
+                if self.listening.fileno() < 0:
+                    return
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.listening.close()
+
+
+def answer(body, head=b""):
+    return b"HTTP/1.1 200 OK\r\n" + head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"choices": []',
+        b"nonsense\r\n\r\n",
+        b"",
+        answer(b'{"choices": ["x"]}'),
+        answer(b'{"choices": [null]}'),
+        answer(b"[" * 100_000),
+    ],
+)
+def test_whatever_an_endpoint_sends_is_an_error_of_the_endpoint(sent):
+    with Raw(sent) as server:
+        client = ChatClient(server.url, "m", retries=1, backoff=0)
+        with pytest.raises(EndpointError):
+            client.chat([dict(role="user", content="?")])
+        assert not judge(tasks_of_nothing(), "", client).read
+    assert len(server.asked) == 4  # each of the two was tried again
+
+
+def tasks_of_nothing():
+    return Task("t", "web", "x", 1, "Do it.", "/", UrlIs("/"), (), (), "k")
+
+
+def test_a_limit_of_time_is_one_for_the_whole_reply():
+    slow = answer(b" " * 60)
+    with Raw(*(slow[k : k + 1] for k in range(len(slow))), pause=0.1) as server:
+        start = time.monotonic()
+        with pytest.raises(EndpointError):
+            ChatClient(server.url, "m", timeout=0.5, retries=0).chat([])
+        reply = fetch_once(Policy((server.url,), timeout=0.5), "GET", server.url + "/", [])
+        assert reply.status == 504 and time.monotonic() - start < 5
+
+
+def test_a_key_stays_with_its_endpoint():
+    with Raw(answer(b"{}")) as other:
+        away = f"HTTP/1.1 302 Found\r\nLocation: {other.url}/x\r\nContent-Length: 0\r\n\r\n"
+        with Raw(away.encode()) as server:
+            with pytest.raises(EndpointError, match="302"):
+                ChatClient(server.url, "m", key="SECRET", retries=0).chat([])
+        assert not other.asked
+
+
+def test_an_endpoint_says_what_is_wrong():
+    said = b'{"error": {"message": "model not found"}}'
+    with Raw(answer(said).replace(b"200 OK", b"404 Not Found")) as server:
+        with pytest.raises(EndpointError, match="model not found"):
+            ChatClient(server.url, "m").chat([])
+    for bad in (dict(base_url="http://a b"), dict(base_url="http://"), dict(backoff=-1)):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            ChatClient(**(dict(base_url="http://h", model="m") | bad))
+
+
+def test_a_page_of_stray_tags_is_read_in_linear_time():
+    start = time.process_time()
+    parse_page("http://x/", "<b>" * 20_000 + "</i>" * 20_000)
+    parse_page("http://x/", "<a href='http://['>x</a><form action='http://['><button>b</button>")
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    "kind", [b"text/html; charset=iso-8859-1", b"application/xhtml+xml; charset=latin-1"]
+)
+def test_a_page_is_read_in_its_own_letters(kind):
+    body = "<title>Café Müller</title>".encode("latin-1")
+    with Raw(answer(body, b"Content-Type: " + kind + b"\r\nConnection: close\r\n")) as server:
+        page = HttpBrowser(Policy((server.url,))).goto(server.url + "/")
+    assert page.title == "Café Müller"
+
+
+def test_invisible_letters_are_taken_out():
+    assert clean_text("a\U000e0041b\u2066c\u2063d\xade") == "abcde"

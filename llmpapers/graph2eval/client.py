@@ -12,8 +12,6 @@ import json
 import re
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
@@ -21,7 +19,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from ..core.scale import check_number
-from .browser import Action, PageSnapshot
+from .browser import Action, PageSnapshot, _Deadline
 from .documents import clean_text
 from .site import _Server, fresh_state
 from .tasks import StateEquals, Task, TaskList, _made, _round_robin
@@ -43,7 +41,10 @@ def check_reply(
     m = re.search(r"\{.*\}", text, re.S)
     if not m:
         raise ValueError("no JSON object in the reply")
-    d = json.loads(m[0])
+    try:
+        d = json.loads(m[0])
+    except RecursionError as e:
+        raise ValueError("the object in the reply is nested too deeply") from e
     if not isinstance(d, dict) or set(d) != set(schema):
         raise ValueError(f"the reply has the keys {sorted(d)}, need {sorted(schema)}")
     for k, kind in schema.items():
@@ -53,6 +54,46 @@ def check_reply(
     return d
 
 # %% ../../nbs/graph2eval/12_client.ipynb #8837deef
+class _Status(ConnectionError):
+    "The endpoint answered with a status"
+
+    def __init__(self, code, said):
+        hint = "; is `key` right?" if code in (401, 403) else ""
+        super().__init__(f"status {code}{': ' if said else ''}{said}{hint}")
+        self.code = code
+
+
+def _complaint(raw):
+    "What an endpoint says of its error"
+    try:
+        error = json.loads(raw)["error"]
+        return str(error["message"] if isinstance(error, dict) else error)[:200]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ""
+
+
+def _post(url, body, headers, timeout, most=10_000_000):
+    "(status, body) of one request: no redirects, one deadline for all of it, a limit of bytes"
+    parts, end = urlsplit(url), time.monotonic() + timeout
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    link = kind(parts.hostname, parts.port, timeout=timeout)
+    try:
+        link.connect()
+        with _Deadline(link, end - time.monotonic()):
+            link.request(
+                "POST", parts.path + (f"?{parts.query}" if parts.query else ""), body, headers
+            )
+            answer = link.getresponse()
+            data = answer.read(most + 1)
+            if answer.length:
+                raise ConnectionError(f"the answer ends {answer.length} bytes too soon")
+        if len(data) > most:
+            raise ConnectionError(f"the answer has more than {most} bytes")
+        return answer.status, data
+    finally:
+        link.close()
+
+
 class ChatClient:
     "A model behind an endpoint that speaks the OpenAI protocol"
 
@@ -60,14 +101,18 @@ class ChatClient:
         self,
         base_url: str,  # Such as http://127.0.0.1:8000/v1
         model: str,  # Name that the endpoint knows
-        timeout: float = 60.0,  # Seconds for one reply
+        timeout: float = 60.0,  # Seconds for one reply, from the connection to its last byte
         retries: int = 2,  # Further attempts
         max_concurrency: int = 8,  # Requests at once
         key: str = "",  # Sent as bearer token if it is not empty
         backoff: float = 0.5,  # Seconds before the first further attempt; doubled each time
     ):
-        if urlsplit(base_url).scheme not in ("http", "https"):
-            raise ValueError(f"base_url={base_url!r} must begin with http:// or https://")
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or " " in base_url:
+            raise ValueError(
+                f"base_url={base_url!r} must be http://host or https://host, no blanks"
+            )
+        check_number("backoff", backoff, "[0, inf)")
         check_number("timeout", timeout, "(0, inf)")
         check_number("retries", retries, "int [0, inf)")
         check_number("max_concurrency", max_concurrency, "int [1, inf)")
@@ -76,21 +121,24 @@ class ChatClient:
         self.slots, self.calls = threading.Semaphore(max_concurrency), 0
 
     def _once(self, messages, temperature):
+        "What the model wrote; OSError if the endpoint failed, ValueError if the reply is no use"
         body = dict(model=self.model, messages=messages, temperature=temperature)
         head = {"Content-Type": "application/json"}
         if self.key:
             head["Authorization"] = f"Bearer {self.key}"
-        ask = urllib.request.Request(self.url, json.dumps(body).encode(), head)
-        with self.slots, urllib.request.urlopen(ask, timeout=self.timeout) as answer:
-            self.calls += 1
-            raw = answer.read()
+        with self.slots:
+            status, raw = _post(self.url, json.dumps(body).encode(), head, self.timeout)
+        self.calls += 1
+        if status != 200:
+            raise _Status(status, _complaint(raw))
         try:
             choice = json.loads(raw)["choices"][0]
             text = choice["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError) as e:
+            reason = choice.get("finish_reason")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
             raise ConnectionError("the answer is no chat completion") from e
-        if choice.get("finish_reason") == "length":
-            raise ValueError("the reply was cut off")
+        if reason not in (None, "stop", "tool_calls"):
+            raise ValueError(f"the reply was not finished: {reason}")
         if not isinstance(text, str) or not text.strip():
             raise ValueError("the reply is empty")
         return text
@@ -109,8 +157,8 @@ class ChatClient:
             try:
                 text = self._once(list(messages), temperature)
                 return text if schema is None else check_reply(text, schema)
-            except urllib.error.HTTPError as e:
-                why, down = f"status {e.code}", True
+            except _Status as e:
+                why, down = str(e), True
                 if e.code not in (408, 409, 429) and e.code < 500:
                     break
             except (OSError, http.client.HTTPException) as e:
