@@ -108,7 +108,7 @@ def _instead(status, title, why):
     return Reply(status, [("Content-Type", "text/html; charset=utf-8")], body, why)
 
 
-_open = threading.local()
+_open, _most_open = threading.local(), 16  # connections that a thread keeps
 _hop = {"connection", "proxy-connection", "keep-alive", "transfer-encoding", "te", "upgrade"}
 _hop |= {"proxy-authorization", "trailer", "content-length", "content-encoding", "accept-encoding"}
 
@@ -119,6 +119,8 @@ def _connection(url, timeout, fresh):
     key = origin_of(url)
     if fresh and key in pool:
         pool.pop(key).close()
+    while key not in pool and len(pool) >= _most_open:
+        pool.pop(next(iter(pool))).close()
     if key not in pool:
         parts = urlsplit(url)
         kind = (

@@ -9,9 +9,11 @@ __all__ = ['per_page', 'setting_choices', 'hostile_pages', 'elsewhere', 'menu_pa
 # %% ../../nbs/graph2eval/02_site.ipynb #f559ca7b
 import copy
 import html
+import ipaddress
 import json
 import random
 import secrets
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -451,6 +453,13 @@ class Injection:
     markup: str  # HTML that is put at the beginning of the page
 
 
+def _is_loopback(host):
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class Site:
     "A web site on loopback, with a state for every visitor"
 
@@ -467,7 +476,7 @@ class Site:
         allow_public: bool = False,  # Listen on an address that others can reach
         seed: int = 0,  # Of the delays
     ):
-        if host not in ("127.0.0.1", "::1", "localhost") and not allow_public:
+        if not _is_loopback(host) and not allow_public:
             raise ValueError(f"host={host!r} is not loopback; say allow_public=True to mean it")
         low, high = delay if isinstance(delay, tuple) else (delay, delay)
         if not 0 <= low <= high:
@@ -478,7 +487,7 @@ class Site:
         self.robots, self.hostile = robots, hostile
         self.sessions, self.lock = {}, threading.Condition()
         self.busy, self.random = 0, random.Random(seed)
-        self.server = _Server((host, port), _Handler)
+        self.server = (_Server6 if ":" in host else _Server)((host, port), _Handler)
         self.server.site = self
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
         self.thread.start()
@@ -487,7 +496,7 @@ class Site:
     def origin(self) -> str:  # Such as http://127.0.0.1:43210
         "Address of the site"
         host, port = self.server.server_address[:2]
-        return f"http://{host}:{port}"
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def __enter__(self):
         return self
@@ -620,8 +629,35 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
+    def __init__(self, *args):
+        self.open = set()  # connections that are kept
+        super().__init__(*args)
+
     def handle_error(self, request, client_address):
         "A visitor who hangs up is no event"
+
+    def process_request(self, request, client_address):
+        "Answer in a thread of its own"
+        self.open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request):
+        "End a connection"
+        self.open.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self):
+        "Stop listening, and end what is still connected, so that its threads end too"
+        super().server_close()
+        for request in list(self.open):
+            try:
+                request.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it has ended by itself
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -56,7 +56,7 @@ class UrlIs:
 
 @dataclass(frozen=True)
 class StateEquals:
-    "The whole state is this: nothing else was changed"
+    "The whole state is this at the end: whatever else was changed was changed back"
 
     state: dict  # Plain JSON
 
@@ -683,6 +683,7 @@ def generate_web_tasks(
 ) -> TaskList:  # n tasks, or fewer and `shortfall`
     "Draw web tasks from a graph"
     check_number("n", n, "int [0, inf)")
+    check_number("seed", seed, "int [0, inf)")
     if "/" not in kg.types:
         raise ValueError("kg: there is no page / to start from")
     types = _chosen(types, web_types)
@@ -904,6 +905,7 @@ def generate_document_tasks(
 ) -> TaskList:  # n tasks, or fewer and `shortfall`
     "Draw document tasks from a graph"
     check_number("n", n, "int [0, inf)")
+    check_number("seed", seed, "int [0, inf)")
     types = _chosen(types, document_types)
     makers = {
         t: document_types[t](_DocMaker(kg, np.random.default_rng([seed, 92, k])))
@@ -1001,6 +1003,7 @@ def corrupt_edges(
 ) -> KG:  # With the same nodes, and as many edges
     "Bend click edges"
     check_number("p", p, "[0, 1]")
+    check_number("seed", seed, "int [0, inf)")
     gen, out = np.random.default_rng([seed, 94]), KG()
     pages = [k for k in kg.nodes() if kg.types[k] in ("Page", "List", "Detail")]
     for k, t in kg.types.items():
