@@ -844,19 +844,19 @@ def _comparison(m):
         names = _name.findall(text[1:])
         if len(names) == 1 and text.count(names[0]) == 1:
             form = _with(text, found, "#").replace(names[0], blank)
-            alike.setdefault(form, []).append((k, names[0], canonical("number", found[0])))
+            here = form, m.kg.attrs[k]["doc"]
+            alike.setdefault(here, []).append((k, names[0], canonical("number", found[0])))
     forms = [f for f, v in sorted(alike.items()) if len({x[1] for x in v}) > 1]
     while forms:
-        form = forms[m.gen.integers(len(forms))]
-        i, j = m.gen.permutation(len(alike[form]))[:2]
-        (a, x, u), (b, y, v) = alike[form][i], alike[form][j]
-        docs = [m.kg.attrs[k]["doc"] for k in (a, b)]
-        if x == y or u == v or docs[0] != docs[1]:
-            yield "the same name, number, or another document"
+        form, doc = forms[m.gen.integers(len(forms))]
+        i, j = m.gen.permutation(len(alike[form, doc]))[:2]
+        (a, x, u), (b, y, v) = alike[form, doc][i], alike[form, doc][j]
+        if x == y or u == v:
+            yield "the same name or number"
             continue
         low = bool(m.gen.integers(2))
         best, word = (x if (u < v) == low else y), "smaller" if low else "larger"
-        which = f'Which name makes the number {word} in "{form}" of document "{docs[0]}"'
+        which = f'Which name makes the number {word} in "{form}" of document "{doc}"'
         question = f'{which}: "{x}" or "{y}"?'
         yield m.ask("comparison", question, "text", best, [a, b], 2)
 
