@@ -83,7 +83,9 @@ def test_an_endpoint_that_is_down_is_not_the_agents_failure(shop):
         LLMDocAgent(nobody(), GoldReader(docs)).answer(generate_document_tasks(docs, 1)[0])
 
 
-@pytest.mark.parametrize("status, reward", [(500, None), (503, None), (429, None), (401, None)])
+@pytest.mark.parametrize(
+    "status, reward", [(500, None), (503, None), (429, None), (401, None), (400, None)]
+)
 def test_statuses_of_an_endpoint(shop, status, reward):
     site, _, tasks = shop
     with StubServer([status]) as stub:
@@ -92,7 +94,7 @@ def test_statuses_of_an_endpoint(shop, status, reward):
     assert episode.reward is reward and str(status) in episode.reason
 
 
-@pytest.mark.parametrize("said", ["I refuse", "{", 400])
+@pytest.mark.parametrize("said", ["I refuse", "{", "cut"])
 def test_a_model_that_answers_badly_fails_itself(shop, said):
     site, _, tasks = shop
     with StubServer([said]) as stub:
@@ -380,7 +382,7 @@ def test_every_bad_reply_is_a_client_error(data, shop):
 def test_the_time_limit_holds_for_a_whole_reply():
     start = time.monotonic()
     with Raw([http(b"", length=60)] + [b"x"] * 60, pause=0.1) as raw:
-        with pytest.raises(EndpointError, match="504"):
+        with pytest.raises(EndpointError, match="within timeout"):
             ChatClient(raw.base_url, "m", retries=0, timeout=0.3).chat([])
     assert time.monotonic() - start < 3
 
@@ -418,7 +420,7 @@ def test_bad_settings_of_a_client_are_named(kw, name):
 def test_what_an_endpoint_says_is_passed_on():
     said = b'{"error": {"message": "model not found"}}'
     with Raw(http(said, b"401 Unauthorized")) as raw:
-        with pytest.raises(EndpointError, match=r"model not found \(is key right\?\)"):
+        with pytest.raises(EndpointError, match="model not found; is `key` right"):
             ChatClient(raw.base_url, "m", retries=0).chat([])
     with Raw(http(said)) as raw:
         with pytest.raises(ClientError, match="model not found"):

@@ -484,9 +484,9 @@ def read_answer(
         table = _target(question, "table", elements)
         if table is None:
             return ""
-        if "the sum of" in question or len(quoted) < 3:
+        if "the sum of" in question:
             return str(sum(int(r[1]) for r in table["rows"][1:] if r[1].isdigit()))
-        return _cell(table, quoted[1], quoted[0])
+        return _cell(table, quoted[1], quoted[0]) if len(quoted) > 2 else ""
     if question.startswith("In the figure"):
         figure = _target(question, "figure", elements)
         names = re.search(r"left to right: ([^;]+)", figure["text"]) if figure else None
@@ -655,7 +655,7 @@ class LLMWebAgent:
     def act(
         self,
         obs: Obs,  # What is seen
-    ) -> Action:  # What the model wants, or giving up; `EndpointError` if there is no model
+    ) -> Action:  # What the model wants, or giving up
         "Ask the model"
         try:
             said = self.client.chat(self.prompt(obs), dict(kind=str, target=str, value=str))
@@ -682,7 +682,7 @@ class LLMDocAgent:
     def answer(
         self,
         task: Task,  # Only its instruction is read
-    ) -> str:  # Empty if there is no usable reply; `EndpointError` if there is no model
+    ) -> str:  # Empty if the reply cannot be used; EndpointError if there is none
         "Ask the model"
         texts = [self.reader.kg.attrs[k]["text"] for k in self.reader.given(task)]
         ask = "\n".join(
@@ -697,6 +697,6 @@ class LLMDocAgent:
         try:
             return self.client.chat([dict(role="user", content=ask)], dict(answer=str))["answer"]
         except EndpointError:
-            raise
+            raise  # no answer of a server is not a wrong answer of the model
         except ClientError:
             return ""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core.scale import check_number, need
-from .env import Episode, play
+from .env import no_episode, play
 from .tasks import Task
 
 # %% ../../nbs/graph2eval/14_bench.ipynb #a19cabe3
@@ -29,15 +29,15 @@ class Results(NamedTuple):
     @property
     def table(self) -> dict:  # Name -> mean success over tasks with a result
         "Success of each agent"
-        means = [
-            row[~np.isnan(row)].mean() if (~np.isnan(row)).any() else np.nan for row in self.matrix
-        ]
-        return dict(zip(self.agents, map(float, means)))
+        seen = ~np.isnan(self.matrix)
+        total = np.where(seen, self.matrix, 0.0).sum(1)
+        mean = np.where(seen.any(1), total / np.maximum(seen.sum(1), 1), np.nan)
+        return dict(zip(self.agents, mean.tolist()))
 
 
 def _agent_seed(seed, task):
     "A seed for every pair; the first thousand tasks keep the plain rule"
-    return 1000 * seed + task if task < 1000 else 1000 * seed + task % 1000 + 10**9 * (task // 1000)
+    return 1000 * seed + task % 1000 + 10**9 * (task // 1000)
 
 
 def run(
@@ -52,32 +52,30 @@ def run(
     if not tasks or not agents or not seeds:
         raise ValueError("tasks, agents and seeds must not be empty")
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={tuple(seeds)} has one twice")
-    nothing = ("", None, {}, [], dict(log=dict(version="1.2", entries=[])), [], "none", 0.0)
+        raise ValueError(f"seeds={tuple(seeds)} has one twice; each is one episode")
     jobs = [(a, i, s) for a in range(len(agents)) for i in range(len(tasks)) for s in seeds]
-    names, makers, found = list(agents), list(agents.values()), {}
+    makers, found = list(agents.values()), {}
 
-    def hole(i, why):
-        return Episode(tasks[i].id, "infrastructure", None, why, *nothing)
+    def hole(i, e):
+        "An episode that could not be begun"
+        return no_episode(tasks[i], f"{type(e).__name__}: {str(e)[:100]}")
 
     def work(mine):
-        env = None
+        try:
+            env = make_env()
+        except Exception as e:
+            found.update({(a, i, s): hole(i, e) for a, i, s in mine})
+            return
         try:
             for a, i, s in mine:
                 try:
-                    env = make_env() if env is None else env
-                except Exception as e:
-                    found[a, i, s] = hole(i, f"no environment: {type(e).__name__}: {e}"[:200])
-                    continue
-                try:
                     agent = makers[a](_agent_seed(s, i))
                 except Exception as e:
-                    found[a, i, s] = hole(i, f"no agent {names[a]}: {type(e).__name__}: {e}"[:200])
-                    continue
-                found[a, i, s] = play(env, tasks[i], agent)
+                    found[a, i, s] = hole(i, e)
+                else:
+                    found[a, i, s] = play(env, tasks[i], agent)
         finally:
-            if env is not None:
-                env.close()
+            env.close()
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(work, [jobs[k::workers] for k in range(workers)]))
@@ -121,7 +119,6 @@ def discrimination(
     if S.ndim != 2 or len(S) != len(strength) or len(S) < 2:
         raise ValueError(f"S has shape {S.shape}, strength {strength.shape}; need (m,n) and (m,)")
     S = S[:, ~np.isnan(S).any(0)]
-    check_number("n_boot", n_boot, "int [1, inf)")
     m, n = S.shape
     if n < 2:
         raise ValueError("fewer than two tasks have a result for all agents")

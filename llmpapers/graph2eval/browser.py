@@ -650,7 +650,9 @@ class HttpBrowser:
         return replace(self.page, widgets=seen)
 
     def close(self) -> None:
-        "Nothing to close"
+        "Let go of the connections to the allowed origins"
+        for x in self.policy.allow:
+            _drop(x)
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #7f28513e
 @patch

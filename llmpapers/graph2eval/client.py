@@ -28,19 +28,9 @@ from .tasks import StateEquals, Task, TaskList, _made, _round_robin
 class ClientError(RuntimeError):
     "No usable reply"
 
-    again = True  # May asking again help?
-
 
 class EndpointError(ClientError, InfrastructureError):
-    "The endpoint cannot be used: it is down, too slow, too busy, or refuses this client"
-
-
-def _json(text):
-    "Data from text; nesting too deep for the reader is as bad as a comma too many"
-    try:
-        return json.loads(text)
-    except RecursionError as e:
-        raise ValueError("JSON nested too deep") from e
+    "The endpoint failed, and nobody knows what the model would have said"
 
 
 def check_reply(
@@ -51,7 +41,10 @@ def check_reply(
     m = re.search(r"\{.*\}", text, re.S)
     if not m:
         raise ValueError("no JSON object in the reply")
-    d = _json(m[0])
+    try:
+        d = json.loads(m[0])
+    except RecursionError as e:
+        raise ValueError("the object in the reply is nested too deeply") from e
     if not isinstance(d, dict) or set(d) != set(schema):
         raise ValueError(f"the reply has the keys {sorted(d)}, need {sorted(schema)}")
     for k, kind in schema.items():
@@ -61,28 +54,22 @@ def check_reply(
     return d
 
 # %% ../../nbs/graph2eval/12_client.ipynb #8837deef
-def _said(data):
-    "What an endpoint says of an error, in short"
-    found = data.get("error", data) if isinstance(data, dict) else data
-    found = found.get("message", found) if isinstance(found, dict) else found
-    return clean_text(str(found))[:200]
+class _Status(ConnectionError):
+    "The endpoint answered with a status"
+
+    def __init__(self, code, said):
+        hint = "; is `key` right?" if code in (401, 403) else ""
+        super().__init__(f"status {code}{': ' if said else ''}{said}{hint}")
+        self.code = code
 
 
-def _refusal(reply):
-    "The error that stands for a reply that is none; `again` says whether asking again may help"
-    head = {k.lower(): v for k, v in reply.headers}
+def _complaint(raw):
+    "What an endpoint says of its error"
     try:
-        said = reply.note or _said(_json(reply.body))
-    except ValueError:
-        said = clean_text(reply.body[:200].decode("utf-8", "replace"))
-    if reply.status in (301, 302, 303, 307, 308):
-        said = f"redirects are not followed; give {head.get('location', '')[:80]!r} as base_url"
-    if reply.status in (401, 403) and not reply.note:
-        said += " (is key right?)"
-    own = reply.status in (400, 413, 422) and not reply.note  # what was asked cannot be answered
-    error = (ClientError if own else EndpointError)(f"status {reply.status}: {said}")
-    error.again = reply.status >= 500 or reply.status in (408, 409, 429)
-    return error
+        error = json.loads(raw)["error"]
+        return str(error["message"] if isinstance(error, dict) else error)[:200]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ""
 
 
 class ChatClient:
@@ -92,49 +79,54 @@ class ChatClient:
         self,
         base_url: str,  # Such as http://127.0.0.1:8000/v1
         model: str,  # Name that the endpoint knows
-        timeout: float = 60.0,  # Seconds for one reply, from the request to its last byte
+        timeout: float = 60.0,  # Seconds for one reply, from the connection to its last byte
         retries: int = 2,  # Further attempts
         max_concurrency: int = 8,  # Requests at once
-        key: str = "",  # Sent as bearer token if it is not empty, and to this origin alone
+        key: str = "",  # Sent as bearer token if it is not empty, to this origin alone
         backoff: float = 0.5,  # Seconds before the first further attempt; doubled each time
-        max_bytes: int = 20_000_000,  # Largest reply
+        max_bytes: int = 10_000_000,  # Largest reply
     ):
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not re.fullmatch(r"[!-~]+", base_url):
+        parts, bad = urlsplit(base_url), re.search(r"[^!-~]|//[^/]*@", base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or bad:
             raise ValueError(
-                f"base_url={base_url!r} must begin with http:// or https:// and have no blanks"
+                f"base_url={base_url!r} must be http://host or https://host, no blanks, no user"
             )
-        check_number("timeout", timeout, "(0, inf)")
-        check_number("backoff", backoff, "[0, inf)")
         if re.search(r"[^!-~]", key):
             raise ValueError("key must be ASCII without blanks: it travels in a header")
+        check_number("backoff", backoff, "[0, inf)")
+        check_number("timeout", timeout, "(0, inf)")
         check_number("retries", retries, "int [0, inf)")
         check_number("max_concurrency", max_concurrency, "int [1, inf)")
         self.url, self.model = base_url.rstrip("/") + "/chat/completions", model
-        self.timeout, self.retries, self.key, self.backoff = timeout, retries, key, backoff
+        self.retries, self.key, self.backoff = retries, key, backoff
         self.policy = Policy((origin_of(base_url),), max_bytes=max_bytes, timeout=timeout)
-        if why := self.policy.refuses(self.url):
-            raise ValueError(f"base_url={base_url!r}: {why}")
         self.slots, self.calls = threading.Semaphore(max_concurrency), 0
 
     def _once(self, messages, temperature):
+        "What the model wrote; OSError if the endpoint failed, ValueError if the reply is no use"
         body = dict(model=self.model, messages=messages, temperature=temperature)
-        head = [("Content-Type", "application/json")]
+        head = {"Content-Type": "application/json"}
         if self.key:
-            head.append(("Authorization", f"Bearer {self.key}"))
-        with self.slots:
-            reply = fetch_once(self.policy, "POST", self.url, head, json.dumps(body).encode())
-            self.calls += 1
-        if reply.note or reply.status != 200:
-            raise _refusal(reply)
-        data = _json(reply.body)
+            head["Authorization"] = f"Bearer {self.key}"
+        with self.slots:  # through the fence: no redirects, one deadline, a largest size
+            sent = json.dumps(body).encode()
+            reply = fetch_once(self.policy, "POST", self.url, list(head.items()), sent)
+        self.calls += 1
+        if reply.note:
+            raise ConnectionError(reply.note)
+        raw = reply.body
+        if 300 <= reply.status < 400:
+            raise _Status(reply.status, "redirects are not followed; give the last address")
+        if reply.status != 200:
+            raise _Status(reply.status, _complaint(raw))
         try:
-            choice = data["choices"][0]
-            reason, text = choice.get("finish_reason"), choice["message"]["content"]
-        except (AttributeError, IndexError, KeyError, TypeError) as e:
-            raise ValueError(f"the reply has no choices: {_said(data)}") from e
-        if reason in ("length", "content_filter"):
-            raise ValueError(f"the reply was cut off: {reason}")
+            choice = json.loads(raw)["choices"][0]
+            text = choice["message"]["content"]
+            reason = choice.get("finish_reason")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+            raise ConnectionError("the answer is no chat completion") from e
+        if reason not in (None, "stop", "tool_calls"):
+            raise ValueError(f"the reply was not finished: {reason}")
         if not isinstance(text, str) or not text.strip():
             raise ValueError("the reply is empty")
         return text
@@ -144,24 +136,24 @@ class ChatClient:
         messages: Sequence[dict],  # With role and content
         schema: dict | None = None,  # What the reply must be; None: text
         temperature: float = 0.0,  # Of the sampling
-    ) -> (
-        str | dict
-    ):  # Text, or the object of the schema; ClientError if none, EndpointError if down
+    ) -> str | dict:  # Text, or the object of the schema; else ClientError or EndpointError
         "Ask, check, and ask again"
-        last = None
+        why, down = "", False
         for k in range(self.retries + 1):
             if k:
                 time.sleep(self.backoff * 2 ** (k - 1))
             try:
                 text = self._once(list(messages), temperature)
                 return text if schema is None else check_reply(text, schema)
-            except ClientError as e:
-                last = e
-                if not e.again:
+            except _Status as e:
+                why, down = str(e), True
+                if e.code not in (408, 409, 429) and e.code < 500:
                     break
+            except OSError as e:
+                why, down = f"{type(e).__name__}: {e}", True
             except ValueError as e:
-                last = ClientError(f"{type(e).__name__}: {e}")
-        raise type(last)(f"no usable reply of {self.model}: {last}")
+                why, down = f"{type(e).__name__}: {e}", False
+        raise (EndpointError if down else ClientError)(f"no usable reply of {self.model}: {why}")
 
 # %% ../../nbs/graph2eval/12_client.ipynb #fd2cf8ba
 troubles = ("empty", "cut", "slow", "broken")
@@ -238,9 +230,8 @@ def slots(
     rest = re.sub(r'"[^"]*"', " ", instruction)
     labels = re.findall(r"(?<=[a-z] )[A-Z]\w+", rest)
     words = re.findall(r"[a-z']+", rest.lower())
-    turns = [_turns[w] for w in words if w in _turns]
-    turns += ["not" for w in words if w.endswith("n't")]
-    return sorted([*quoted, *re.findall(r"\d+", rest), *labels, *turns])
+    turns = ["not" if w.endswith("n't") else _turns.get(w) for w in words]
+    return sorted([*quoted, *re.findall(r"\d+", rest), *labels, *filter(None, turns)])
 
 
 _turns = {w: w for w in ("lower", "higher", "smaller", "larger", "sum", "yes", "no")}

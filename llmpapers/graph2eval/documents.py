@@ -82,6 +82,8 @@ def draw_chart(
     values: dict,  # Name -> height, at most `axis_top`
 ) -> np.ndarray:  # (h,w,3) uint8; two pixels for a unit
     "Bars from left to right, without a letter or a digit"
+    if bad := {k: v for k, v in values.items() if not 0 <= v <= axis_top}:
+        raise ValueError(f"values: heights are from 0 to {axis_top}, not {bad}")
     image = np.full((2 * axis_top + 20, 60 * len(values) + 20, 3), 255, np.uint8)
     floor = 2 * axis_top + 10
     image[floor : floor + 2, 5:-5] = 60
@@ -378,7 +380,9 @@ def _is_running(line, running, height):
 
 # %% ../../nbs/graph2eval/03_documents.ipynb #47edbbd7
 _caption = re.compile(r"(Table|Figure|Fig\.)\s+(\d+)\s*[:.]\s*(.*)", re.S)
-_hidden = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2060\ufeff]")
+_hidden = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]"
+)
 
 
 def clean_text(
@@ -539,54 +543,74 @@ def load_pdf(
     return Document(doc_id, tuple(elements), meta, images)
 
 # %% ../../nbs/graph2eval/03_documents.ipynb #a470ddf2
-class _Reader(HTMLParser):
-    "Blocks of an HTML document"
+_edges = (
+    "div section article main aside header footer nav ul ol dl pre blockquote form figure hr br"
+)
 
-    blocks = ("h1", "h2", "h3", "h4", "p", "li", "caption", "figcaption", "dt", "dd", "td", "th")
-    skip = ("script", "style", "template", "noscript")
+
+class _Reader(HTMLParser):
+    "Blocks of an HTML document; text that stands in none is a paragraph"
+
+    blocks = ("h1", "h2", "h3", "h4", "h5", "h6", "p", "li", "caption", "figcaption", "dt", "dd")
+    cells = ("td", "th")
+    skip = ("script", "style", "template", "noscript", "title")
+    void = ("input", "img", "br", "hr", "meta", "link", "area", "base", "col", "source", "wbr")
 
     def __init__(self):
         super().__init__()
-        self.out, self.open, self.text, self.rows, self.mute = [], None, [], None, 0
+        self.out, self.open, self.text = [], None, []
+        self.tables = []  # rows of the tables that are open, the innermost last
+        self.dark = []  # tags of what is not shown
 
     def handle_starttag(self, tag, attrs):
-        if tag in self.skip:
-            self.mute += 1
+        a = {k: v or "" for k, v in attrs}
+        hidden = "hidden" in a or "display:none" in a.get("style", "").replace(" ", "")
+        if tag not in self.void and (hidden or tag in self.skip or tag in self.dark[-1:]):
+            self.dark.append(tag)
         if tag == "table":
             self._close()
-            self.rows = []
-        elif tag == "tr" and self.rows is not None:
-            self.rows.append([])
-        if tag in self.blocks:
+            self.tables.append([])
+        elif tag == "tr" and self.tables:
+            self._close()
+            self.tables[-1].append([])
+        elif tag in self.cells or (tag in self.blocks and not self.tables):
             self._close()
             self.open = tag
+        elif tag in _edges.split() and not self.tables:
+            self._close()
 
     def handle_endtag(self, tag):
-        if tag in self.skip:
-            self.mute = max(0, self.mute - 1)
-        if tag in self.blocks:
+        if tag in self.dark[-1:]:
+            self.dark.pop()
+        if tag in self.cells or ((tag in self.blocks or tag in _edges.split()) and not self.tables):
             self._close()
-        if tag == "table" and self.rows is not None:
+        if tag == "table" and self.tables:
             self._close()
-            rows = [r for r in self.rows if r]
+            rows = [r for r in self.tables.pop() if r]
             if rows:
                 self.out.append(("table", rows))
-            self.rows = None
 
     def handle_data(self, data):
-        if self.open and not self.mute:
+        if self.dark:
+            return
+        if self.open is None and not self.tables and data.strip():
+            self.open = "p"
+        if self.open:
+            self.text.append(data)
+        elif self.tables and data.strip():
+            self.open = "caption"
             self.text.append(data)
 
     def _close(self):
         text, tag = clean_text("".join(self.text)), self.open
         self.text, self.open = [], None
-        if not text or not tag:
-            return
-        if tag in ("td", "th") and self.rows:
-            self.rows[-1].append(text)
-        elif tag.startswith("h"):
+        if tag in self.cells and self.tables:
+            if not self.tables[-1]:
+                self.tables[-1].append([])
+            self.tables[-1][-1].append(text)  # a blank cell is a cell
+        elif text and tag and tag[0] == "h" and tag[1:].isdigit():
             self.out.append(("heading", (text, int(tag[1]))))
-        else:
+        elif text and tag:
             self.out.append(("paragraph", text))
 
 
@@ -599,6 +623,8 @@ def load_html(
     reader.feed(source)
     reader.close()
     reader._close()
+    while reader.tables:  # that were not closed
+        reader.handle_endtag("table")
     out, counts = [], Counter()
     for kind, content in reader.out:
         counts[kind] += 1

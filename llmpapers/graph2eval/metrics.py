@@ -16,59 +16,42 @@ from decimal import Decimal
 
 # %% ../../nbs/graph2eval/08_metrics.ipynb #9c0d904e
 answer_kinds = ("text", "id", "number", "quantity", "money", "date", "yesno", "list")
-longest_answer = 4000  # characters; a longer answer is wrong unless the right one is as long
-_signs = {"$": "USD", "€": "EUR", "£": "GBP", "¥": "JPY"}
-_weekdays = "mon|tue|wed|thu|fri|sat|sun"
+longest_answer = 4000  # characters; a longer answer is wrong unless the right one is long too
+_signs = {"$": "USD", "US$": "USD", "€": "EUR", "£": "GBP", "¥": "JPY"}
 _months = "january february march april may june july august september october november december"
+_days = "monday tuesday wednesday thursday friday saturday sunday"
+_units = {f"{u}s": u for u in ("month", "year", "day", "hour", "minute", "second", "piece")}
+_weekdays = {x for d in _days.split() for x in (d, d[:3])}
 _number = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[+-]?\.\d+")
 
 
 def _decimal(text):
-    "The exact value of a number; no digit is rounded away"
-    text = text.replace("\u2212", "-")
-    return Decimal(text.replace(",", "")) if _is_number(text) else None
-
-
-def _is_number(text):
-    return _number.fullmatch(text) is not None
-
-
-_amount = re.compile(r"([+-]?)([A-Za-z]{0,3}[$€£¥]?|[A-Za-z]{3})\s*([+-]?)([\d,.]+)\s*(\S*)")
+    "The exact value of a number: no digit is rounded away"
+    return Decimal(text.replace(",", "")) if _number.fullmatch(text) else None
 
 
 def _money(text):
-    m = _amount.fullmatch(text.replace("\u2212", "-").replace("- ", "-"))
-    if not m or (m[1] and m[3]) or (m[2] and m[5] and m[2] not in _signs):
+    unit = r"(US\$|[$€£¥]|[A-Za-z]{3})?"
+    m = re.fullmatch(rf"([+-]?)\s*{unit}\s*([+-]?)([\d,.]+)\s*{unit}", text)
+    if not m or (m[1] and m[3]):
         return None
-    amount = _decimal(m[1] + m[3] + m[4])
-    named = {_currency(x) for x in (m[2], m[5]) if x}
-    if amount is None or None in named or len(named) > 1:
-        return None
-    return amount, named.pop() if named else ""
-
-
-def _currency(sign):
-    "Three letters for what names a currency, or None"
-    if sign in _signs:
-        return _signs[sign]
-    if re.fullmatch(r"US\$|\$US", sign):
-        return "USD"
-    return sign.upper() if re.fullmatch(r"[A-Za-z]{3}", sign) else None
+    amount = _decimal((m[1] or m[3]) + m[4])
+    named = {_signs.get(x, x.upper()) for x in (m[2], m[5]) if x}
+    return None if amount is None or len(named) > 1 else (amount, "".join(named))
 
 
 def _day(text):
-    text = re.sub(r"(?i)(\d)(st|nd|rd|th)\b", r"\1", text)
-    text = re.sub(rf"(?i)^({_weekdays})[a-z]*\.?,?\s+", "", text)
-    text = re.sub(r"T00:00(:00(\.0+)?)?(Z|[+-]00:00)?$", "", text)
+    text = re.sub(r"T00:00(:00)?Z?$", "", re.sub(r"(?<=\d)(st|nd|rd|th)\b", "", text))
     words = re.findall(r"[A-Za-z]+|\d+", text.lower())
+    words = [w for w in words if w not in _weekdays]
     names = {m: k + 1 for k, m in enumerate(_months.split())}
     names |= {m[:3]: k for m, k in names.items()} | dict(sept=9)
     try:
-        if re.fullmatch(r"\d{4}([-/.])\d{1,2}\1\d{1,2}", text):
+        if re.fullmatch(r"\d{4}([-/])\d{1,2}\1\d{1,2}", text):
             return date(*map(int, words))
         if len(words) == 3 and any(w in names for w in words):
             month = next(names[w] for w in words if w in names)
-            day, year = sorted(int(w) for w in words if w not in names)
+            day, year = sorted(int(re.sub("[a-z]", "", w)) for w in words if w not in names)
             return date(year, month, day)
         if re.fullmatch(r"\d{1,2}[/.]\d{1,2}[/.]\d{4}", text):
             a, b, year = map(int, words)
@@ -77,9 +60,6 @@ def _day(text):
     except ValueError:
         pass
     return None
-
-
-_units = {f"{x}s": x for x in ("second", "minute", "hour", "day", "week", "month", "year")}
 
 # %% ../../nbs/graph2eval/08_metrics.ipynb #beb1926c
 def canonical(
@@ -91,20 +71,18 @@ def canonical(
         raise ValueError(f"kind={kind!r} must be one of {', '.join(answer_kinds)}")
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
-    bare = unicodedata.normalize("NFC", text)
-    if kind in ("number", "quantity", "money"):  # a hard space may part thousands
-        bare = re.sub(r"(?<=\d)[\u00a0\u202f\u2009](?=\d{3}(?!\d))", ",", bare)
-    text = " ".join(bare.split())
-    text = re.sub(r"[ .]+$", "", text) if re.match(r"[+-]?\.\d", text) else text.strip(" .")
+    text = unicodedata.normalize("NFC", text).replace("\u2212", "-")
+    text = re.sub(r"(?<=\d)[\u00a0\u202f](?=\d{3}(?!\d))", "", text)  # 1 200, with a hard space
+    text = " ".join(text.split())
+    text = text.strip(" .") if not re.match(r"\.\d", text) else text.rstrip(" .")
     if kind == "id":
         return text or None
     if kind == "number":
         return _decimal(text)
     if kind == "quantity":
-        m = re.fullmatch(r"([\d.,+\u2212-]+)\s*([A-Za-z]+|%)", text)
+        m = re.fullmatch(r"([\d.,+-]+)\s*(%|[A-Za-z]+)", text)
         amount = _decimal(m[1]) if m else None
-        unit = m[2].lower() if m else ""
-        return None if amount is None else (amount, _units.get(unit, unit))
+        return None if amount is None else (amount, _units.get(m[2].lower(), m[2].lower()))
     if kind == "money":
         return _money(text)
     if kind == "date":
@@ -112,10 +90,11 @@ def canonical(
     if kind == "yesno":
         return {"yes": True, "true": True, "no": False, "false": False}.get(text.lower())
     if kind == "list":
-        parts = [x.strip(" .").casefold() for x in text.split(",")]
+        parts = [x.strip(" .") for x in text.casefold().split(",")]
         return tuple(sorted(parts)) if len(parts) > 1 and all(parts) else None
     words = text.casefold().split()
-    return " ".join([w for w in words if w not in ("a", "an", "the")] or words) or None
+    kept = [w for w in words if w not in ("a", "an", "the")]
+    return " ".join(kept or words) or None  # a text that is an article alone stays
 
 
 def answers_match(
@@ -135,25 +114,22 @@ def answers_match(
     return want == got
 
 # %% ../../nbs/graph2eval/08_metrics.ipynb #fd4442d8
-_forms = (
-    ("number", _number.pattern),
-    ("money", r"[+-]?[$€£¥]\s*[\d,.]+"),
-    ("date", r"\d{4}-\d{2}-\d{2}"),
-    ("quantity", r"[+-]?[\d.,]+ ?(g|kg|months|years|cm|mm|m|km|%)"),
-    ("list", r"[A-Z]\w*(, [A-Z]\w*){2,}"),
-)
-
-
 def kind_of(
     text: str,  # As a page prints it
 ) -> str:  # One of `answer_kinds`
     "Guess the kind of a value"
     text = text.strip()
-    if re.fullmatch(r"0\d+", text):
-        return "id"
-    for kind, form in _forms:
+    forms = (
+        ("id", r"0\d+"),
+        ("number", _number.pattern),
+        ("money", r"-?\s*[$€£¥]\s*[\d,.]+"),
+        ("date", r"\d{4}-\d{2}-\d{2}"),
+        ("quantity", r"\d+(?:\.\d+)? ?(?:g|kg|months?|cm|mm|%)"),
+        ("list", r"[A-Z]\w*(?:, [A-Z]\w*){2,}"),
+    )
+    for kind, form in forms:
         if re.fullmatch(form, text) and canonical(kind, text) is not None:
-            return kind
+            return kind  # what looks like a price or a day and is none stays a text
     return "text"
 
 # %% ../../nbs/graph2eval/08_metrics.ipynb #7c3225d7
@@ -218,7 +194,7 @@ def citation_prf(
 ) -> tuple[float, float, float]:  # precision, recall, F1; all 1 if both are empty
     "How good citations are"
     if isinstance(pred, str) or isinstance(gold, str):
-        raise TypeError("pred and gold are lists of ids, not one string")
+        raise TypeError("pred and gold must be collections of ids, not one string")
     pred, gold = set(pred), set(gold)
     if not pred or not gold:
         return (float(pred == gold),) * 3

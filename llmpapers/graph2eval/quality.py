@@ -30,6 +30,11 @@ class Report(NamedTuple):
     reason: str  # The first that did not; empty if all did
 
 
+def _stands_in(value, text):
+    "Does a value occur as a whole, and not as a part of a longer word or number?"
+    return re.search(rf"(?<![\w.,-]){re.escape(value)}(?!\w|[.,]\d)", text) is not None
+
+
 def _answers_of(goal):
     if isinstance(goal, AnswerIs):
         return [goal]
@@ -61,12 +66,16 @@ def check_static(
             return Report(False, f"start {task.start} is no page of the graph")
         if why := _walked(task, kg):
             return Report(False, why)
-        return Report(True, "")
     if lost := [k for k in task.evidence if k not in kg.types]:
         return Report(False, f"evidence {lost[0]} does not exist")
+    if task.domain == "web":
+        told = {kg.attrs[k].get("value") for k in task.evidence}
+        told |= {kg.attrs[kg.attrs[k].get("page", k)].get("title") for k in task.evidence}
+        wrong = [a.value for a in _answers_of(task.goal) if a.value not in told]
+        return Report(not wrong, f"{wrong[0]!r} does not stand in the evidence" if wrong else "")
     value = task.goal.value
     texts = [kg.attrs[k].get("text", "") for k in task.evidence]
-    inside = any(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", t) for t in texts)
+    inside = any(_stands_in(value, t) for t in texts)
     if task.type == "figure":
         drawn = any(int(value) in kg.attrs[k].get("bars", []) for k in task.evidence)
         if inside or not drawn:
@@ -117,7 +126,7 @@ def _gates(task, env, probe, repeats, minimality):
         return "noop", "the goal is met at the start"
     answers = _answers_of(task.goal)
     for a in answers:
-        if not any(a.value in text for text in agent.seen):
+        if not any(_stands_in(a.value, text) for text in agent.seen):
             return "seen", f"the oracle never sees {a.value!r}"
     if minimality and not answers:
         for k in range(len(task.oracle) - 1):

@@ -7,7 +7,6 @@ __all__ = ['per_page', 'setting_choices', 'hostile_pages', 'elsewhere', 'menu_pa
            'make_request', 'respond', 'Session', 'Injection', 'Site']
 
 # %% ../../nbs/graph2eval/02_site.ipynb #f559ca7b
-import contextlib
 import copy
 import html
 import ipaddress
@@ -147,8 +146,8 @@ per_page = 6  # products on one page of a list
 
 
 def _count(text):
-    "A number of at most nine digits, or None"
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+    "A whole number of at most six digits as somebody typed it; None if it is none"
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 6 else None
 
 
 def _product_links(products):
@@ -491,7 +490,7 @@ class Site:
         self.robots, self.hostile = robots, hostile
         self.sessions, self.lock = {}, threading.Condition()
         self.busy, self.random = 0, random.Random(seed)
-        self.server = _Server((host, port), _Handler)
+        self.server = (_Server6 if ":" in host else _Server)((host, port), _Handler)
         self.server.site = self
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
         self.thread.start()
@@ -544,7 +543,7 @@ def restore(
     if set(state) != set(fresh_state()):
         raise ValueError(f"state has the parts {sorted(state)}, need {sorted(fresh_state())}")
     known = {p.id for p in self.world.products}
-    if lost := sorted(({*state["cart"], *state["wishes"]}) - known):
+    if lost := sorted({*state["cart"], *state["wishes"]} - known):
         raise ValueError(f"state: this world has no product {lost[0]!r}")
     with self.lock:
         self._session(sid).state = copy.deepcopy(state)
@@ -636,31 +635,35 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, address, handler):
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.links, self.guard = set(), threading.Lock()
-        super().__init__(address, handler)
-
-    def process_request(self, request, client_address):
-        with self.guard:
-            self.links.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request):
-        with self.guard:
-            self.links.discard(request)
-        super().shutdown_request(request)
-
-    def server_close(self):
-        "Stop listening, and hang up: a kept connection would keep its thread"
-        super().server_close()
-        with self.guard:
-            for link in self.links:
-                with contextlib.suppress(OSError):
-                    link.shutdown(socket.SHUT_RDWR)
+    def __init__(self, *args):
+        self.open = set()  # connections that are kept
+        super().__init__(*args)
 
     def handle_error(self, request, client_address):
         "A visitor who hangs up is no event"
+
+    def process_request(self, request, client_address):
+        "Answer in a thread of its own"
+        self.open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request):
+        "End a connection"
+        self.open.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self):
+        "Stop listening, and end what is still connected, so that its threads end too"
+        super().server_close()
+        for request in list(self.open):
+            try:
+                request.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it has ended by itself
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
 
 
 class _Handler(BaseHTTPRequestHandler):

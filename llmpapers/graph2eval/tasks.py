@@ -56,7 +56,7 @@ class UrlIs:
 
 @dataclass(frozen=True)
 class StateEquals:
-    "The whole state is this: nothing else was changed"
+    "The whole state is this at the end: whatever else was changed was changed back"
 
     state: dict  # Plain JSON
 
@@ -95,7 +95,7 @@ class AnswerIs:
 
     def __post_init__(self):
         if canonical(self.kind, self.value) is None:
-            raise ValueError(f"value={self.value!r} is no {self.kind}; no answer could be right")
+            raise ValueError(f"value={self.value!r} is no {self.kind}: no answer could be right")
 
     def check(
         self,
@@ -223,6 +223,19 @@ def task_from_dict(
         raise ValueError(f"not a task: {e}") from e
 
 
+def _begun(task, initial):
+    "A task that begins in another state than a fresh one says so"
+    if initial == fresh_state():
+        return task
+    key = hashlib.sha256((task.key + json.dumps(initial, sort_keys=True)).encode()).hexdigest()[:16]
+    return replace(
+        task,
+        id=f"{task.type}-{key[:8]}",
+        key=key,
+        meta=task.meta | dict(initial=copy.deepcopy(initial)),
+    )
+
+
 def _made(domain, type, instruction, start, goal, oracle, evidence, hops, sources=1, **meta):
     edits = sum(a.kind in ("fill", "select") for a in oracle)
     key = task_key(goal, evidence)
@@ -297,6 +310,8 @@ class _Maker:
 def _navigate(m):
     "A walk of one to three clicks off the menu"
     starts = ["/"] if "/" in m.titles else list(m.titles)[:1]
+    while not starts:
+        yield "no page whose title is its own"
     while True:
         here, clicks, seen = starts[0], [], set(starts)
         for _ in range(m.gen.integers(1, 4)):
@@ -335,6 +350,9 @@ def _lookup(m):
         if page not in m.titles or clicks is None:
             yield "page without a unique title or a way"
             continue
+        if not fact["value"]:
+            yield "a fact without a value"
+            continue
         title, label, value = m.titles[page], fact["label"], fact["value"]
         yield _made(
             "web",
@@ -359,6 +377,9 @@ def _relation(m):
         if not {page, named} <= set(m.titles) or first is None or second is None:
             yield "page without a unique title or a way"
             continue
+        if not fact["value"]:
+            yield "a fact without a value"
+            continue
         title, value = m.titles[page], fact["value"]
         text = f'Find the page "{title}". What is the {fact["label"]} of its {via["label"]}?'
         yield _made(
@@ -377,19 +398,22 @@ def _relation(m):
 # %% ../../nbs/graph2eval/09_tasks.ipynb #a787764c
 def _compare(m):
     "Which of two pages has the larger or smaller amount"
-    by_label = {}
+    by_label = {}  # (label, currency) -> amounts: what is in two currencies is not compared
     for f in match(m.kg, "Detail:page -Shows-> Fact:fact"):
         fact = m.kg.attrs[f.bindings["fact"]]
-        if f.bindings["page"] in m.titles and kind_of(fact["value"]) in ("money", "number"):
-            amount = float(re.sub(r"[^\d.-]", "", fact["value"]))
-            by_label.setdefault(fact["label"], []).append(
+        kind = kind_of(fact["value"])
+        if f.bindings["page"] in m.titles and kind in ("money", "number"):
+            amount = canonical(kind, fact["value"])
+            amount, currency = amount if kind == "money" else (amount, "")
+            by_label.setdefault((fact["label"], currency), []).append(
                 (f.bindings["page"], f.bindings["fact"], amount)
             )
     labels = [k for k in sorted(by_label) if len(by_label[k]) > 1]
     while labels:
-        label = labels[m.gen.integers(len(labels))]
-        i, j = m.gen.permutation(len(by_label[label]))[:2]
-        (a, fa, x), (b, fb, y) = by_label[label][i], by_label[label][j]
+        chosen = labels[m.gen.integers(len(labels))]
+        label, found = chosen[0], by_label[chosen]
+        i, j = m.gen.permutation(len(found))[:2]
+        (a, fa, x), (b, fb, y) = found[i], found[j]
         first, second = m.route("/", a), m.route(a, b)
         if x == y or first is None or second is None:
             yield "equal amounts, or no way"
@@ -454,7 +478,12 @@ def _filter(m):
             continue
         end = next(x for x, _, _ in m.kg.around(f.bindings["b"], "out", ("Triggers",)))
         option = other[m.gen.integers(len(other))]
-        target = f"{end.split()[1].partition('?')[0]}?{urlencode({s['field']: option})}"
+        inside = [
+            m.kg.attrs[k] for k, _, _ in m.kg.around(f.bindings["form"], "out", ("Contains",))
+        ]
+        sent = form["hidden"] | {a["field"]: a["value"] for a in inside if a.get("field")}
+        sent |= {s["field"]: option}
+        target = f"{end.split()[1].partition('?')[0]}?{urlencode(sent)}"
         title = m.titles[page]
         yield _made(
             "web",
@@ -468,7 +497,7 @@ def _filter(m):
                 Action("click", b["widget"]),
                 m.finish(),
             ],
-            [f.bindings["form"], option],
+            [f.bindings["form"]],
             len(clicks) + 1,
             claims=[[title, ""]],
         )
@@ -518,7 +547,7 @@ def _one_form(m, f, state, here):
     for k, _, _ in m.kg.around(form, "out", ("Contains",)):
         a = m.kg.attrs[k]
         if m.kg.types[k] == "Input":
-            digits = a["value"].isdigit()
+            digits = a["value"].isascii() and a["value"].isdigit()
             value = (
                 str(m.gen.integers(2, 10)) if digits else _phrases[m.gen.integers(len(_phrases))]
             )
@@ -654,6 +683,7 @@ def generate_web_tasks(
 ) -> TaskList:  # n tasks, or fewer and `shortfall`
     "Draw web tasks from a graph"
     check_number("n", n, "int [0, inf)")
+    check_number("seed", seed, "int [0, inf)")
     if "/" not in kg.types:
         raise ValueError("kg: there is no page / to start from")
     types = _chosen(types, web_types)
@@ -663,7 +693,9 @@ def generate_web_tasks(
         for k, t in enumerate(web_types)
         if t in types
     }
-    return _round_robin(makers, n)
+    out = _round_robin(makers, n)
+    out[:] = [_begun(t, initial) for t in out]
+    return out
 
 # %% ../../nbs/graph2eval/09_tasks.ipynb #d47a661b
 _value = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?![\w.])")
@@ -678,7 +710,7 @@ class _DocMaker:
 
     def __init__(self, kg, gen):
         self.kg, self.gen = kg, gen
-        self.paragraphs = kg.nodes("paragraph")
+        self.paragraphs = sorted(kg.nodes("paragraph"))  # the order of addition decides nothing
         self.copies = Counter(kg.attrs[k]["text"] for k in self.paragraphs)
 
     def shuffled(self, found):
@@ -708,29 +740,42 @@ class _DocMaker:
         "Paragraphs of one sentence with one number that is no reference"
         for k in self.shuffled(self.paragraphs):
             text = self.text(k)
-            found = _value.findall(text)
-            if len(found) == 1 and not _refer.search(text) and self.copies[text] == 1:
+            found = list(_value.finditer(text))
+            if len(found) != 1 or _refer.search(text) or self.copies[text] > 1:
+                continue
+            if canonical("number", found[0][0]) is not None:  # 12.05.2024 and 1.200,50 are none
                 yield k, text, found[0]
+
+
+def _with(text, found, value):
+    "A sentence with something else in the place of its number"
+    return text[: found.start()] + value + text[found.end() :]
 
 # %% ../../nbs/graph2eval/09_tasks.ipynb #a4602818
 def _extraction(m):
-    for k, text, number in m.numbered():
-        question = f'Which number completes this sentence: "{text.replace(number, blank)}"'
-        yield m.ask("extraction", question, "number", number, [k], 1)
+    for k, text, found in m.numbered():
+        question = f'Which number completes this sentence: "{_with(text, found, blank)}"'
+        yield m.ask("extraction", question, "number", found[0], [k], 1)
 
 
 def _cells(m, k):
-    "A random cell of a table: row, column, value"
+    "A random cell of a table: row, column, value; None if it is blank or there is none"
     rows = m.kg.attrs[k]["rows"]
+    if len(rows) < 2 or len(rows[0]) < 2:
+        return None
     i, j = m.gen.integers(1, len(rows)), m.gen.integers(1, len(rows[0]))
-    return rows[i][0], rows[0][j], rows[i][j]
+    got = (rows[i][0], rows[0][j], rows[i][j]) if j < len(rows[i]) else ("",)
+    return got if all(got) else None
 
 
 def _table_qa(m):
-    tables = [k for k in m.kg.nodes("table") if m.kg.attrs[k].get("number")]
+    tables = [k for k in sorted(m.kg.nodes("table")) if m.kg.attrs[k].get("number")]
     while tables:
         k = tables[m.gen.integers(len(tables))]
-        row, column, value = _cells(m, k)
+        if (cell := _cells(m, k)) is None:
+            yield "a blank cell, or a table without cells"
+            continue
+        row, column, value = cell
         a = m.kg.attrs[k]
         question = (
             f'In Table {a["number"]} of document "{a["doc"]}", what is "{column}" for "{row}"?'
@@ -756,7 +801,10 @@ def _cross_reference(m):
             yield "more than one reference"
             continue
         p, t, text = got
-        row, column, value = _cells(m, t)
+        if (cell := _cells(m, t)) is None:
+            yield "a blank cell, or a table without cells"
+            continue
+        row, column, value = cell
         question = f'{_in_table}, what is "{column}" for "{row}": "{text}"'
         yield m.ask("cross_reference", question, kind_of(value), value, [p, t], 2)
 
@@ -792,23 +840,23 @@ def _multi_hop(m):
 # %% ../../nbs/graph2eval/09_tasks.ipynb #2742c123
 def _comparison(m):
     alike = {}
-    for k, text, number in m.numbered():
+    for k, text, found in m.numbered():
         names = _name.findall(text[1:])
-        if len(names) == 1:
-            form = text.replace(number, "#").replace(names[0], blank)
-            alike.setdefault(form, []).append((k, names[0], float(number.replace(",", ""))))
+        if len(names) == 1 and text.count(names[0]) == 1:
+            form = _with(text, found, "#").replace(names[0], blank)
+            here = form, m.kg.attrs[k]["doc"]
+            alike.setdefault(here, []).append((k, names[0], canonical("number", found[0])))
     forms = [f for f, v in sorted(alike.items()) if len({x[1] for x in v}) > 1]
     while forms:
-        form = forms[m.gen.integers(len(forms))]
-        i, j = m.gen.permutation(len(alike[form]))[:2]
-        (a, x, u), (b, y, v) = alike[form][i], alike[form][j]
-        docs = [m.kg.attrs[k]["doc"] for k in (a, b)]
-        if x == y or u == v or docs[0] != docs[1]:
-            yield "the same name, number, or another document"
+        form, doc = forms[m.gen.integers(len(forms))]
+        i, j = m.gen.permutation(len(alike[form, doc]))[:2]
+        (a, x, u), (b, y, v) = alike[form, doc][i], alike[form, doc][j]
+        if x == y or u == v:
+            yield "the same name or number"
             continue
         low = bool(m.gen.integers(2))
         best, word = (x if (u < v) == low else y), "smaller" if low else "larger"
-        which = f'Which name makes the number {word} in "{form}" of document "{docs[0]}"'
+        which = f'Which name makes the number {word} in "{form}" of document "{doc}"'
         question = f'{which}: "{x}" or "{y}"?'
         yield m.ask("comparison", question, "text", best, [a, b], 2)
 
@@ -820,8 +868,8 @@ def _aggregation(m):
             continue
         p, t, text = got
         rows = m.kg.attrs[t]["rows"]
-        column = [r[1] for r in rows[1:]]
-        if not all(x.isdigit() for x in column):
+        column = [r[1] if len(r) > 1 else "" for r in rows[1:]]
+        if not column or not all(x.isascii() and x.isdigit() for x in column):
             yield "a column that is not of numbers"
             continue
         question = f'{_in_table}, what is the sum of "{rows[0][1]}": "{text}"'
@@ -829,10 +877,11 @@ def _aggregation(m):
 
 
 def _verification(m):
-    for k, text, number in m.numbered():
+    for k, text, found in m.numbered():
         true = bool(m.gen.integers(2))
-        said = number if true else str(int(number.replace(",", "")) + int(m.gen.integers(1, 9)))
-        question = f'Does a document say: "{text.replace(number, said)}" Answer yes or no.'
+        other = canonical("number", found[0]) + int(m.gen.integers(1, 9))
+        said = found[0] if true else f"{other:f}"
+        question = f'Does a document say: "{_with(text, found, said)}" Answer yes or no.'
         yield m.ask("verification", question, "yesno", "yes" if true else "no", [k], 1)
 
 # %% ../../nbs/graph2eval/09_tasks.ipynb #2f651f18
@@ -856,6 +905,7 @@ def generate_document_tasks(
 ) -> TaskList:  # n tasks, or fewer and `shortfall`
     "Draw document tasks from a graph"
     check_number("n", n, "int [0, inf)")
+    check_number("seed", seed, "int [0, inf)")
     types = _chosen(types, document_types)
     makers = {
         t: document_types[t](_DocMaker(kg, np.random.default_rng([seed, 92, k])))
@@ -953,6 +1003,7 @@ def corrupt_edges(
 ) -> KG:  # With the same nodes, and as many edges
     "Bend click edges"
     check_number("p", p, "[0, 1]")
+    check_number("seed", seed, "int [0, inf)")
     gen, out = np.random.default_rng([seed, 94]), KG()
     pages = [k for k in kg.nodes() if kg.types[k] in ("Page", "List", "Detail")]
     for k, t in kg.types.items():
