@@ -499,7 +499,8 @@ def read_answer(
         second = named and _gap(named, elements)
         return second[1][0] if second and second[1] else ""
     if question.startswith("Which name makes"):
-        form, _, a, b = quoted[:4]
+        form, doc, a, b = quoted[:4]
+        elements = [e for e in elements if e["doc"] == doc]
         got = [(_gap(form.replace(blank, x), elements), x) for x in (a, b)]
         known = [(canonical("number", g[1][0]), x) for g, x in got if g and g[1]]
         known = [(v, x) for v, x in known if v is not None]

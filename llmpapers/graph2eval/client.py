@@ -124,7 +124,7 @@ class ChatClient:
             text = choice["message"]["content"]
             reason = choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-            raise ConnectionError("the answer is no chat completion") from e
+            raise ConnectionError(f"the answer is no chat completion. {_complaint(raw)}") from e
         if reason not in (None, "stop", "tool_calls"):
             raise ValueError(f"the reply was not finished: {reason}")
         if not isinstance(text, str) or not text.strip():

@@ -333,7 +333,7 @@ def build_document_graph(
     if len({d.id for d in docs}) < len(docs):
         raise ValueError("docs: two documents have the same id")
     kg = KG()
-    for d in docs:
+    for d in sorted(docs, key=lambda d: d.id):  # the order in which they are given decides nothing
         _one_document(kg, d)
     _shared_entities(kg)
     if embedder is not None:

@@ -158,15 +158,20 @@ def goal_from_dict(
     d: dict,  # From `goal_to_dict`
 ) -> Goal:  # Equal to the one that was written
     "A goal from data"
+    if not isinstance(d, dict):
+        raise ValueError(f"not a goal: {d!r:.60}")
     d = dict(d)
     name = d.pop("goal", None)
-    if name == "All":
-        return All(tuple(goal_from_dict(x) for x in d["goals"]))
-    if name == "Not":
-        return Not(goal_from_dict(d["of"]))
     if name not in _goals:
         raise ValueError(f"goal={name!r} must be one of {', '.join(_goals)}")
-    return _goals[name](**d)
+    try:
+        if name == "All":
+            return All(tuple(goal_from_dict(x) for x in d["goals"]))
+        if name == "Not":
+            return Not(goal_from_dict(d["of"]))
+        return _goals[name](**d)
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"not a goal {name}: {e}") from e
 
 # %% ../../nbs/graph2eval/09_tasks.ipynb #4587a85b
 @dataclass(frozen=True)
@@ -214,13 +219,13 @@ def task_from_dict(
 ) -> Task:  # Equal to the one that was written
     "A task from data"
     kept = dict(d)
-    kept["goal"] = goal_from_dict(kept["goal"])
-    kept["oracle"] = tuple(Action(**a) for a in kept["oracle"])
-    kept["evidence"] = tuple(kept["evidence"])
     try:
+        kept["goal"] = goal_from_dict(kept["goal"])
+        kept["oracle"] = tuple(Action(**a) for a in kept["oracle"])
+        kept["evidence"] = tuple(kept["evidence"])
         return Task(**kept)
-    except TypeError as e:
-        raise ValueError(f"not a task: {e}") from e
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"not a task: {type(e).__name__} {e}") from e
 
 
 def _begun(task, initial):
@@ -272,15 +277,22 @@ def _route(kg, a, b):
     return clicks[::-1]
 
 
+def _quotable(*texts):
+    "Can texts stand between quotes in an instruction? Not if they are empty, or have quotes"
+    return all(t.strip() and '"' not in t for t in texts)
+
+
 def _unique(kg):
-    "Pages whose title is theirs alone: title -> id"
+    "Pages whose title is theirs alone and can be quoted: id -> title"
     seen = Counter(
         kg.attrs[k]["title"] for k in kg.nodes() if kg.types[k] in ("Page", "List", "Detail")
     )
     return {
         k: kg.attrs[k]["title"]
         for k in kg.nodes()
-        if kg.types[k] in ("Page", "List", "Detail") and seen[kg.attrs[k]["title"]] == 1
+        if kg.types[k] in ("Page", "List", "Detail")
+        and seen[kg.attrs[k]["title"]] == 1
+        and _quotable(kg.attrs[k]["title"])
     }
 
 
@@ -350,8 +362,8 @@ def _lookup(m):
         if page not in m.titles or clicks is None:
             yield "page without a unique title or a way"
             continue
-        if not fact["value"]:
-            yield "a fact without a value"
+        if not fact["value"] or not _quotable(fact["label"]):
+            yield "a fact without a label or a value"
             continue
         title, label, value = m.titles[page], fact["label"], fact["value"]
         yield _made(
@@ -377,8 +389,8 @@ def _relation(m):
         if not {page, named} <= set(m.titles) or first is None or second is None:
             yield "page without a unique title or a way"
             continue
-        if not fact["value"]:
-            yield "a fact without a value"
+        if not fact["value"] or not _quotable(fact["label"], via["label"]):
+            yield "a fact without a label or a value"
             continue
         title, value = m.titles[page], fact["value"]
         text = f'Find the page "{title}". What is the {fact["label"]} of its {via["label"]}?'
@@ -478,6 +490,9 @@ def _filter(m):
             continue
         end = next(x for x, _, _ in m.kg.around(f.bindings["b"], "out", ("Triggers",)))
         option = other[m.gen.integers(len(other))]
+        if not _quotable(s["name"], option, b["name"]):
+            yield "a name that cannot be quoted"
+            continue
         inside = [
             m.kg.attrs[k] for k, _, _ in m.kg.around(f.bindings["form"], "out", ("Contains",))
         ]
@@ -563,6 +578,9 @@ def _one_form(m, f, state, here):
         if acts and acts[-1].target == a["widget"]:
             words.append(f'set "{a["name"]}" to "{value}"')
     b = m.kg.attrs[f.bindings["b"]]
+    used = [a.target.split("/", 1)[1] for a in acts]
+    if not _quotable(b["name"], *used, *(a.value for a in acts)):
+        return "a name that cannot be quoted"
     words.append(f'press "{b["name"]}"')
     first = ", ".join(words[:-1]) + (" and " if words[1:] else "")
     text = f'On the page "{m.titles[page]}", {first}{words[-1]}.'
@@ -698,7 +716,7 @@ def generate_web_tasks(
     return out
 
 # %% ../../nbs/graph2eval/09_tasks.ipynb #d47a661b
-_value = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?![\w.])")
+_value = re.compile(r"(?<![\w.,+\u2212-])[+\u2212-]?\d+(?:[.,]\d+)*(?![\w.]|[\u2212-]\d)")
 _refer = re.compile(r"\b(Table|Figure)\s+\d+\b")
 _name = re.compile(r"\b[A-Z][a-z]+(?: [A-Z][a-z]+)?\b")
 blank = "____"
@@ -712,6 +730,22 @@ class _DocMaker:
         self.kg, self.gen = kg, gen
         self.paragraphs = sorted(kg.nodes("paragraph"))  # the order of addition decides nothing
         self.copies = Counter(kg.attrs[k]["text"] for k in self.paragraphs)
+        self.by_doc = {}
+        for k in self.paragraphs:
+            self.by_doc.setdefault(kg.attrs[k]["doc"], []).append(kg.attrs[k]["text"])
+        tables = (kg.attrs[k] for k in kg.nodes("table"))
+        self.numbers = Counter((a["doc"], a.get("number")) for a in tables)
+
+    def fills(self, doc, sentence):
+        "All that fills the gap of a sentence, in any paragraph of a document"
+        form = re.compile("(.+?)".join(map(re.escape, sentence.split(blank))))
+        found = (form.fullmatch(t) for t in self.by_doc.get(doc, ()))
+        return {m.groups() for m in found if m}
+
+    def only(self, k, sentence, value, kind):
+        "Is a value of some kind the only one that fills the gap of a sentence in its document?"
+        fills = self.fills(self.kg.attrs[k]["doc"], sentence)
+        return {f[0] for f in fills if len(set(f)) == 1 and kind(f[0])} == {value}
 
     def shuffled(self, found):
         return [found[i] for i in self.gen.permutation(len(found))]
@@ -743,8 +777,22 @@ class _DocMaker:
             found = list(_value.finditer(text))
             if len(found) != 1 or _refer.search(text) or self.copies[text] > 1:
                 continue
+            if not _quotable(text, self.kg.attrs[k]["doc"]):
+                continue
             if canonical("number", found[0][0]) is not None:  # 12.05.2024 and 1.200,50 are none
                 yield k, text, found[0]
+
+
+def _is_number(text):
+    return canonical("number", text) is not None
+
+
+def _is_name(text):
+    return _name.fullmatch(text) is not None
+
+
+def _is_reference(text):
+    return _refer.fullmatch(text) is not None
 
 
 def _with(text, found, value):
@@ -754,7 +802,11 @@ def _with(text, found, value):
 # %% ../../nbs/graph2eval/09_tasks.ipynb #a4602818
 def _extraction(m):
     for k, text, found in m.numbered():
-        question = f'Which number completes this sentence: "{_with(text, found, blank)}"'
+        gapped = _with(text, found, blank)
+        if not m.only(k, gapped, found[0], _is_number):
+            yield "a sentence that several numbers complete"
+            continue
+        question = f'Which number completes this sentence: "{gapped}"'
         yield m.ask("extraction", question, "number", found[0], [k], 1)
 
 
@@ -765,15 +817,22 @@ def _cells(m, k):
         return None
     i, j = m.gen.integers(1, len(rows)), m.gen.integers(1, len(rows[0]))
     got = (rows[i][0], rows[0][j], rows[i][j]) if j < len(rows[i]) else ("",)
-    return got if all(got) else None
+    alone = [r[0] for r in rows[1:]].count(got[0]) == 1 and rows[0].count(rows[0][j]) == 1
+    return got if _quotable(*got) and alone else None
 
 
 def _table_qa(m):
-    tables = [k for k in sorted(m.kg.nodes("table")) if m.kg.attrs[k].get("number")]
+    tables = [
+        k
+        for k in sorted(m.kg.nodes("table"))
+        if (number := m.kg.attrs[k].get("number"))
+        and m.numbers[m.kg.attrs[k]["doc"], number] == 1
+        and _quotable(m.kg.attrs[k]["doc"])
+    ]
     while tables:
         k = tables[m.gen.integers(len(tables))]
         if (cell := _cells(m, k)) is None:
-            yield "a blank cell, or a table without cells"
+            yield "a cell that is blank, or whose row or column is not the only one of its name"
             continue
         row, column, value = cell
         a = m.kg.attrs[k]
@@ -788,9 +847,11 @@ def _follow(m, kind):
     found = m.shuffled(match(m.kg, f"paragraph:p -refers_to-> {kind}:t"))
     while found:
         for f in found:
-            text = m.text(f.bindings["p"])
-            if len(_refer.findall(text)) == 1 and m.copies[text] == 1:
-                yield f.bindings["p"], f.bindings["t"], _refer.sub(blank, text)
+            p, text = f.bindings["p"], m.text(f.bindings["p"])
+            said, gapped = _refer.search(text), _refer.sub(blank, text)
+            one = len(_refer.findall(text)) == 1 and m.copies[text] == 1 and _quotable(text)
+            if one and m.only(p, gapped, said[0], _is_reference):
+                yield p, f.bindings["t"], gapped
             else:
                 yield None
 
@@ -798,11 +859,11 @@ def _follow(m, kind):
 def _cross_reference(m):
     for got in _follow(m, "table"):
         if got is None:
-            yield "more than one reference"
+            yield "more than one reference that the sentence may mean"
             continue
         p, t, text = got
         if (cell := _cells(m, t)) is None:
-            yield "a blank cell, or a table without cells"
+            yield "a cell that is blank, or whose row or column is not the only one of its name"
             continue
         row, column, value = cell
         question = f'{_in_table}, what is "{column}" for "{row}": "{text}"'
@@ -814,7 +875,7 @@ def _figure(m):
         a = m.kg.attrs[got[1]] if got else {}
         names = re.search(r"left to right: ([^;]+)", a.get("caption", ""))
         labels = names[1].split(", ") if names else []
-        if not labels or len(labels) != len(a.get("bars", [])):
+        if not labels or not len(set(labels)) == len(labels) == len(a.get("bars", [])):
             yield "a figure without readable bars"
             continue
         i = m.gen.integers(len(labels))
@@ -832,6 +893,12 @@ def _multi_hop(m):
         if len(rest) != 1 or a.count(name) != 1 or m.copies[a] > 1:
             yield "no single name to ask for"
             continue
+        doc = m.kg.attrs[f.bindings["a"]]["doc"]
+        other = m.fills(doc, b.replace(rest[0], blank))
+        alone = m.only(f.bindings["a"], a.replace(name, blank), name, _is_name)
+        if not _quotable(a, b) or not alone or {x for g in other for x in g} != {rest[0]}:
+            yield "a sentence that several names complete"
+            continue
         second = b.replace(name, "that name").replace(rest[0], blank)
         first = f'Take the name that completes "{a.replace(name, blank)}".'
         question = f'{first} Which word completes "{second}"'
@@ -846,6 +913,9 @@ def _comparison(m):
             form = _with(text, found, "#").replace(names[0], blank)
             here = form, m.kg.attrs[k]["doc"]
             alike.setdefault(here, []).append((k, names[0], canonical("number", found[0])))
+    for here, got in alike.items():
+        count = Counter(name for _, name, _ in got)
+        alike[here] = [x for x in got if count[x[1]] == 1]  # one number for each name
     forms = [f for f, v in sorted(alike.items()) if len({x[1] for x in v}) > 1]
     while forms:
         form, doc = forms[m.gen.integers(len(forms))]
@@ -864,12 +934,16 @@ def _comparison(m):
 def _aggregation(m):
     for got in _follow(m, "table"):
         if got is None:
-            yield "more than one reference"
+            yield "more than one reference that the sentence may mean"
             continue
         p, t, text = got
         rows = m.kg.attrs[t]["rows"]
         column = [r[1] if len(r) > 1 else "" for r in rows[1:]]
-        if not column or not all(x.isascii() and x.isdigit() for x in column):
+        if (
+            not _quotable(rows[0][1] if len(rows[0]) > 1 else "")
+            or not column
+            or not all(x.isascii() and x.isdigit() for x in column)
+        ):
             yield "a column that is not of numbers"
             continue
         question = f'{_in_table}, what is the sum of "{rows[0][1]}": "{text}"'
@@ -881,6 +955,9 @@ def _verification(m):
         true = bool(m.gen.integers(2))
         other = canonical("number", found[0]) + int(m.gen.integers(1, 9))
         said = found[0] if true else f"{other:f}"
+        if not true and _with(text, found, said) in m.copies:
+            yield "a bent sentence that another document says"
+            continue
         question = f'Does a document say: "{_with(text, found, said)}" Answer yes or no.'
         yield m.ask("verification", question, "yesno", "yes" if true else "no", [k], 1)
 
@@ -928,13 +1005,17 @@ class KGFreeGenerator:
     ):
         if level not in self.levels:
             raise ValueError(f"level={level!r} must be one of {', '.join(self.levels)}")
-        self.pages, self.level, self.seed = list(pages), level, seed
+        if not pages:
+            raise ValueError("pages is empty: there is nothing to invent a task from")
+        self.pages, self.level = list(pages), level
+        self.seed = check_number("seed", seed, "int [0, inf)")
 
     def generate(
         self,
         n: int,  # How many different tasks
     ) -> TaskList:  # With a way that was supposed, not known
         "Invent tasks"
+        check_number("n", n, "int [0, inf)")
         gen = np.random.default_rng([self.seed, 93, self.levels.index(self.level)])
         labels = sorted({k for p in self.pages for k, _ in p.facts})
 
