@@ -216,3 +216,233 @@ def test_a_generator_without_pages_says_so():
         KGFreeGenerator(pages).generate(-1)
     with pytest.raises(ValueError, match="seed"):
         KGFreeGenerator(pages, seed=-1)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+def test_a_small_file_that_unpacks_to_hours_of_drawing(tmp_path):
+    import zlib
+
+    drawing = zlib.compress(b"BT /F1 12 Tf (a) Tj ET\n" * 60_000)
+    parts = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents 4 0 R /Resources "
+        b"<< /Font << /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >> >>",
+        b"<< /Length %d /Filter /FlateDecode >>\nstream\n" % len(drawing)
+        + drawing
+        + b"\nendstream",
+    ]
+    data, places = b"%PDF-1.4\n", []
+    for k, body in enumerate(parts, 1):
+        places.append(len(data))
+        data += b"%d 0 obj\n" % k + body + b"\nendobj\n"
+    table = b"".join(b"%010d 00000 n \n" % x for x in places)
+    data += b"xref\n0 5\n0000000000 65535 f \n" + table
+    data += b"trailer << /Size 5 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % data.index(b"xref")
+    (tmp_path / "bomb.pdf").write_bytes(data)
+    start = time.process_time()
+    with pytest.raises(DocumentError, match="max_drawing"):
+        load_pdf(tmp_path / "bomb.pdf")
+    assert time.process_time() - start < 2 and len(data) < 10_000
+
+
+def test_turned_text_is_skipped_with_a_reason(tmp_path):
+    fpdf = pytest.importorskip("fpdf")
+    pdf = fpdf.FPDF()
+    pdf.add_page()
+    pdf.set_font("Helvetica", size=12)
+    pdf.text(20, 20, "This line stands upright.")
+    with pdf.rotation(90, 100, 100):
+        pdf.text(100, 100, "This line is turned.")
+    pdf.output(str(tmp_path / "t.pdf"))
+    doc = load_pdf(tmp_path / "t.pdf")
+    assert [e.text for e in doc.elements] == ["This line stands upright."]
+    assert "do not stand upright" in doc.meta["skipped"][0]
+
+
+def test_files_are_bounded_in_time(tmp_path, monkeypatch):
+    render_report(make_world(0), 0, tmp_path / "r.pdf")
+    clock = itertools.count(0, 100)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with pytest.raises(DocumentError, match="max_seconds"):
+        load_pdf(tmp_path / "r.pdf", limits=PdfLimits(max_seconds=50))
+
+
+def test_bytes_are_no_page():
+    for bad in (None, b"<p>x</p>"):
+        with pytest.raises(TypeError, match="source"):
+            load_html(bad, "d")
+
+
+# ---- a benchmark in files ------------------------------------------------------------------------
+def a_row(**kw):
+    row = dict(task_id="a", prompt="How many?", gold_answer="3.50", task_type="x")
+    return row | kw
+
+
+def written(tmp_path, *rows, name="t.jsonl", start=""):
+    text = start + "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_released_rows_are_read_once_and_whole(tmp_path):
+    from llmpapers.graph2eval.bench_io import load_bench
+
+    rows = [
+        a_row(prompt="one\u2028two"),
+        a_row(prompt="again"),
+        a_row(task_id="b", gold_answer=["x", "y"]),
+        a_row(task_id="c", gold_answer="A"),
+        a_row(task_id="d", gold_answer="Yes"),
+        a_row(task_id="e", gold_answer=dict(x=1)),
+    ]
+    found = load_bench(written(tmp_path, *rows, start="\ufeff"))
+    goals = {t.id: t.goal for t in found.tasks}
+    assert set(goals) == set("abcd") and found.tasks[0].instruction == "one\u2028two"
+    for key, said in dict(a="3.5", b="Y, x", c="a", d="yes").items():
+        assert goals[key].check("", {}, said)
+    reasons = found.manifest["skipped"]
+    assert len(reasons) == 2 and any("before" in r for r in reasons)
+
+
+def test_a_list_in_a_json_file_is_read(tmp_path):
+    from llmpapers.graph2eval.bench_io import load_bench
+
+    (tmp_path / "t.json").write_text(json.dumps([a_row(), a_row(task_id="b"), "x"]))
+    found = load_bench(tmp_path)
+    assert len(found.tasks) == 2 and sum(found.manifest["skipped"].values()) == 1
+
+
+def test_a_damaged_or_foreign_bench_says_so(tmp_path):
+    from llmpapers.graph2eval.bench_io import load_bench, save_bench
+
+    tasks = every(of("It has 7 doors now.", "It has 9 locks now."), "extraction")[:2]
+    save_bench(tmp_path, tasks)
+    good = (tmp_path / "manifest.json").read_text()
+    for bad, why in (
+        (good.replace('"format": 1', '"format": 99'), "format 99"),
+        (good.replace('"tasks": 2', '"tasks": 77'), "77 tasks"),
+        ("{", "manifest.json is no JSON"),
+        ("[]", "must hold an object"),
+    ):
+        (tmp_path / "manifest.json").write_text(bad)
+        with pytest.raises(ValueError, match=why):
+            load_bench(tmp_path)
+
+
+def test_what_was_saved_before_is_not_kept(tmp_path):
+    from llmpapers.graph2eval.bench_io import load_bench, save_bench
+
+    kg = of("It has 7 doors now.")
+    tasks = every(kg, "extraction")[:1]
+    save_bench(tmp_path, tasks, kg, make_world(0))
+    save_bench(tmp_path, tasks)
+    found = load_bench(tmp_path)
+    assert found.kg is None and found.world is None and found.tasks == tasks
+
+
+def test_a_mistyped_folder_is_named(monkeypatch):
+    import huggingface_hub
+
+    from llmpapers.graph2eval.bench_io import load_bench
+
+    def nowhere(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nowhere)
+    with pytest.raises(ValueError, match="no folder"):
+        load_bench("nbench/folder")
+
+
+# ---- Gymnasium -----------------------------------------------------------------------------------
+@pytest.fixture()
+def gym():
+    from llmpapers.graph2eval.bench_io import GymTaskEnv
+    from llmpapers.graph2eval.env import WebEnv
+
+    with Site(make_world(0)) as site:
+        pages = crawl(site.origin, HttpBrowser(Policy((site.origin,)), send=direct(site))).pages
+        task = generate_web_tasks(build_web_graph(pages), 1, ["lookup"])[0]
+        yield GymTaskEnv(WebEnv(site, "direct", max_steps=6), task)
+
+
+@pytest.mark.parametrize(
+    "said, kind, value",
+    [
+        ("click('3')", "click", ""),
+        ('click("3")', "click", ""),
+        ('click(bid="3")', "click", ""),
+        ('```click("3")```', "click", ""),
+        ('```python\nclick("3")\n```', "click", ""),
+        ("send_msg_to_user('it\\'s 5')", "answer", "it's 5"),
+        ('report_infeasible("no")', "answer", ""),
+        ('select_option("3", ["a"])', "select", "a"),
+        ('fill("3", value="x")', "fill", "x"),
+        ('press("3", "Enter")', "press", ""),
+        ("go_back()", "back", ""),
+        ("noop(1000)", "scroll", ""),
+        ("scroll(0, 200)", "scroll", ""),
+    ],
+)
+def test_actions_as_browsergym_writes_them(gym, said, kind, value):
+    gym.reset()
+    action = gym.action_of(said)
+    assert (action.kind, action.value) == (kind, value)
+    assert not action.target or action.target == gym.last.page.widgets[3].id
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["I think", "click(3", "press('3', 'Tab')", "click('9999')", "open('x')", "click(f())"]
+    + ["__import__('os').system('x')", "click('²')", "select_option('3', ['a', 'b'])", "(" * 5000],
+)
+def test_what_is_no_action_costs_a_step(gym, said):
+    gym.reset()
+    for k in range(6):
+        obs, reward, ended, cut, _ = gym.step(said)
+        assert "action" in obs["last_action_error"] and not ended and reward == 0
+        assert cut == (k == 5)
+
+
+def test_the_gym_begins_with_a_reset(gym):
+    with pytest.raises(ValueError, match="reset"):
+        gym.step("click('3')")
+    assert gym.unwrapped is gym
+
+
+# ---- sets ----------------------------------------------------------------------------------------
+def test_bad_sizes_of_sets_are_named():
+    from llmpapers.graph2eval.bench import discrimination
+    from llmpapers.graph2eval.quality import check_static, dedupe, select_coverage
+
+    kg = of("It has 7 doors now.")
+    task = every(kg, "extraction")[0]
+    assert "AnswerIs" in check_static(replace(task, goal=UrlIs("/")), kg).reason
+    for q in ([1], [np.nan, 1]):
+        with pytest.raises(ValueError, match="quality"):
+            dedupe(["a", "a"], quality=q)
+        with pytest.raises(ValueError, match="quality"):
+            select_coverage([dict(a={1}), dict(a={2})], q, 1)
+    with pytest.raises(ValueError, match="weights"):
+        select_coverage([dict(a={1})], [1.0], 1, weights=dict(b=1))
+    with pytest.raises(ValueError, match="n_boot"):
+        discrimination(np.eye(3), [1, 2, 3], n_boot=-1)
+
+
+def test_an_item_of_an_attack_is_text():
+    from llmpapers.graph2eval.safety import injection
+
+    assert "<script>" not in injection("fake button", item='"><script>').markup
+
+
+def test_a_menu_begins_with_a_reset():
+    from llmpapers.graph2eval.rl import MenuEnv
+
+    with pytest.raises(ValueError, match="reset"):
+        MenuEnv().step("1")
+
+
+def test_a_goal_is_an_answer_that_can_be_given():
+    with pytest.raises(ValueError):
+        AnswerIs("number", "3,5")

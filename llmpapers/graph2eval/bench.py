@@ -119,6 +119,8 @@ def discrimination(
     if S.ndim != 2 or len(S) != len(strength) or len(S) < 2:
         raise ValueError(f"S has shape {S.shape}, strength {strength.shape}; need (m,n) and (m,)")
     S = S[:, ~np.isnan(S).any(0)]
+    check_number("n_boot", n_boot, "int [1, inf)")
+    check_number("seed", seed, "int [0, inf)")
     m, n = S.shape
     if n < 2:
         raise ValueError("fewer than two tasks have a result for all agents")

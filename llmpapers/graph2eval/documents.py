@@ -10,6 +10,8 @@ __all__ = ['element_kinds', 'axis_top', 'bar_color', 'Element', 'Document', 'Doc
 # %% ../../nbs/graph2eval/03_documents.ipynb #9342549d
 import io
 import re
+import time
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -58,6 +60,8 @@ class PdfLimits:
     max_bytes: int = 50_000_000  # Largest file
     max_pages: int = 500  # Most pages
     max_image: int = 4_000_000  # Largest image that is kept, pixels
+    max_drawing: int = 1_000_000  # Bytes of drawing instructions on one page, unpacked
+    max_seconds: int = 120  # Of the whole file; asked between pages
 
     def __post_init__(self):
         check_ranges(self, **dict.fromkeys(asdict(self), "int [1, inf)"))
@@ -501,6 +505,33 @@ def _elements(doc_id, pages, heights, widths, skipped):
     return out, images
 
 # %% ../../nbs/graph2eval/03_documents.ipynb #61b70b18
+def _upright(thing):
+    return thing.get("object_type") != "char" or thing.get("upright", True)
+
+
+def _unpacked(stream, most):
+    "Bytes of a stream after unpacking; it stops where there are more than `most`"
+    raw = stream.rawdata or b""
+    if any("Flate" in str(name) for name, _ in stream.get_filters()):
+        try:
+            return len(zlib.decompressobj().decompress(raw, most + 1))
+        except zlib.error:
+            return len(raw)
+    return len(raw)
+
+
+def _check_drawing(page, name, number, most):
+    "A small file can unpack to hours of drawing: look before it is drawn"
+    resolve = need("pdfminer.pdftypes", "documents").resolve1
+    streams = [resolve(x) for x in page.page_obj.contents]
+    forms = resolve((page.page_obj.resources or {}).get("XObject")) or {}
+    streams += [x for x in map(resolve, forms.values()) if str(x.get("Subtype")).find("Form") >= 0]
+    if (size := sum(_unpacked(x, most) for x in streams if hasattr(x, "rawdata"))) > most:
+        raise DocumentError(
+            f"{name}, page {number}: {size} bytes of drawing or more, over max_drawing={most}"
+        )
+
+
 def load_pdf(
     path: str | Path,  # File
     doc_id: str | None = None,  # Name in element ids; None: that of the file
@@ -514,6 +545,7 @@ def load_pdf(
         raise DocumentError(f"{path.name} has {size} bytes, more than max_bytes={limits.max_bytes}")
     plumber = need("pdfplumber", "documents")
     doc_id = doc_id or path.stem
+    end = time.monotonic() + limits.max_seconds
     try:
         with plumber.open(path) as pdf:
             if not pdf.pages:
@@ -525,7 +557,15 @@ def load_pdf(
                 )
             pages, heights, widths, skipped = [], [], [], []
             for k, page in enumerate(pdf.pages, 1):
-                lines = _page_lines(page, limits)
+                if time.monotonic() > end:
+                    raise DocumentError(
+                        f"{path.name} takes more than max_seconds={limits.max_seconds}"
+                    )
+                _check_drawing(page, path.name, k, limits.max_drawing)
+                turned = sum(not c.get("upright", True) for c in page.chars)
+                if turned:
+                    skipped.append(f"page {k}: {turned} letters that do not stand upright")
+                lines = _page_lines(page.filter(_upright) if turned else page, limits)
                 if not any(x.text for x in lines):
                     skipped.append(f"page {k}: no text; a scan needs character recognition first")
                     lines = [x for x in lines if x.box]
@@ -619,6 +659,8 @@ def load_html(
     doc_id: str,  # Name in element ids
 ) -> Document:  # Headings, paragraphs and tables
     "Read an HTML document"
+    if not isinstance(source, str):
+        raise TypeError(f"source must be text, not {type(source).__name__}; decode bytes first")
     reader = _Reader()
     reader.feed(source)
     reader.close()

@@ -186,6 +186,21 @@ def step(
         self._finish("limit", None)
     return self._obs(error)
 
+
+@patch
+def refuse(
+    self: WebEnv,
+    said: str,  # What an agent wrote
+    why: str,  # Why it is no action
+) -> Obs:  # The same page, with the error
+    "Count what cannot be read as an action as a step: else a weak model never ends"
+    if self.browser is None or self.done is not None:
+        raise ValueError("the episode has ended; call reset first")
+    self.steps.append(dict(kind="unreadable", target="", value=said[:200], error=why))
+    if len(self.steps) >= self.max_steps:
+        self._finish("limit", None)
+    return self._obs(why)
+
 # %% ../../nbs/graph2eval/10_env.ipynb #b85a9bca
 def place_of(
     page: PageSnapshot,  # Where an agent is

@@ -173,6 +173,8 @@ class MenuEnv:
         action: str,  # A number of the menu
     ) -> StepResult:  # The next menu, or the end
         "Do what was chosen"
+        if not hasattr(self, "acts"):
+            raise ValueError("no episode has begun; call reset first")
         said = action.strip()
         k = int(said) if said in map(str, range(menu_size)) else -1
         if not 0 <= k < len(self.acts):
