@@ -1,4 +1,4 @@
-"Generated tasks have one right answer, whatever the graph; patterns, readers and exporters have limits"
+"Generated tasks have one right answer, whatever the graph; patterns and readers have limits"
 
 import itertools
 import json

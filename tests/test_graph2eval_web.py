@@ -236,8 +236,9 @@ odd_steps = [
 odd_sent = "h=1&lang=de&c=blue&r=2&h=2&city=ab+%C3%A9&op="
 
 
-def odd_server():
-    return Serving({"/": (200, {}, odd_form.encode()), "/sub/send": (200, {}, b"ok")})
+def odd_server(charset="utf-8"):
+    page = f"<meta charset={charset}>{odd_form}".encode(charset)
+    return Serving({"/": (200, {}, page), "/sub/send": (200, {}, b"ok")})
 
 
 @pytest.mark.parametrize(
@@ -256,6 +257,15 @@ def test_a_form_sends_what_a_browser_sends(last, value):
         for a in [*odd_steps, last]:
             browser.page = browser.act(a)
         assert s.asked[-1] == ("POST", "/sub/send", odd_sent + value)
+
+
+def test_a_form_is_sent_in_the_letters_of_its_page():
+    with odd_server("iso-8859-1") as s:
+        browser = s.browser()
+        browser.goto(s.origin + "/")
+        for a in [Action("fill", "textbox/City", "é漢"), Action("click", "button/Keep")]:
+            browser.page = browser.act(a)
+        assert "city=%E9%26%2328450%3B&" in s.asked[-1][2]
 
 
 def test_buttons_that_do_not_send():

@@ -214,7 +214,8 @@ def load_bench(
             skipped[str(e)[:80]] = skipped.get(str(e)[:80], 0) + 1
     if not tasks:
         raise ValueError(
-            f"{folder.name} has no task that can be read: {skipped or 'no .jsonl file and no .json list'}"
+            f"{folder.name} has no task that can be read: "
+            f"{skipped or 'no .jsonl file, and no .json file with a list'}"
         )
     return Bench(tasks, None, None, dict(format=0, tasks=len(tasks), skipped=skipped))
 

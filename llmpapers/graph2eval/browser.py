@@ -215,17 +215,23 @@ def fetch_once(
 _charset = re.compile(rb"""charset\s*=\s*["']?\s*([\w.:-]+)""", re.I)
 
 
-def _text_of(reply):
-    "The body as text, in the encoding that header or page name; empty if it is no text"
-    kind = {k.lower(): v for k, v in reply.headers}.get("content-type", "text/html")
-    if not kind.lower().startswith(("text/", "application/xhtml+xml")):
-        return ""
+def _encoding_of(reply):
+    "The encoding that header or page name; UTF-8 if they name none that is known"
+    kind = {k.lower(): v for k, v in reply.headers}.get("content-type", "")
     named = _charset.search(kind.encode("ascii", "replace")) or _charset.search(reply.body[:1024])
     try:
         name = codecs.lookup(named[1].decode()).name if named else "utf-8"
-        return reply.body.decode("cp1252" if name == "iso8859-1" else name, "replace")
+        "".encode(name)  # some codecs are not of texts
     except (LookupError, UnicodeError, ValueError):
-        return reply.body.decode("utf-8", "replace")
+        return "utf-8"
+    return "cp1252" if name == "iso8859-1" else name  # as browsers do
+
+
+def _text_of(reply):
+    "The body as text; empty if it is none"
+    kind = {k.lower(): v for k, v in reply.headers}.get("content-type", "text/html")
+    readable = kind.lower().startswith(("text/", "application/xhtml+xml"))
+    return reply.body.decode(_encoding_of(reply), "replace") if readable else ""
 
 
 class Har:
@@ -632,6 +638,7 @@ class HttpBrowser:
             head = dict(reply.headers)
         self.page, self.values = parse_page(url, _text_of(reply), reply.status), {}
         self.first = {w.id: w.value for w in self.page.widgets}
+        self.encoding = _encoding_of(reply)
         return self.page
 
     def goto(
@@ -681,7 +688,8 @@ def _submit(self: HttpBrowser, form_number, button=None):
         if not unsent:
             lines = value.replace("\r\n", "\n").replace("\n", "\r\n")
             fields.append(((w.index, 1), w.field, lines))
-    sent = urlencode([(name, v) for _, name, v in sorted(fields)])
+    pairs = [(name, v) for _, name, v in sorted(fields)]
+    sent = urlencode(pairs, encoding=self.encoding, errors="xmlcharrefreplace")
     self.history.append(self.page.url)
     if form.method == "POST":
         return self._load("POST", form.action, sent)
