@@ -19,7 +19,7 @@ from llmpapers.graph2eval.browser import (
 )
 from llmpapers.graph2eval.env import Script, WebEnv, play, regrade
 from llmpapers.graph2eval.graph import build_web_graph
-from llmpapers.graph2eval.site import Site, hostile_pages
+from llmpapers.graph2eval.site import Injection, Site, hostile_pages
 from llmpapers.graph2eval.tasks import generate_web_tasks
 from llmpapers.graph2eval.world import make_world
 from test_graph2eval_web import odd_sent, odd_server, odd_steps
@@ -149,3 +149,26 @@ def test_a_chromium_that_dies_is_replaced(site):
         while play(env, task, OracleAgent()).reward is None and time.monotonic() < end:
             pass
         assert play(env, task, OracleAgent()).reward == 1
+
+
+def test_what_lies_far_down_is_clicked(chromium):
+    tall = Injection("tall", "*", "<div style='height: 5000px'>wait</div>")
+    with Site(make_world(4), injections=(tall,)) as site:
+        browser = chromium.new(Policy((site.origin,), timeout=5.0))
+        browser.goto(site.origin + "/")
+        browser.act(Action("click", "link/Indoor/0"))
+        page = browser.act(Action("click", "link/Home/0"))
+        browser.close()
+    assert page.path == "/" and not browser.events
+
+
+def test_odd_addresses_are_mistakes_of_the_agent(chromium, site):
+    visitor = HttpBrowser(Policy((site.origin,)), dict(sid=site.new_session()), direct(site))
+    task = generate_web_tasks(build_web_graph(crawl(site.origin, visitor).pages), 1, ["navigate"])[
+        0
+    ]
+    path = task.goal.goals[0].path
+    with WebEnv(site, "chromium", chromium=chromium) as env:
+        for target in ("/a b", "/ü", "http://[", "http://evil.test" + path):
+            e = play(env, task, Script([Action("goto", target)]))
+            assert (e.status, e.reward) == ("finished", 0.0), (target, e.reason)

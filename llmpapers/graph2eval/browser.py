@@ -21,6 +21,7 @@ import threading
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, replace
+from functools import partial
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler
 from typing import NamedTuple
@@ -1141,15 +1142,39 @@ def close(self: ChromiumBrowser) -> None:
         self.gate.close()
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #080b90f9
+_place = """([sel, k]) => {
+  const e = document.querySelectorAll(sel)[k];
+  if (!e || !e.getClientRects().length) return null;
+  e.scrollIntoView({block: 'center', inline: 'center', behavior: 'instant'});
+  const r = e.getClientRects()[0];
+  return [r.x + r.width / 2, r.y + r.height / 2];
+}"""
+
+
 @patch
-def _click(self: ChromiumBrowser, w, press=False):
-    "Click, and wait for where it leads"
+def _hit(self: ChromiumBrowser, w):
+    "Press the mouse where an element is"
+    at = self.tab.evaluate(_place, [selector, w.index])
+    if at is None:
+        raise ActionError(f"{w.id!r} has gone")
+    self.tab.mouse.click(*at)
+
+
+@patch
+def _enter(self: ChromiumBrowser, w):
+    "Press Enter in a field"
     handle = self.tab.evaluate_handle(
         "([sel, k]) => document.querySelectorAll(sel)[k]", [selector, w.index]
     ).as_element()
     if handle is None:
         raise ActionError(f"{w.id!r} has gone")
-    do = (lambda: handle.press("Enter")) if press else handle.click
+    handle.press("Enter")
+
+
+@patch
+def _click(self: ChromiumBrowser, w, press=False):
+    "Click, and wait for where it leads"
+    do = partial(self._enter if press else self._hit, w)
     stays = w.role == "checkbox" or w.form < 0 or w.kind in ("button", "reset")
     if w.role == "link":
         _check_link(self, w.href)
@@ -1162,6 +1187,8 @@ def _click(self: ChromiumBrowser, w, press=False):
     try:
         with self.tab.expect_navigation(wait_until="load"):
             do()
+    except ActionError:
+        raise
     except Exception as e:
         if "Timeout" not in type(e).__name__:
             raise

@@ -111,6 +111,9 @@ def _slug(name):
     return quote(name.lower().replace(" ", "-"))
 
 
+_no_icon = '<link rel="icon" href="data:,">'  # or a browser asks for one on every page
+
+
 def _page(title, *parts, flash=""):
     "A whole page: the same head on all of them"
     menu = [("Home", "/"), ("Cart", "/cart"), ("Wishes", "/wishes"), ("Forum", "/forum")]
@@ -120,7 +123,7 @@ def _page(title, *parts, flash=""):
     return Response(
         200,
         f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{_esc(title)}</title>"
-        f"</head><body><nav>{_links(menu)}</nav>{search}{note}<main><h1>{_esc(title)}</h1>"
+        f"{_no_icon}</head><body><nav>{_links(menu)}</nav>{search}{note}<main><h1>{_esc(title)}</h1>"
         f"{''.join(parts)}</main></body></html>",
     )
 

@@ -326,7 +326,8 @@ def _navigate(m):
         yield "no page whose title is its own"
     while True:
         here, clicks, seen = starts[0], [], set(starts)
-        for _ in range(m.gen.integers(1, 4)):
+        wanted = int(m.gen.integers(1, 4))
+        for _ in range(wanted):
             near = sorted(
                 (y, e)
                 for y, _, e in m.kg.around(here, "out", ("NavTo",))
@@ -351,6 +352,7 @@ def _navigate(m):
             [here],
             len(clicks),
             claims=[[title, ""]],
+            wanted=wanted,  # a walk may end early
         )
 
 
