@@ -18,6 +18,7 @@ from llmpapers.graph2eval.browser import (
     fetch_once,
     parse_page,
 )
+from llmpapers.graph2eval.documents import load_html
 from llmpapers.graph2eval.graph import build_web_graph
 from llmpapers.graph2eval.site import Site, fresh_state, make_request, respond
 from llmpapers.graph2eval.world import make_world
@@ -169,6 +170,14 @@ def test_reading_a_page_takes_time_in_line_with_its_length(source, prefix):
 
     whole, half = prefix + source, prefix + source[: len(source) // 4]
     assert seconds(whole) < 12 * seconds(half) + 0.5
+
+
+@pytest.mark.parametrize("piece", ["<!--", "<a ", "<a b='", "<![CDATA[", "</", "<!", "<p hidden>"])
+def test_what_never_ends_is_left_at_once(piece):
+    start = time.process_time()
+    page = parse_page("http://x/", "<a href=/a>A</a>" + piece * 20_000)
+    load_html("<p>A</p>" + piece * 20_000, "d")
+    assert time.process_time() - start < 3 and page.widgets[0].name == "A"
 
 
 # ---- addresses -----------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit, urlunspli
 from fastcore.basics import patch
 
 from ..core.scale import check_ranges, need
-from .documents import clean_text
+from .documents import _end_reading, clean_text
 from .site import Site, _Server, make_request
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #ce5e4454
@@ -537,7 +537,7 @@ def parse_page(
     "Read a page"
     parser = _PageParser(url)
     parser.feed(source)
-    parser.close()
+    _end_reading(parser)
     while parser.stack:
         parser._closed(parser.stack.pop()[0])
     for place, raw in enumerate(parser.raw):

@@ -588,6 +588,14 @@ _edges = (
 )
 
 
+def _end_reading(parser):
+    "End a parser: a tag or comment that never ends is dropped, as browsers drop it"
+    rest = parser.rawdata
+    if len(rest) > 1000 and rest.startswith("<"):
+        parser.rawdata = ""  # the standard library would read it again from each of its brackets
+    parser.close()
+
+
 class _Reader(HTMLParser):
     "Blocks of an HTML document; text that stands in none is a paragraph"
 
@@ -663,7 +671,7 @@ def load_html(
         raise TypeError(f"source must be text, not {type(source).__name__}; decode bytes first")
     reader = _Reader()
     reader.feed(source)
-    reader.close()
+    _end_reading(reader)
     reader._close()
     while reader.tables:  # that were not closed
         reader.handle_endtag("table")
