@@ -526,12 +526,18 @@ def _settings_of(state, fields):
     return dict(settings={k: fields[k.lower()] for k in state["settings"]})
 
 
+def _place_order(state, fields):
+    order = dict(items=state["cart"], shipping=fields["shipping"], note=fields["note"])
+    return dict(orders=[*state["orders"], order], cart={})
+
+
 shop_effects = {
     "POST /cart/add": _add_count,
     "POST /wishes/add": _append_wish,
     "POST /reply": _append_post,
     "POST /contact": _append_message,
     "POST /settings": _settings_of,
+    "POST /checkout": _place_order,
 }
 _phrases = ("please call me", "thank you", "it arrived late", "very good", "is it in stock")
 
@@ -600,11 +606,12 @@ def _form(m):
             yield "no form that writes"
 
 
-def _two_forms(m):
-    "Two forms, one after the other"
+def _two_forms(m, type="two_forms", ends=(None, None)):
+    "Two forms, one after the other; of certain end points, if they are named"
     found = match(m.kg, _forms)
-    while found:
-        f, g = (found[i] for i in m.gen.integers(len(found), size=2))
+    pools = [[f for f in found if end in (None, f.nodes[-1])] for end in ends]
+    while all(pools):
+        f, g = (pool[m.gen.integers(len(pool))] for pool in pools)
         one = _one_form(m, f, m.initial, "/")
         if isinstance(one, str):
             yield one
@@ -617,7 +624,7 @@ def _two_forms(m):
         titles = [m.titles[x.bindings["page"]] for x in (f, g)]
         yield _made(
             "web",
-            "two_forms",
+            type,
             f"{one[0]} Then, {second}",
             "/",
             StateEquals(two[3]),
@@ -627,7 +634,12 @@ def _two_forms(m):
             2,
             claims=[[t, ""] for t in titles],
         )
-    yield "no form that writes"
+    yield f"no forms that write {'what an order needs' if ends[0] else ''}".strip()
+
+
+def _checkout(m):
+    "Put something into the cart and order it"
+    yield from _two_forms(m, "checkout", ("POST /cart/add", "POST /checkout"))
 
 # %% ../../nbs/graph2eval/09_tasks.ipynb #15eb4c9f
 web_types = dict(
@@ -639,6 +651,7 @@ web_types = dict(
     filter=_filter,
     form=_form,
     two_forms=_two_forms,
+    checkout=_checkout,
 )
 
 
