@@ -50,10 +50,12 @@ from llmpapers.graph2eval.site import Site, fresh_state
 from llmpapers.graph2eval.tasks import (
     All,
     AnswerIs,
+    KGFreeQuestions,
     Task,
     UrlIs,
     generate_document_tasks,
     generate_web_tasks,
+    right_gold,
 )
 from llmpapers.graph2eval.world import make_world
 
@@ -535,3 +537,20 @@ def test_a_prompt_carries_its_world():
     assert env.world == world
     with pytest.raises(ValueError, match="world"):
         as_prompt(task, replace(world, seed=1))
+
+
+def test_questions_without_edges_are_often_wrong(tmp_path):
+    world, read = make_world(5), []
+    for i in range(len(world.reports)):
+        render_report(world, i, tmp_path / "r.pdf")
+        read.append(load_pdf(tmp_path / "r.pdf", doc_id=f"R{i}"))
+    asked = generate_document_tasks(build_document_graph(read), 12, ["cross_reference"])
+    assert all(right_gold(t, world) for t in asked)
+    for level in KGFreeQuestions.levels:
+        free = KGFreeQuestions(read, level).generate(12)
+        assert len({t.key for t in free}) == 12
+        assert 0 < sum(right_gold(t, world) for t in free) < 12
+    few = KGFreeQuestions([load_html("<p>See Table 1.</p>", "R0")]).generate(3)
+    assert not few and few.shortfall
+    with pytest.raises(ValueError, match="level"):
+        KGFreeQuestions(read, "far")

@@ -11,7 +11,9 @@ import pytest
 from llmpapers.graph2eval.agents import GoldReader, GraphAgent
 from llmpapers.graph2eval.browser import HttpBrowser, Policy, crawl, direct, parse_page
 from llmpapers.graph2eval.documents import (
+    Document,
     DocumentError,
+    Element,
     PdfLimits,
     load_html,
     load_pdf,
@@ -24,6 +26,7 @@ from llmpapers.graph2eval.site import Site
 from llmpapers.graph2eval.tasks import (
     AnswerIs,
     KGFreeGenerator,
+    KGFreeQuestions,
     UrlIs,
     generate_document_tasks,
     generate_web_tasks,
@@ -89,6 +92,14 @@ def test_one_sentence_about_two_tables_is_not_asked(tmp_path):
     write_blocks(blocks, tmp_path / "x.pdf")
     kg = build_document_graph([load_pdf(tmp_path / "x.pdf")])
     assert not every(kg, "cross_reference", "aggregation")
+
+
+def test_blank_cells_do_not_stop_the_rival_without_edges():
+    rows = [["Region", "Units"], ["north", ""], ["south"], ["west", "3"]]
+    said = Element("d#p1/paragraph1", "paragraph", "Sales are in Table 1.", 1)
+    table = Element("d#p1/table1", "table", "", 1, meta=dict(rows=rows, number=1, caption=""))
+    found = KGFreeQuestions([Document("d", (said, table))]).generate(2)
+    assert {t.goal.value for t in found} == {"3"}
 
 
 def test_a_name_with_two_numbers_is_not_compared():

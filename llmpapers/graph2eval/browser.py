@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler
 from typing import NamedTuple
@@ -535,6 +535,12 @@ def parse_page(
     status: int = 200,  # HTTP status
 ) -> PageSnapshot:  # What is on it
     "Read a page"
+    short = len(source) <= 20_000  # a page that was read is kept, but not a large one
+    return (_read_page if short else _read_page.__wrapped__)(url, source, status)
+
+
+@lru_cache(maxsize=512)
+def _read_page(url, source, status):
     parser = _PageParser(url)
     parser.feed(source)
     _end_reading(parser)

@@ -6,7 +6,7 @@
 __all__ = ['Goal', 'shop_effects', 'web_types', 'blank', 'document_types', 'canonical_path', 'UrlIs', 'StateEquals',
            'StateContains', 'AnswerIs', 'All', 'Not', 'goal_to_dict', 'goal_from_dict', 'Task', 'TaskList', 'task_key',
            'task_to_dict', 'task_from_dict', 'generate_web_tasks', 'generate_document_tasks', 'KGFreeGenerator',
-           'consistent', 'corrupt_edges']
+           'KGFreeQuestions', 'right_gold', 'consistent', 'corrupt_edges']
 
 # %% ../../nbs/graph2eval/09_tasks.ipynb #5c97eea6
 import copy
@@ -22,6 +22,7 @@ import numpy as np
 
 from ..core.scale import check_number
 from .browser import Action, PageSnapshot
+from .documents import Document, references
 from .graph import KG
 from .metapath import match
 from .metrics import answers_match, canonical, kind_of
@@ -541,12 +542,18 @@ def _settings_of(state, fields):
     return dict(settings={k: fields[k.lower()] for k in state["settings"]})
 
 
+def _place_order(state, fields):
+    order = dict(items=state["cart"], shipping=fields["shipping"], note=fields["note"])
+    return dict(orders=[*state["orders"], order], cart={})
+
+
 shop_effects = {
     "POST /cart/add": _add_count,
     "POST /wishes/add": _append_wish,
     "POST /reply": _append_post,
     "POST /contact": _append_message,
     "POST /settings": _settings_of,
+    "POST /checkout": _place_order,
 }
 _phrases = ("please call me", "thank you", "it arrived late", "very good", "is it in stock")
 
@@ -618,11 +625,12 @@ def _form(m):
             yield "no form that writes"
 
 
-def _two_forms(m):
-    "Two forms, one after the other"
+def _two_forms(m, type="two_forms", ends=(None, None)):
+    "Two forms, one after the other; of certain end points, if they are named"
     found = match(m.kg, _forms)
-    while found:
-        f, g = (found[i] for i in m.gen.integers(len(found), size=2))
+    pools = [[f for f in found if end in (None, f.nodes[-1])] for end in ends]
+    while all(pools):
+        f, g = (pool[m.gen.integers(len(pool))] for pool in pools)
         one = _one_form(m, f, m.initial, "/")
         if isinstance(one, str):
             yield one
@@ -635,7 +643,7 @@ def _two_forms(m):
         titles = [m.titles[x.bindings["page"]] for x in (f, g)]
         yield _made(
             "web",
-            "two_forms",
+            type,
             f"{one[0]} Then, {second}",
             "/",
             StateEquals(two[3]),
@@ -645,7 +653,12 @@ def _two_forms(m):
             2,
             claims=[[t, ""] for t in titles],
         )
-    yield "no form that writes"
+    yield f"no forms that write {'what an order needs' if ends[0] else ''}".strip()
+
+
+def _checkout(m):
+    "Put something into the cart and order it"
+    yield from _two_forms(m, "checkout", ("POST /cart/add", "POST /checkout"))
 
 # %% ../../nbs/graph2eval/09_tasks.ipynb #15eb4c9f
 web_types = dict(
@@ -657,6 +670,7 @@ web_types = dict(
     filter=_filter,
     form=_form,
     two_forms=_two_forms,
+    checkout=_checkout,
 )
 
 
@@ -1058,6 +1072,78 @@ class KGFreeGenerator:
                 )
 
         return _round_robin({self.level: stream()}, n)
+
+# %% ../../nbs/graph2eval/09_tasks.ipynb #c4537b5c
+class KGFreeQuestions:
+    "Questions about tables without edges"
+
+    levels = ("first", "near")
+
+    def __init__(
+        self,
+        docs: Sequence[Document],  # With distinct ids
+        level: str = "near",  # "first" or "near"
+        seed: int = 0,  # Of the draws
+    ):
+        if level not in self.levels:
+            raise ValueError(f"level={level!r} must be one of {', '.join(self.levels)}")
+        self.docs, self.level, self.seed = list(docs), level, seed
+
+    def _supposed(self, doc, sentence):
+        tables = [e for e in doc.elements if e.kind == "table"]
+        if self.level == "near":
+            tables = [e for e in tables if e.page >= sentence.page] or tables
+        return tables[0] if tables else None
+
+    def generate(
+        self,
+        n: int,  # How many different questions
+    ) -> TaskList:  # With a gold answer that was supposed, not known
+        "Invent questions"
+        gen = np.random.default_rng([self.seed, 95, self.levels.index(self.level)])
+        found = [
+            (d, e) for d in self.docs for e in d.elements if "table" in dict(references(e.text))
+        ]
+
+        def stream():
+            while found:
+                doc, sentence = found[gen.integers(len(found))]
+                table = self._supposed(doc, sentence)
+                rows = table.meta["rows"] if table else []
+                if len(rows) < 2 or len(rows[0]) < 2:
+                    yield "no table with cells"
+                    continue
+                row = rows[gen.integers(1, len(rows))]
+                if len(row) < 2 or not _quotable(row[0], row[1]):
+                    yield "a blank cell"
+                    continue
+                text = _refer.sub(blank, sentence.text)
+                question = f'{_in_table}, what is "{rows[0][1]}" for "{row[0]}": "{text}"'
+                yield _made(
+                    "document",
+                    f"free_{self.level}",
+                    f'{question} (document "{doc.id}")',
+                    "",
+                    AnswerIs(kind_of(row[1]), row[1]),
+                    [Action("answer", value=row[1])],
+                    [sentence.id, table.id],
+                    2,
+                    2,
+                    docs=[doc.id],
+                )
+
+        return _round_robin({self.level: stream()}, n)
+
+
+def right_gold(
+    task: Task,  # A question about the table to which a sentence on sales refers
+    world: World,  # What is true; its reports have the ids R0, R1, ...
+) -> bool:  # True if the gold answer is what the report prints for that brand
+    "Is the gold answer right?"
+    report = world.reports[int(task.meta["docs"][0][1:])]
+    brand = next(b for b in report.brands if f" {b.brand} " in task.instruction)
+    row = re.search(r' for "([^"]*)"', task.instruction)[1]
+    return task.goal.value == str(brand.units[row])
 
 # %% ../../nbs/graph2eval/09_tasks.ipynb #03b72971
 def consistent(
