@@ -1,14 +1,14 @@
 "Episodes, gates and agents of the task generator, and what hostile pages do to it"
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmpapers.graph2eval.agents import HeuristicAgent, OracleAgent, candidates
+from llmpapers.graph2eval.agents import HeuristicAgent, LLMWebAgent, OracleAgent, candidates
 from llmpapers.graph2eval.browser import (
     Action,
     CrawlLimits,
@@ -18,11 +18,21 @@ from llmpapers.graph2eval.browser import (
     direct,
     fetch_once,
 )
+from llmpapers.graph2eval.client import ChatClient, ClientError, EndpointError, StubServer
 from llmpapers.graph2eval.env import Script, WebEnv, play, regrade
 from llmpapers.graph2eval.graph import build_web_graph
-from llmpapers.graph2eval.quality import coverage_gain, dedupe, select_mmr, verify
+from llmpapers.graph2eval.quality import (
+    check_static,
+    coverage_gain,
+    dedupe,
+    select_mmr,
+    verify,
+)
 from llmpapers.graph2eval.site import Site, fresh_state
 from llmpapers.graph2eval.tasks import (
+    All,
+    AnswerIs,
+    StateEquals,
     corrupt_edges,
     generate_web_tasks,
     task_from_dict,
@@ -51,7 +61,7 @@ def test_every_oracle_reaches_its_goal_twice_and_nothing_else_does(shop):
         assert verify(t, env, minimality=False).ok, t.instruction
         assert play(env, t, Script([])).reward == 0
         assert not t.goal.check(t.start, fresh_state(), "")
-    assert {t.type for t in tasks} == set(web_types) and not site.sessions
+    assert {t.type for t in tasks} == set(web_types) - {"checkout"} and not site.sessions
 
 
 def test_both_clients_agree(shop):
@@ -209,3 +219,82 @@ def test_coverage_has_diminishing_returns(item, covered, more):
     x = dict(a=item)
     assert coverage_gain(x, dict(a=covered)) >= coverage_gain(x, dict(a=covered | more))
     assert coverage_gain(x, dict(a=item)) == 0
+
+
+@pytest.mark.parametrize("reply", [500, 401, 429, "broken"])
+def test_an_endpoint_that_fails_is_not_the_failure_of_its_agent(shop, reply):
+    site, _, tasks = shop
+    with StubServer([reply]) as stub:
+        agent, env = (
+            LLMWebAgent(ChatClient(stub.base_url, "stub", retries=0)),
+            WebEnv(site, "direct"),
+        )
+        episode = play(env, tasks[0], agent)
+        with pytest.raises(EndpointError):
+            agent.client.chat([dict(role="user", content="?")])
+    assert (episode.status, episode.reward, env.sid) == ("infrastructure", None, None)
+
+
+@pytest.mark.parametrize("reply", ["I am sorry", "cut", "empty"])
+def test_a_reply_that_cannot_be_used_is_the_failure_of_its_agent(shop, reply):
+    site, _, tasks = shop
+    with StubServer([reply]) as stub:
+        agent = LLMWebAgent(ChatClient(stub.base_url, "stub", retries=0))
+        assert play(WebEnv(site, "direct"), tasks[0], agent).reward == 0
+        with pytest.raises(ClientError) as caught:
+            agent.client.chat([dict(role="user", content="?")], dict(kind=str))
+    assert caught.type is ClientError
+
+
+def test_an_agent_that_crashes_leaves_its_record(shop):
+    site, _, tasks = shop
+    task = next(t for t in tasks if t.type == "two_forms")
+
+    class Crash(Script):
+        "Does half of what it should, then breaks"
+
+        def act(self, obs):
+            if len(self.rest) < len(self.actions) / 2:
+                raise ZeroDivisionError("a bug")
+            return super().act(obs)
+
+    env = WebEnv(site, "direct")
+    episode = play(env, task, Crash(task.oracle))
+    assert episode.steps and episode.har["log"]["entries"] and "a bug" in episode.reason
+    assert (episode.status, episode.reward) == ("finished", 0.0)
+    assert regrade(asdict(episode), task, site.world).same_state and env.sid is None
+
+
+def test_an_answer_inside_of_a_number_was_not_seen(shop):
+    site, web, tasks = shop
+    task = next(t for t in tasks if t.type == "lookup" and len(t.oracle[-1].value) > 2)
+    part = task.oracle[-1].value[1:-1]
+    goal = All((AnswerIs("text", part), StateEquals(fresh_state())))
+    oracle = (*task.oracle[:-1], replace(task.oracle[-1], value=part))
+    sly = replace(task, goal=goal, oracle=oracle)
+    assert verify(task, WebEnv(site, "direct")).ok and check_static(task, web).ok
+    assert verify(sly, WebEnv(site, "direct")).gate == "seen"
+    assert not check_static(sly, web).ok
+
+
+def test_evidence_of_a_web_task_exists(shop):
+    _, web, tasks = shop
+    for t in tasks:
+        assert check_static(t, web).ok
+        assert not check_static(replace(t, evidence=("/p/none",)), web).ok
+
+
+def test_an_order_is_placed(shop):
+    site, web, _ = shop
+    sid = site.new_session()
+    site.restore(sid, fresh_state() | dict(cart={site.world.products[0].id: 1}))
+    visitor = HttpBrowser(Policy((site.origin,)), dict(sid=sid), direct(site))
+    laden = build_web_graph(crawl(site.origin, visitor).pages)
+    tasks = generate_web_tasks(laden, 5, ["checkout"])
+    assert len(tasks) == 5
+    for t in tasks:
+        assert verify(t, WebEnv(site, "direct")).ok, t.instruction
+        (order,) = t.goal.state["orders"]
+        assert len(order["items"]) == 1 and not t.goal.state["cart"]
+    none = generate_web_tasks(web, 5, ["checkout"])
+    assert not none and none.shortfall

@@ -59,7 +59,7 @@ def test_no_pickle_is_opened(tmp_path):
     (tmp_path / "a.pkl").write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
     line = dict(prompt="How many?", gold_answer="12", task_type="table_qa")
     (tmp_path / "a.jsonl").write_text(json.dumps(line))
-    assert load_bench(tmp_path).tasks[0].goal == AnswerIs("text", "12")
+    assert load_bench(tmp_path).tasks[0].goal == AnswerIs("number", "12")
 
 
 def test_rows_carry_their_goal():

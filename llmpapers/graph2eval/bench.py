@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core.scale import check_number, need
-from .env import play
+from .env import no_episode, play
 from .tasks import Task
 
 # %% ../../nbs/graph2eval/14_bench.ipynb #a19cabe3
@@ -29,7 +29,15 @@ class Results(NamedTuple):
     @property
     def table(self) -> dict:  # Name -> mean success over tasks with a result
         "Success of each agent"
-        return dict(zip(self.agents, np.nanmean(self.matrix, 1).tolist()))
+        seen = ~np.isnan(self.matrix)
+        total = np.where(seen, self.matrix, 0.0).sum(1)
+        mean = np.where(seen.any(1), total / np.maximum(seen.sum(1), 1), np.nan)
+        return dict(zip(self.agents, mean.tolist()))
+
+
+def _agent_seed(seed, task):
+    "A seed for every pair; the first thousand tasks keep the plain rule"
+    return 1000 * seed + task % 1000 + 10**9 * (task // 1000)
 
 
 def run(
@@ -43,14 +51,29 @@ def run(
     check_number("workers", workers, "int [1, inf)")
     if not tasks or not agents or not seeds:
         raise ValueError("tasks, agents and seeds must not be empty")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={tuple(seeds)} has one twice; each is one episode")
     jobs = [(a, i, s) for a in range(len(agents)) for i in range(len(tasks)) for s in seeds]
     makers, found = list(agents.values()), {}
 
+    def hole(i, e):
+        "An episode that could not be begun"
+        return no_episode(tasks[i], f"{type(e).__name__}: {str(e)[:100]}")
+
     def work(mine):
-        env = make_env()
+        try:
+            env = make_env()
+        except Exception as e:
+            found.update({(a, i, s): hole(i, e) for a, i, s in mine})
+            return
         try:
             for a, i, s in mine:
-                found[a, i, s] = play(env, tasks[i], makers[a](1000 * s + i))
+                try:
+                    agent = makers[a](_agent_seed(s, i))
+                except Exception as e:
+                    found[a, i, s] = hole(i, e)
+                else:
+                    found[a, i, s] = play(env, tasks[i], agent)
         finally:
             env.close()
 
@@ -96,6 +119,8 @@ def discrimination(
     if S.ndim != 2 or len(S) != len(strength) or len(S) < 2:
         raise ValueError(f"S has shape {S.shape}, strength {strength.shape}; need (m,n) and (m,)")
     S = S[:, ~np.isnan(S).any(0)]
+    check_number("n_boot", n_boot, "int [1, inf)")
+    check_number("seed", seed, "int [0, inf)")
     m, n = S.shape
     if n < 2:
         raise ValueError("fewer than two tasks have a result for all agents")

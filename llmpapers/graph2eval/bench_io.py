@@ -7,11 +7,13 @@ __all__ = ['site_name', 'Bench', 'save_bench', 'load_bench', 'GymTaskEnv', 'to_w
            'full_har', 'webarena_passes', 'to_verifiers', 'verifiers_reward']
 
 # %% ../../nbs/graph2eval/17_bench_io.ipynb #ee2308e3
+import ast
 import hashlib
 import json
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl, urlsplit
@@ -20,6 +22,7 @@ from ..core.scale import need
 from .browser import Action, HttpBrowser, Policy, direct
 from .env import Episode, InfrastructureError, Script, WebEnv, play
 from .graph import KG, load_graph
+from .metrics import kind_of
 from .quality import _answers_of
 from .site import Site
 from .tasks import All, AnswerIs, Task, UrlIs, task_from_dict, task_to_dict
@@ -61,6 +64,9 @@ def save_bench(
         raise ValueError("tasks: two tasks have the same id")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name, given in (("graph.json", kg), ("world.json", world)):
+        if given is None:  # what was saved here before belongs to other tasks
+            (folder / name).unlink(missing_ok=True)
     lines = [json.dumps(task_to_dict(t), sort_keys=True) for t in tasks]
     _write(folder / "tasks.jsonl", "".join(line + "\n" for line in lines))
     if kg is not None:
@@ -73,13 +79,32 @@ def save_bench(
     return manifest
 
 # %% ../../nbs/graph2eval/17_bench_io.ipynb #3711d834
+def _gold(value):
+    "A right answer of the released benchmark as a goal"
+    if isinstance(value, list) and len(value) > 1:
+        if not all(isinstance(x, str | int | float) and "," not in str(x) for x in value):
+            raise ValueError("a gold answer that is a list of other things than plain values")
+        return AnswerIs("list", ", ".join(str(x).strip() for x in value))
+    value = value[0] if isinstance(value, list) and value else value
+    if (
+        not isinstance(value, str | int | float)
+        or isinstance(value, bool)
+        or not str(value).strip()
+    ):
+        raise ValueError("no gold answer")
+    text = str(value).strip()
+    return AnswerIs("yesno" if text.lower() in ("yes", "no") else kind_of(text), text)
+
+
 def _released(d, place):
     "A task of the released benchmark; ValueError if a field is missing"
+    if not isinstance(d, dict):
+        raise ValueError("a row that is no object")
     if "gold_answer" in d or "task_steps" not in d:
-        gold = str(d.get("gold_answer") or "").strip()
-        if not d.get("prompt") or not gold:
-            raise ValueError("no prompt, or no gold answer")
-        goal, oracle = AnswerIs("text", gold), (Action("answer", value=gold),)
+        goal = _gold(d.get("gold_answer"))
+        if not d.get("prompt"):
+            raise ValueError("no prompt")
+        oracle = (Action("answer", value=goal.value),)
         kept = {
             k: d[k] for k in ("required_capabilities", "requires_citations", "images") if k in d
         }
@@ -109,6 +134,39 @@ def _released(d, place):
     )
 
 
+def _object(path):
+    "A JSON object in a file"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is no JSON: {e}") from e
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold an object")
+    return found
+
+
+def _lines(path):
+    "Lines of a file; only a line feed ends one"
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    return [x for x in text.split("\n") if x.strip()]
+
+
+def _rows(folder):
+    "(name, row or how to read it) of all files of rows"
+    for file in sorted([*folder.rglob("*.jsonl"), *folder.rglob("*.json")]):
+        if file.suffix == ".jsonl":
+            for k, line in enumerate(_lines(file)):
+                yield f"{file.stem}-{k}", partial(json.loads, line)
+            continue
+        try:
+            found = json.loads(file.read_text(encoding="utf-8-sig", errors="replace"))
+        except (ValueError, RecursionError):
+            yield file.stem, partial(json.loads, "")  # counted as a row that cannot be read
+            continue
+        for k, row in enumerate(found if isinstance(found, list) else ()):
+            yield f"{file.stem}-{k}", row
+
+
 def load_bench(
     path: str | Path,  # Folder of `save_bench`, or of the released benchmark; or an id of the hub
 ) -> Bench:  # With `manifest["skipped"]`: reason -> count
@@ -116,15 +174,27 @@ def load_bench(
     folder = Path(path)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         get = need("huggingface_hub").snapshot_download
-        folder = Path(get(str(path), repo_type="dataset", allow_patterns=["*.json", "*.jsonl"]))
+        try:
+            folder = Path(get(str(path), repo_type="dataset", allow_patterns=["*.json", "*.jsonl"]))
+        except (OSError, ValueError) as e:
+            raise ValueError(
+                f"path={str(path)!r} is no folder, and no data set of the hub can be had by this "
+                f"name: {type(e).__name__}"
+            ) from e
     if not folder.is_dir():
         raise ValueError(f"path={str(path)!r} is no folder")
     manifest_path = folder / "manifest.json"
     if manifest_path.is_file():
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        manifest = _object(manifest_path)
+        if manifest.get("format") != 1:
+            raise ValueError(f"{manifest_path}: format {manifest.get('format')!r}; this reads 1")
         if (found := _hash(folder)) != manifest.get("sha256"):
             raise ValueError(f"{folder.name} was changed: its files have the hash {found[:12]}")
-        lines = (folder / "tasks.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = _lines(folder / "tasks.jsonl")
+        if len(lines) != manifest.get("tasks"):
+            raise ValueError(
+                f"{manifest_path}: {manifest.get('tasks')} tasks, but {len(lines)} lie there"
+            )
         world = folder / "world.json"
         return Bench(
             [task_from_dict(json.loads(line)) for line in lines],
@@ -132,21 +202,42 @@ def load_bench(
             world_from_json(world.read_text(encoding="utf-8")) if world.is_file() else None,
             manifest | dict(skipped={}),
         )
-    tasks, skipped = [], {}
-    for file in sorted(folder.rglob("*.jsonl")):
-        for k, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines()):
-            try:
-                tasks.append(_released(json.loads(line), f"{file.stem}-{k}"))
-            except (ValueError, TypeError, AttributeError) as e:
-                skipped[str(e)[:80]] = skipped.get(str(e)[:80], 0) + 1
+    tasks, skipped, ids = [], {}, set()
+    for place, row in _rows(folder):
+        try:
+            task = _released(row() if callable(row) else row, place)
+            if task.id in ids:
+                raise ValueError("a task_id that was there before")
+            ids.add(task.id)
+            tasks.append(task)
+        except (ValueError, TypeError, AttributeError, RecursionError) as e:
+            skipped[str(e)[:80]] = skipped.get(str(e)[:80], 0) + 1
     if not tasks:
         raise ValueError(
-            f"{folder.name} has no task that can be read: {skipped or 'no .jsonl file'}"
+            f"{folder.name} has no task that can be read: "
+            f"{skipped or 'no .jsonl file, and no .json file with a list'}"
         )
     return Bench(tasks, None, None, dict(format=0, tasks=len(tasks), skipped=skipped))
 
 # %% ../../nbs/graph2eval/17_bench_io.ipynb #8a0fa5b0
-_call = re.compile(r"\s*(\w+)\(\s*(.*?)\s*\)\s*", re.S)
+def _call_of(text):
+    "A call as BrowserGym writes it: its name and its arguments by name"
+    plain = re.sub(r"^```(?:\w*\n)?\s*|\s*```$", "", text.strip()).strip()
+    try:
+        call = ast.parse(plain, mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError("no call")
+        args = [ast.literal_eval(x) for x in call.args]
+        named = {x.arg: ast.literal_eval(x.value) for x in call.keywords}
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as e:
+        raise ValueError(f"action {text[:60]!r} is no call with plain arguments") from e
+    names = dict(click="bid", fill="bid value", select_option="bid options", press="bid key_comb")
+    names |= dict(send_msg_to_user="text", report_infeasible="reason", goto="url", noop="wait_ms")
+    names |= dict(go_back="", scroll="delta_x delta_y")
+    known = names.get(call.func.id, None)
+    if known is None or len(args) > len(known.split()) or not set(named) <= {*known.split()}:
+        raise ValueError(f"action {text[:60]!r} is not known")
+    return call.func.id, dict(zip(known.split(), args)) | named
 
 
 class GymTaskEnv:
@@ -159,7 +250,16 @@ class GymTaskEnv:
         env: WebEnv,  # Where it is played
         task: Task,  # What is played
     ):
-        self.env, self.task = env, task
+        self.env, self.task, self.last = env, task, None
+
+    @property
+    def unwrapped(self) -> "GymTaskEnv":  # This environment
+        "What Gymnasium's wrappers look for"
+        return self
+
+    def _begun(self):
+        if self.last is None:
+            raise ValueError("no episode has begun; call reset first")
 
     def _observation(self, obs):
         nodes = [
@@ -190,39 +290,41 @@ class GymTaskEnv:
         text: str,  # As BrowserGym's agents write it
     ) -> Action:  # ValueError if it is none
         "An action from its string"
-        m = _call.fullmatch(text)
-        if not m:
-            raise ValueError(f"action {text[:60]!r} is no call")
-        try:
-            args = json.loads(f"[{m[2]}]")
-        except ValueError as e:
-            raise ValueError(f"action {text[:60]!r}: the arguments are no JSON strings") from e
-        if m[1] == "send_msg_to_user" and len(args) == 1:
-            return Action("answer", value=str(args[0]))
-        if m[1] == "goto" and len(args) == 1:
-            return Action("goto", str(args[0]))
-        if m[1] in ("go_back", "noop", "scroll"):
-            return Action("back" if m[1] == "go_back" else "scroll")
+        self._begun()
+        name, given = _call_of(text)
+        if name in ("go_back", "noop", "scroll"):
+            return Action("back" if name == "go_back" else "scroll")
+        if name in ("send_msg_to_user", "report_infeasible", "goto"):
+            said = str(next(iter(given.values()), ""))
+            if name == "goto":
+                return Action("goto", said)
+            return Action("answer", value=said if name == "send_msg_to_user" else "")
+        bid, widgets = str(given.get("bid", "")), self.last.page.widgets
+        if not (bid.isascii() and bid.isdigit() and len(bid) < 7 and int(bid) < len(widgets)):
+            raise ValueError(f"action {text[:60]!r}: there is no element {bid!r}")
+        value = given.get("value", given.get("options", given.get("key_comb", "")))
+        if isinstance(value, list | tuple) and len(value) == 1:
+            value = value[0]
+        if not isinstance(value, str | int | float):
+            raise ValueError(f"action {text[:60]!r}: one text is needed, not {value!r:.40}")
+        if name == "press" and value != "Enter":
+            raise ValueError(f"action {text[:60]!r}: Enter is the only key here")
         kinds = dict(click="click", fill="fill", select_option="select", press="press")
-        if m[1] not in kinds or not args or not str(args[0]).isdigit():
-            raise ValueError(f"action {text[:60]!r} is not known")
-        widgets = self.last.page.widgets
-        if int(args[0]) >= len(widgets):
-            raise ValueError(f"action {text[:60]!r}: there is no element {args[0]}")
-        value = str(args[1]) if len(args) > 1 else ""
-        return Action(kinds[m[1]], widgets[int(args[0])].id, value)
+        return Action(kinds[name], widgets[int(bid)].id, "" if name == "press" else str(value))
 
     def step(
         self,
         action: Action | str,  # What to do
     ) -> tuple:  # observation, reward, terminated, truncated, info
         "Do something"
+        self._begun()
         try:
             action = self.action_of(action) if isinstance(action, str) else action
+            self.last = self.env.step(action)
         except ValueError as e:
-            self.last = self.last._replace(error=str(e))
-            return self._observation(self.last), 0.0, False, False, {}
-        self.last = self.env.step(action)
+            if self.env.done is not None:
+                raise
+            self.last = self.env.refuse(str(action), str(e))  # it costs a step like any other
         if self.env.done is None:
             return self._observation(self.last), 0.0, False, False, {}
         episode = self.env.result()

@@ -4,29 +4,33 @@
 
 # %% auto #0
 __all__ = ['selector', 'action_kinds', 'Policy', 'origin_of', 'Reply', 'fetch_once', 'Har', 'Widget', 'Form', 'PageSnapshot',
-           'parse_page', 'Action', 'ActionError', 'find_widget', 'HttpBrowser', 'direct', 'Gate', 'find_chromium',
-           'Chromium', 'ChromiumBrowser', 'CrawlLimits', 'Crawl', 'crawl']
+           'address', 'parse_page', 'Action', 'ActionError', 'find_widget', 'HttpBrowser', 'direct', 'Gate',
+           'find_chromium', 'Chromium', 'ChromiumBrowser', 'CrawlLimits', 'Crawl', 'crawl']
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #63a89bf9
+import codecs
 import http.client
+import io
 import os
 import queue
+import re
+import select
 import shutil
 import socket
 import threading
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler
 from typing import NamedTuple
-from urllib.parse import urlencode, urljoin, urlsplit
-from urllib.robotparser import RobotFileParser
+from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit, urlunsplit
 
 from fastcore.basics import patch
 
 from ..core.scale import check_ranges, need
-from .documents import clean_text
+from .documents import _end_reading, clean_text
 from .site import Site, _Server, make_request
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #ce5e4454
@@ -92,29 +96,67 @@ def _instead(status, title, why):
     return Reply(status, [("Content-Type", "text/html; charset=utf-8")], body, why)
 
 
-_open = threading.local()
 _hop = {"connection", "proxy-connection", "keep-alive", "transfer-encoding", "te", "upgrade"}
 _hop |= {"proxy-authorization", "trailer", "content-length", "content-encoding", "accept-encoding"}
 
 
+_open = threading.local()
+
+
+class _Timed(io.RawIOBase):
+    "What a socket says until a deadline: headers and body alike"
+
+    def __init__(self, sock, end):
+        self.sock, self.end, self.raw = sock, end, sock.makefile("rb", buffering=0)
+
+    def makefile(self, mode):
+        return io.BufferedReader(self)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.sock.settimeout(left)
+        return self.raw.readinto(buffer)
+
+    def close(self):
+        self.raw.close()
+        super().close()
+
+
+def _idle(link):
+    "Is a kept connection still good? One that was closed, or has something to say, is not"
+    return link.sock is not None and not select.select([link.sock], [], [], 0)[0]
+
+
 def _connection(url, timeout, fresh):
-    "A connection to the origin of an address, kept for the next request of this thread"
+    "A connection to the origin of an address, and whether it was used before by this thread"
     pool = _open.__dict__.setdefault("pool", {})
     key = origin_of(url)
-    if fresh and key in pool:
-        pool.pop(key).close()
-    if key not in pool:
-        parts = urlsplit(url)
-        kind = (
-            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        )
-        pool[key] = kind(parts.hostname, parts.port, timeout=timeout)
-        pool[key].connect()
-        pool[key].sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return pool[key]
+    for k in [k for k, link in pool.items() if not _idle(link) or (fresh and k == key)]:
+        pool.pop(k).close()
+    if key in pool:
+        return pool[key], True
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    link = kind(parts.hostname, parts.port, timeout=timeout)
+    link.connect()
+    link.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    pool[key] = link
+    return link, False
 
 
-def _read_body(answer, policy, end):
+def _drop(url):
+    "Close the connection of this thread to the origin of an address"
+    link = _open.__dict__.setdefault("pool", {}).pop(origin_of(url), None)
+    if link is not None:
+        link.close()
+
+
+def _read_body(answer, policy):
     "The body, or None if it is too large; TimeoutError past the deadline"
     parts, size = [], 0
     while chunk := answer.read1(65536):
@@ -122,11 +164,15 @@ def _read_body(answer, policy, end):
         size += len(chunk)
         if size > policy.max_bytes:
             return None
-        if time.monotonic() > end:
-            raise TimeoutError
+    if answer.length:
+        raise http.client.IncompleteRead(b"", answer.length)
+    answer.close()  # without this the connection counts as busy, and cannot be used again
     return b"".join(parts)
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #a12ce306
+_gone = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
+
+
 def fetch_once(
     policy: Policy,  # What may be reached
     method: str,  # GET, POST or HEAD
@@ -134,35 +180,61 @@ def fetch_once(
     headers: list,  # (name, value)
     body: bytes = b"",  # Of the request
 ) -> Reply:  # Redirects are not followed
-    "One request through the fence"
+    "One request through the fence, sent once, answered within `policy.timeout`"
     if why := policy.refuses(url):
         return _instead(403, "Blocked", why)
     parts = urlsplit(url)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     sent = {k: v for k, v in headers if k.lower() not in _hop}
     end = time.monotonic() + policy.timeout
-    for again in (False, True):
+    for fresh in (method == "POST", True):
+        used = False
         try:
-            link = _connection(url, policy.timeout, fresh=again or method == "POST")
-            link.sock.settimeout(policy.timeout)
+            link, used = _connection(url, policy.timeout, fresh)
+            link.sock.settimeout(max(0.001, end - time.monotonic()))
+            link.response_class = lambda sock, **kw: http.client.HTTPResponse(
+                _Timed(sock, end), **kw
+            )
             link.request(method, path, body or None, sent)
             answer = link.getresponse()
-            data = _read_body(answer, policy, end)
+            data = _read_body(answer, policy)
             if data is None:
-                _connection(url, policy.timeout, fresh=True)
+                _drop(url)
                 return _instead(413, "Too large", f"more than max_bytes={policy.max_bytes}")
             kept = [(k, v) for k, v in answer.getheaders() if k.lower() not in _hop]
             return Reply(answer.status, kept, data)
         except TimeoutError:
-            _open.pool.pop(origin_of(url)).close()
+            _drop(url)
             return _instead(504, "No answer", f"none within timeout={policy.timeout} s")
-        except (OSError, http.client.HTTPException) as e:
-            _open.pool.pop(origin_of(url), None)
-            if again or method == "POST":
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            _drop(url)
+            if not (used and isinstance(e, _gone)):  # a kept connection that had died is no answer
                 return _instead(502, "No connection", type(e).__name__)
     raise AssertionError("unreachable")
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #6097c6f6
+_charset = re.compile(rb"""charset\s*=\s*["']?\s*([\w.:-]+)""", re.I)
+
+
+def _encoding_of(reply):
+    "The encoding that header or page name; UTF-8 if they name none that is known"
+    kind = {k.lower(): v for k, v in reply.headers}.get("content-type", "")
+    named = _charset.search(kind.encode("ascii", "replace")) or _charset.search(reply.body[:1024])
+    try:
+        name = codecs.lookup(named[1].decode()).name if named else "utf-8"
+        "".encode(name)  # some codecs are not of texts
+    except (LookupError, UnicodeError, ValueError):
+        return "utf-8"
+    return "cp1252" if name == "iso8859-1" else name  # as browsers do
+
+
+def _text_of(reply):
+    "The body as text; empty if it is none"
+    kind = {k.lower(): v for k, v in reply.headers}.get("content-type", "text/html")
+    readable = kind.lower().startswith(("text/", "application/xhtml+xml"))
+    return reply.body.decode(_encoding_of(reply), "replace") if readable else ""
+
+
 class Har:
     "Requests and answers, in the order in which the answers came"
 
@@ -180,7 +252,7 @@ class Har:
         "Keep one request"
         head = {k.lower(): v for k, v in reply.headers}
         kind = head.get("content-type", "")
-        text = reply.body.decode("utf-8", "replace") if kind.startswith("text/") else ""
+        text = _text_of(reply)
         post = dict(
             mimeType="application/x-www-form-urlencoded", text=body.decode("utf-8", "replace")
         )
@@ -231,6 +303,10 @@ class Widget:
     options: tuple[str, ...] = ()  # Of a choice
     form: int = -1  # Which form it is in; -1: none
     field: str = ""  # Its name in the form
+    kind: str = ""  # Of an input or button, as HTML names it: "text", "radio", "submit", "textarea"
+    sent: str = ""  # What a button or a ticked box sends
+    sends: tuple[str, ...] = ()  # What each option sends, where it is not its text
+    odd: str = ""  # What a form can do with it that only a real browser does
 
 
 @dataclass(frozen=True)
@@ -240,6 +316,8 @@ class Form:
     action: str  # Absolute address
     method: str  # GET or POST
     hidden: tuple = ()  # (name, value) of what is not shown
+    before: tuple[int, ...] = ()  # Place of the element before which each of these stands
+    odd: str = ""  # What only a real browser does with it
 
 
 @dataclass(frozen=True)
@@ -264,6 +342,25 @@ class PageSnapshot:
 selector = "a[href], button, input:not([type=hidden]), select, textarea"  # what counts as a widget
 _void = {"input", "img", "br", "hr", "meta", "link", "area", "base", "col", "source", "wbr"}
 _mute = {"script", "style", "template", "noscript", "title", "option"}
+_urlencoded = "application/x-www-form-urlencoded"
+
+
+def address(
+    base: str,  # Absolute
+    target: str,  # As it was typed, or stands on a page
+) -> str:  # Absolute, with what has no place in an address as %XX; empty if it is none
+    "The address that is meant"
+    try:
+        joined = urljoin(base, re.sub(r"[\t\r\n]", "", target).strip())
+        parts = urlsplit(joined)
+        if parts.scheme not in ("http", "https"):
+            return joined if parts.scheme else ""
+        if not parts.hostname or re.search(r"[^!-~]", parts.netloc):
+            return ""
+        rest = (quote(x, safe="!#$%&'()*+,/:;=?@[]~|") for x in parts[2:4])
+        return urlunsplit((*parts[:2], *rest, ""))
+    except ValueError:
+        return ""
 
 
 _implied = dict.fromkeys(("dt", "dd"), ("dt", "dd")) | {
@@ -276,10 +373,11 @@ class _PageParser(HTMLParser):
 
     def __init__(self, url):
         super().__init__()
-        self.url, self.title, self.text = url, "", []
+        self.url, self.base, self.title, self.text = url, url, "", []
         self.raw, self.forms, self.labels, self.facts = [], [], {}, []
         self.form, self.stack, self.hidden, self.term = -1, [], 0, None
         self.capture = {}  # what collects text now: name -> list of pieces
+        self.opened = Counter()  # tags that are open
         self.current = None  # link, button or text area that is open
 
     def handle_starttag(self, tag, attrs):
@@ -294,18 +392,26 @@ class _PageParser(HTMLParser):
         )
         if tag not in _void:
             self.stack.append((tag, dark or tag in _mute))
+            self.opened[tag] += 1
             self.hidden += dark or tag in _mute
-        if tag == "form":
+        if tag == "base" and a.get("href"):
+            self.base = address(self.url, a["href"]) or self.base
+        elif tag == "form":
             method = a.get("method", "get").upper()
-            self.forms.append([urljoin(self.url, a.get("action", "")), method, []])
+            action = address(self.base, a["action"]) if a.get("action") else self.url
+            odd = "" if a.get("enctype", _urlencoded).lower() == _urlencoded else a["enctype"]
+            self.forms.append([action, method, [], [], odd])
             self.form = len(self.forms) - 1
         elif tag == "label":
+            for k in [k for k in self.capture if k.startswith("label ")]:
+                del self.capture[k]  # labels do not stand in labels
             self.capture["label " + a.get("for", "")] = []
         elif tag in ("title", "dt", "dd"):
             self.capture[tag] = []
         elif tag == "option" and self.current and self.current["tag"] == "select":
             self.capture["option"] = []
             self.current["chosen"] = "selected" in a
+            self.current["sends"].append(a.get("value"))
         if tag in ("a", "button", "input", "select", "textarea"):
             self._widget(tag, a, dark)
 
@@ -313,50 +419,56 @@ class _PageParser(HTMLParser):
         if tag == "a" and "href" not in a:
             return
         if tag == "input" and a.get("type") == "hidden":
-            if self.form >= 0 and "name" in a:
+            if self.form >= 0 and "name" in a and "disabled" not in a:
                 self.forms[self.form][2].append((a["name"], a.get("value", "")))
+                self.forms[self.form][3].append(len(self.raw))
             return
         w = dict(tag=tag, attrs=a, form=self.form, options=[], text="", hidden=dark or self.hidden)
+        w["sends"] = []
         self.raw.append(w)
         if tag not in _void:
             self.current = w
             self.capture["widget"] = []
 
     def handle_endtag(self, tag):
-        if tag in _void or tag not in {t for t, _ in self.stack}:
+        if tag in _void or not self.opened[tag]:
             return
         while self.stack:
             name, dark = self.stack.pop()
+            self.opened[name] -= 1
             self.hidden -= dark
             self._closed(name)
             if name == tag:
                 break
 
     def _closed(self, tag):
-        took = {k: clean_text("".join(v)) for k, v in self.capture.items()}
         if tag == "form":
             self.form = -1
         elif tag == "title":
-            self.title = self.title or took.get("title", "")
+            self.title = self.title or self._took("title")
         elif tag == "label":
-            name = next((k for k in took if k.startswith("label ")), None)
+            name = next((k for k in self.capture if k.startswith("label ")), None)
             if name:
-                self.labels[name[6:]] = took[name]
+                self.labels[name[6:]] = self._took(name)
                 del self.capture[name]
         elif tag == "dt":
-            self.term = took.get("dt", "")
+            self.term = self._took("dt")
         elif tag == "dd" and self.term:
-            self.facts.append((self.term, took.get("dd", "")))
-        elif tag == "option" and self.current is not None and "option" in took:
-            self.current["options"].append(took["option"])
+            self.facts.append((self.term, self._took("dd")))
+        elif tag == "option" and self.current is not None and "option" in self.capture:
+            self.current["options"].append(self._took("option"))
             if self.current["chosen"]:
-                self.current["text"] = took["option"]
+                self.current["text"] = self._took("option")
         elif tag in ("a", "button", "select", "textarea") and self.current is not None:
             if tag != "select":
-                self.current["text"] = took.get("widget", "")
+                self.current["text"] = self._took("widget")
             self.capture.pop("widget", None)
             self.current = None
         self.capture.pop(tag, None)
+
+    def _took(self, name):
+        "What was collected; only what is asked for is put together"
+        return clean_text("".join(self.capture.get(name, ())))
 
     def handle_data(self, data):
         for pieces in self.capture.values():
@@ -373,7 +485,7 @@ def _named(parser, raw, counts):
     href, value, role = "", a.get("value", ""), "textbox"
     kind = a.get("type", "text").lower()
     if tag == "a":
-        role, name, href, value = "link", raw["text"], urljoin(parser.url, a["href"].strip()), ""
+        role, name, href, value = "link", raw["text"], address(parser.base, a["href"]), ""
     elif tag == "button" or kind in ("submit", "button", "image", "reset") and tag == "input":
         role, name, value = "button", raw["text"] or value or name, ""
     elif tag == "select":
@@ -396,7 +508,24 @@ def _named(parser, raw, counts):
         value,
         options,
         raw["form"],
-        a.get("name", ""),
+        "" if "disabled" in a else a.get("name", ""),
+        *_sent(raw, role, kind),
+    )
+
+
+def _sent(raw, role, kind):
+    "Kind of a widget, and what it sends: kind, sent, sends, odd"
+    a, tag = raw["attrs"], raw["tag"]
+    kind = a.get("type", "submit").lower() if tag == "button" else kind if tag == "input" else tag
+    sends = tuple(t if v is None else v for t, v in zip(raw["options"], raw["sends"]))
+    sent = a.get("value", "on" if role == "checkbox" else "")
+    odd = next((k for k in ("form", "formaction", "formmethod", "multiple") if k in a), "")
+    odd = "file" if kind == "file" else odd
+    return (
+        "" if tag == "a" else kind,
+        sent if role in ("button", "checkbox") else "",
+        sends if sends != tuple(raw["options"]) else (),
+        odd,
     )
 
 
@@ -406,16 +535,22 @@ def parse_page(
     status: int = 200,  # HTTP status
 ) -> PageSnapshot:  # What is on it
     "Read a page"
+    short = len(source) <= 20_000  # a page that was read is kept, but not a large one
+    return (_read_page if short else _read_page.__wrapped__)(url, source, status)
+
+
+@lru_cache(maxsize=512)
+def _read_page(url, source, status):
     parser = _PageParser(url)
     parser.feed(source)
-    parser.close()
+    _end_reading(parser)
     while parser.stack:
         parser._closed(parser.stack.pop()[0])
     for place, raw in enumerate(parser.raw):
         raw["place"] = place
     counts = Counter()
     widgets = tuple(_named(parser, raw, counts) for raw in parser.raw if not raw["hidden"])
-    forms = tuple(Form(a, m, tuple(h)) for a, m, h in parser.forms)
+    forms = tuple(Form(a, m, tuple(h), tuple(b), odd) for a, m, h, b, odd in parser.forms)
     text = clean_text(" ".join(parser.text))
     return PageSnapshot(url, parser.title, status, widgets, forms, tuple(parser.facts), text)
 
@@ -434,6 +569,9 @@ class Action:
     def __post_init__(self):
         if self.kind not in action_kinds:
             raise ValueError(f"kind={self.kind!r} must be one of {', '.join(action_kinds)}")
+        for name in ("target", "value"):
+            if not isinstance(x := getattr(self, name), str):
+                raise TypeError(f"{name}={x!r} must be a str; an action is data for any backend")
 
 
 class ActionError(ValueError):
@@ -493,7 +631,11 @@ class HttpBrowser:
                     self.cookies[name.strip()] = value.strip()
             head = {k.lower(): v for k, v in reply.headers}
             if reply.status in (301, 302, 303, 307, 308) and head.get("location"):
-                url = urljoin(url, head["location"])
+                url, asked = address(url, head["location"]), url
+                if not url:
+                    url, reply = asked, _instead(508, "Loop", "a redirect to what is no address")
+                    head = {}
+                    break
                 if reply.status == 303 or (method == "POST" and reply.status in (301, 302)):
                     method, body = "GET", ""
                 continue
@@ -501,17 +643,18 @@ class HttpBrowser:
         else:
             reply = _instead(508, "Loop", f"more than {self.policy.max_redirects} redirects")
             head = dict(reply.headers)
-        text = reply.body.decode("utf-8", "replace")
-        if not head.get("content-type", "text/html").startswith("text/"):
-            text = ""
-        self.page, self.values = parse_page(url, text, reply.status), {}
+        self.page, self.values = parse_page(url, _text_of(reply), reply.status), {}
+        self.first = {w.id: w.value for w in self.page.widgets}
+        self.encoding = _encoding_of(reply)
         return self.page
 
     def goto(
         self,
         url: str,  # Absolute
     ) -> PageSnapshot:  # Where it led
-        "Open an address"
+        "Open an address; one that is forbidden gives a page that says so, and is noted"
+        if self.policy.refuses(url):
+            self.events.append(dict(kind="blocked", what=url[:200]))
         self.history.append(self.page.url)
         return self._load("GET", url)
 
@@ -521,25 +664,79 @@ class HttpBrowser:
         return replace(self.page, widgets=seen)
 
     def close(self) -> None:
-        "Nothing to close"
+        "Let go of the connections to the allowed origins"
+        for x in self.policy.allow:
+            _drop(x)
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #7f28513e
 @patch
-def _submit(self: HttpBrowser, form_number):
-    "Send a form"
+def _value(self: HttpBrowser, w):
+    return self.values.get(w.id, w.value)
+
+
+@patch
+def _submit(self: HttpBrowser, form_number, button=None):
+    "Send a form as a browser does: fields in the order of the page, and the button that was used"
     form = self.page.forms[form_number]
-    fields = list(form.hidden)
-    for w in self.page.widgets:
-        if w.form == form_number and w.field and w.role in ("textbox", "choice", "checkbox"):
-            value = self.values.get(w.id, w.value)
-            if w.role != "checkbox" or value:
-                fields.append((w.field, value))
+    _check_link(self, form.action)
+    parts = [w for w in self.page.widgets if w.form == form_number]
+    if odd := form.odd or next((w.odd for w in parts if w.odd), ""):
+        raise ActionError(f"the http backend cannot send a form with {odd}; use chromium")
+    fields = [((k, 0), name, v) for k, (name, v) in zip(form.before, form.hidden)]
+    for w in parts:
+        value = self._value(w)
+        if w.role == "choice":
+            value = w.sends[w.options.index(value)] if w.sends else value
+        elif w.role == "checkbox":
+            value = w.sent if value else None
+        elif w.role == "button":
+            value = w.sent if w == button else None
+        unsent = not w.field or value is None or (w.role == "choice" and not w.options)
+        if not unsent:
+            lines = value.replace("\r\n", "\n").replace("\n", "\r\n")
+            fields.append(((w.index, 1), w.field, lines))
+    pairs = [(name, v) for _, name, v in sorted(fields)]
+    sent = urlencode(pairs, encoding=self.encoding, errors="xmlcharrefreplace")
     self.history.append(self.page.url)
     if form.method == "POST":
-        return self._load("POST", form.action, urlencode(fields))
-    return self._load("GET", f"{form.action.partition('?')[0]}?{urlencode(fields)}")
+        return self._load("POST", form.action, sent)
+    return self._load("GET", f"{form.action.partition('?')[0]}?{sent}")
 
 
+@patch
+def _press_button(self: HttpBrowser, w):
+    if w.kind in ("submit", "image") and w.form >= 0:
+        if w.kind == "image":
+            raise ActionError("the http backend cannot send the place of a click; use chromium")
+        return self._submit(w.form, w)
+    if w.kind == "reset":
+        self.values |= {x.id: self.first[x.id] for x in self.page.widgets if x.form == w.form >= 0}
+    return self.snapshot()
+
+
+@patch
+def _tick(self: HttpBrowser, w):
+    if w.kind != "radio":
+        self.values[w.id] = "" if self._value(w) else "on"
+        return
+    for x in self.page.widgets:
+        if x.kind == "radio" and (x.form, x.field) == (w.form, w.field):
+            self.values[x.id] = ""
+    self.values[w.id] = "on"
+
+
+@patch
+def _enter(self: HttpBrowser, w):
+    "Enter in a field: the first button that sends, or the only field of its form"
+    parts = [x for x in self.page.widgets if x.form == w.form >= 0]
+    send = [x for x in parts if x.role == "button" and x.kind in ("submit", "image")]
+    if send:
+        return self._press_button(send[0])
+    if sum(x.role == "textbox" for x in parts) == 1:
+        return self._submit(w.form)
+    return self.snapshot()
+
+# %% ../../nbs/graph2eval/04_browser.ipynb #7f28513f
 @patch
 def act(
     self: HttpBrowser,
@@ -548,7 +745,7 @@ def act(
     "Do something on the page"
     kind = action.kind
     if kind == "goto":
-        return self.goto(urljoin(self.page.url, action.target))
+        return self.goto(_typed(self.page.url, action.target))
     if kind == "back":
         if len(self.history) < 2:
             raise ActionError("there is no page to go back to")
@@ -559,24 +756,40 @@ def act(
             _check_link(self, w.href)
             self.history.append(self.page.url)
             return self._load("GET", w.href)
-        if w.role == "checkbox":
-            self.values[w.id] = "" if self.values.get(w.id, w.value) else "on"
-        elif w.form >= 0:
-            _check_link(self, self.page.forms[w.form].action)
-            return self._submit(w.form)
+        if w.role == "button":
+            return self._press_button(w)
+        self._tick(w)
     elif kind == "fill":
         w = find_widget(self.page, action.target, ("textbox",))
-        self.values[w.id] = action.value
+        self.values[w.id] = _typed_text(w, action.value)
     elif kind == "select":
         w = find_widget(self.page, action.target, ("choice",))
         _check_option(w, action.value)
         self.values[w.id] = action.value
     elif kind == "press":
         w = find_widget(self.page, action.target, ("textbox",))
-        if w.form >= 0:
-            _check_link(self, self.page.forms[w.form].action)
-            return self._submit(w.form)
+        _check_enter(w)
+        return self._enter(w)
     return self.snapshot()
+
+
+def _typed(base, target):
+    "The address that an agent typed"
+    if not (url := address(base, target)):
+        raise ActionError(f"{target[:60]!r} is no address")
+    return url
+
+
+def _typed_text(widget, text):
+    "What a field holds after a text was typed into it"
+    if not text.isprintable() and re.search("[\0\ud800-\udfff]", text):
+        raise ActionError(f"{text[:60]!r} has characters that cannot be typed")
+    return text if widget.kind == "textarea" else re.sub(r"[\r\n]", "", text)
+
+
+def _check_enter(widget):
+    if widget.kind == "textarea":
+        raise ActionError(f"Enter begins a new line in {widget.id!r}; it sends nothing")
 
 
 def _check_link(browser, url):
@@ -599,7 +812,7 @@ def direct(
     def send(method, url, headers, body):
         jar = dict(headers).get("Cookie", "")
         sid = dict(p.strip().partition("=")[::2] for p in jar.split(";")).get("sid")
-        answer, now = site.handle(sid, make_request(method, url, body.decode()))
+        answer, now = site.handle(sid, make_request(method, url, body.decode("utf-8", "replace")))
         head = [("Content-Type", answer.kind)]
         if now != sid:
             head.append(("Set-Cookie", f"sid={now}; Path=/"))
@@ -682,7 +895,7 @@ class Gate:
                 return reply
             if length > self.policy.max_redirects:
                 return _instead(508, "Loop", f"more than {self.policy.max_redirects} redirects")
-            self.chains[urljoin(url, target)] = length
+            self.chains[address(url, target)] = length
         return reply
 
     @property
@@ -703,7 +916,7 @@ def find_chromium() -> str | None:  # Path of the program; None if there is none
 
 
 class Chromium:
-    "A running Chromium; every `new` is a context of its own"
+    "A running Chromium; every `new` is a context of its own, in a new process if the old one died"
 
     def __init__(
         self,
@@ -723,15 +936,10 @@ class Chromium:
     def _live(self):
         "The life of the thread that owns the browser"
         start = need("playwright.sync_api", "web").sync_playwright().start
-        driver, failed = None, None
+        self.driver, failed = None, None
         try:
-            driver = start()
-            flags = ["--disable-dev-shm-usage", "--disable-background-networking"]
-            flags += [] if self.sandboxed else ["--no-sandbox"]
-            # a proxy of its own is given to each context; without one nothing is reached
-            self.browser = driver.chromium.launch(
-                executable_path=self.path, args=flags, proxy=dict(server="http://127.0.0.1:9")
-            )
+            self.driver = start()
+            self._launch()
         except Exception as e:
             failed = e
         while (job := self.jobs.get()) is not None:
@@ -740,10 +948,18 @@ class Chromium:
                 answer.put((failed is None, failed or fn()))
             except BaseException as e:
                 answer.put((False, e))
-        if driver is not None:
+        if self.driver is not None:
             if failed is None:
                 self.browser.close()
-            driver.stop()
+            self.driver.stop()
+
+    def _launch(self):
+        flags = ["--disable-dev-shm-usage", "--disable-background-networking"]
+        flags += [] if self.sandboxed else ["--no-sandbox"]
+        # a proxy of its own is given to each context; without one nothing is reached
+        self.browser = self.driver.chromium.launch(
+            executable_path=self.path, args=flags, proxy=dict(server="http://127.0.0.1:9")
+        )
 
     def call(
         self,
@@ -819,6 +1035,8 @@ class ChromiumBrowser:
             raise
 
     def _open(self, cookies):
+        if not self.chromium.browser.is_connected():
+            self.chromium._launch()
         self.context = self.chromium.browser.new_context(
             proxy=dict(server=self.gate.address, bypass="<-loopback>"),
             accept_downloads=False,
@@ -930,26 +1148,53 @@ def close(self: ChromiumBrowser) -> None:
         self.gate.close()
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #080b90f9
+_place = """([sel, k]) => {
+  const e = document.querySelectorAll(sel)[k];
+  if (!e || !e.getClientRects().length) return null;
+  e.scrollIntoView({block: 'center', inline: 'center', behavior: 'instant'});
+  const r = e.getClientRects()[0];
+  return [r.x + r.width / 2, r.y + r.height / 2];
+}"""
+
+
 @patch
-def _click(self: ChromiumBrowser, w, press=False):
-    "Click, and wait for where it leads"
+def _hit(self: ChromiumBrowser, w):
+    "Press the mouse where an element is"
+    at = self.tab.evaluate(_place, [selector, w.index])
+    if at is None:
+        raise ActionError(f"{w.id!r} has gone")
+    self.tab.mouse.click(*at)
+
+
+@patch
+def _enter(self: ChromiumBrowser, w):
+    "Press Enter in a field"
     handle = self.tab.evaluate_handle(
         "([sel, k]) => document.querySelectorAll(sel)[k]", [selector, w.index]
     ).as_element()
     if handle is None:
         raise ActionError(f"{w.id!r} has gone")
-    do = (lambda: handle.press("Enter")) if press else handle.click
+    handle.press("Enter")
+
+
+@patch
+def _click(self: ChromiumBrowser, w, press=False):
+    "Click, and wait for where it leads"
+    do = partial(self._enter if press else self._hit, w)
+    stays = w.role == "checkbox" or w.form < 0 or w.kind in ("button", "reset")
     if w.role == "link":
         _check_link(self, w.href)
     elif w.form >= 0:
         _check_link(self, self.page.forms[w.form].action)
-    if w.role == "checkbox" or (w.role == "button" and w.form < 0):
+    if w.role != "link" and stays:
         do()
         self.tab.wait_for_timeout(30)
         return
     try:
         with self.tab.expect_navigation(wait_until="load"):
             do()
+    except ActionError:
+        raise
     except Exception as e:
         if "Timeout" not in type(e).__name__:
             raise
@@ -963,7 +1208,7 @@ def act(
 ) -> PageSnapshot:  # After it
     "Do something on the page"
     if action.kind == "goto":
-        return self.goto(urljoin(self.page.url, action.target))
+        return self.goto(_typed(self.page.url, action.target))
 
     def do():
         kind = action.kind
@@ -973,7 +1218,9 @@ def act(
         elif kind == "click":
             self._click(find_widget(self.page, action.target, ("link", "button", "checkbox")))
         elif kind == "press":
-            self._click(find_widget(self.page, action.target, ("textbox",)), press=True)
+            w = find_widget(self.page, action.target, ("textbox",))
+            _check_enter(w)
+            self._click(w, press=True)
         elif kind in ("fill", "select"):
             role = "textbox" if kind == "fill" else "choice"
             w = find_widget(self.page, action.target, (role,))
@@ -981,7 +1228,7 @@ def act(
                 "([sel, k]) => document.querySelectorAll(sel)[k]", [selector, w.index]
             ).as_element()
             if kind == "fill":
-                handle.fill(action.value)
+                handle.fill(_typed_text(w, action.value))
             else:
                 _check_option(w, action.value)
                 handle.select_option(label=action.value)
@@ -1015,17 +1262,53 @@ class Crawl(NamedTuple):
     skipped: dict  # Reason -> number of addresses
 
 
+def _rules(text, agent):
+    "Rules of robots.txt for a program: (length of the pattern, allowed, pattern), longest first"
+    groups, names, reading = {}, [], False
+    for line in text.lstrip("\ufeff").splitlines():
+        key, _, value = (x.strip() for x in line.partition("#")[0].partition(":"))
+        key = key.lower()
+        if key == "user-agent":
+            names = [*(names if reading else []), value.lower()]
+            groups.setdefault(value.lower(), [])
+        elif key in ("allow", "disallow"):
+            for name in names:
+                if value:
+                    groups[name].append((value, key == "allow"))
+        reading = key == "user-agent" or (reading and not key)
+    own = [g for g in groups if g != "*" and g and g in agent.lower()]
+    rules = groups.get(max(own, key=len) if own else "*", [])
+    found = []
+    for value, yes in rules:
+        end = "$" if value.endswith("$") else ""
+        steps = [re.escape(quote(unquote(x), safe="/?=&%")) for x in value.rstrip("$").split("*")]
+        found.append((len(value), yes, re.compile(".*?".join(steps) + end)))
+    return sorted(found, key=lambda x: (-x[0], not x[1]))
+
+
 def _robots(policy, origin, agent):
-    "What robots.txt allows, as a function of the address"
-    reply = fetch_once(policy, "GET", origin + "/robots.txt", [])
-    if reply.status >= 500 or reply.note:
+    "What robots.txt allows, as a function of the address; RFC 9309: the longest rule decides"
+    url = origin + "/robots.txt"
+    for _ in range(policy.max_redirects + 1):
+        reply = fetch_once(policy, "GET", url, [])
+        target = {k.lower(): v for k, v in reply.headers}.get("location")
+        if reply.status not in (301, 302, 303, 307, 308) or not target:
+            break
+        url = address(url, target)
+    if reply.status >= 500 or reply.note or reply.status in (301, 302, 303, 307, 308):
         raise ValueError(
             f"robots.txt of {origin} gives status {reply.status}; it says neither yes nor no"
         )
-    rules = RobotFileParser()
-    rules.parse(reply.body.decode("utf-8", "replace").splitlines() if reply.status == 200 else [])
-    rules.modified()
-    return lambda url: rules.can_fetch(agent, url)
+    text = reply.body.decode("utf-8", "replace") if reply.status == 200 else ""
+    rules = _rules(text, agent)
+
+    def allowed(url):
+        parts = urlsplit(url)
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        path = quote(unquote(path), safe="/?=&%")
+        return next((yes for _, yes, pattern in rules if pattern.match(path)), True)
+
+    return allowed
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #75a4ec7c
 def crawl(
@@ -1041,6 +1324,7 @@ def crawl(
     allowed = _robots(policy, origin_of(origin), agent)
     first = origin if urlsplit(origin).path else origin + "/"
     todo, known, skipped, pages, paths = deque([(first, 0)]), {first}, Counter(), [], Counter()
+    have = set()  # addresses of pages: a redirect may lead to one that is there already
     while todo:
         if len(pages) >= limits.max_pages or time.monotonic() - start > limits.max_seconds:
             skipped["limit of pages or time"] += len(todo)
@@ -1053,6 +1337,13 @@ def crawl(
         if page.status != 200:
             skipped[f"status {page.status}"] += 1
             continue
+        if not allowed(page.url):
+            skipped["robots.txt"] += 1
+            continue
+        if page.url in have:
+            skipped["redirect to a page that was read"] += 1
+            continue
+        have.add(page.url)
         pages.append(page)
         for w in page.widgets:
             target = w.href.partition("#")[0]

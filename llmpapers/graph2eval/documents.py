@@ -10,6 +10,8 @@ __all__ = ['element_kinds', 'axis_top', 'bar_color', 'Element', 'Document', 'Doc
 # %% ../../nbs/graph2eval/03_documents.ipynb #9342549d
 import io
 import re
+import time
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -58,6 +60,8 @@ class PdfLimits:
     max_bytes: int = 50_000_000  # Largest file
     max_pages: int = 500  # Most pages
     max_image: int = 4_000_000  # Largest image that is kept, pixels
+    max_drawing: int = 1_000_000  # Bytes of drawing instructions on one page, unpacked
+    max_seconds: int = 120  # Of the whole file; asked between pages
 
     def __post_init__(self):
         check_ranges(self, **dict.fromkeys(asdict(self), "int [1, inf)"))
@@ -82,6 +86,8 @@ def draw_chart(
     values: dict,  # Name -> height, at most `axis_top`
 ) -> np.ndarray:  # (h,w,3) uint8; two pixels for a unit
     "Bars from left to right, without a letter or a digit"
+    if bad := {k: v for k, v in values.items() if not 0 <= v <= axis_top}:
+        raise ValueError(f"values: heights are from 0 to {axis_top}, not {bad}")
     image = np.full((2 * axis_top + 20, 60 * len(values) + 20, 3), 255, np.uint8)
     floor = 2 * axis_top + 10
     image[floor : floor + 2, 5:-5] = 60
@@ -378,7 +384,9 @@ def _is_running(line, running, height):
 
 # %% ../../nbs/graph2eval/03_documents.ipynb #47edbbd7
 _caption = re.compile(r"(Table|Figure|Fig\.)\s+(\d+)\s*[:.]\s*(.*)", re.S)
-_hidden = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2060\ufeff]")
+_hidden = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]"
+)
 
 
 def clean_text(
@@ -497,6 +505,33 @@ def _elements(doc_id, pages, heights, widths, skipped):
     return out, images
 
 # %% ../../nbs/graph2eval/03_documents.ipynb #61b70b18
+def _upright(thing):
+    return thing.get("object_type") != "char" or thing.get("upright", True)
+
+
+def _unpacked(stream, most):
+    "Bytes of a stream after unpacking; it stops where there are more than `most`"
+    raw = stream.rawdata or b""
+    if any("Flate" in str(name) for name, _ in stream.get_filters()):
+        try:
+            return len(zlib.decompressobj().decompress(raw, most + 1))
+        except zlib.error:
+            return len(raw)
+    return len(raw)
+
+
+def _check_drawing(page, name, number, most):
+    "A small file can unpack to hours of drawing: look before it is drawn"
+    resolve = need("pdfminer.pdftypes", "documents").resolve1
+    streams = [resolve(x) for x in page.page_obj.contents]
+    forms = resolve((page.page_obj.resources or {}).get("XObject")) or {}
+    streams += [x for x in map(resolve, forms.values()) if str(x.get("Subtype")).find("Form") >= 0]
+    if (size := sum(_unpacked(x, most) for x in streams if hasattr(x, "rawdata"))) > most:
+        raise DocumentError(
+            f"{name}, page {number}: {size} bytes of drawing or more, over max_drawing={most}"
+        )
+
+
 def load_pdf(
     path: str | Path,  # File
     doc_id: str | None = None,  # Name in element ids; None: that of the file
@@ -510,6 +545,7 @@ def load_pdf(
         raise DocumentError(f"{path.name} has {size} bytes, more than max_bytes={limits.max_bytes}")
     plumber = need("pdfplumber", "documents")
     doc_id = doc_id or path.stem
+    end = time.monotonic() + limits.max_seconds
     try:
         with plumber.open(path) as pdf:
             if not pdf.pages:
@@ -521,7 +557,15 @@ def load_pdf(
                 )
             pages, heights, widths, skipped = [], [], [], []
             for k, page in enumerate(pdf.pages, 1):
-                lines = _page_lines(page, limits)
+                if time.monotonic() > end:
+                    raise DocumentError(
+                        f"{path.name} takes more than max_seconds={limits.max_seconds}"
+                    )
+                _check_drawing(page, path.name, k, limits.max_drawing)
+                turned = sum(not c.get("upright", True) for c in page.chars)
+                if turned:
+                    skipped.append(f"page {k}: {turned} letters that do not stand upright")
+                lines = _page_lines(page.filter(_upright) if turned else page, limits)
                 if not any(x.text for x in lines):
                     skipped.append(f"page {k}: no text; a scan needs character recognition first")
                     lines = [x for x in lines if x.box]
@@ -539,54 +583,82 @@ def load_pdf(
     return Document(doc_id, tuple(elements), meta, images)
 
 # %% ../../nbs/graph2eval/03_documents.ipynb #a470ddf2
-class _Reader(HTMLParser):
-    "Blocks of an HTML document"
+_edges = (
+    "div section article main aside header footer nav ul ol dl pre blockquote form figure hr br"
+)
 
-    blocks = ("h1", "h2", "h3", "h4", "p", "li", "caption", "figcaption", "dt", "dd", "td", "th")
-    skip = ("script", "style", "template", "noscript")
+
+def _end_reading(parser):
+    "End a parser: a tag or comment that never ends is dropped, as browsers drop it"
+    rest = parser.rawdata
+    if len(rest) > 1000 and rest.startswith("<"):
+        parser.rawdata = ""  # the standard library would read it again from each of its brackets
+    parser.close()
+
+
+class _Reader(HTMLParser):
+    "Blocks of an HTML document; text that stands in none is a paragraph"
+
+    blocks = ("h1", "h2", "h3", "h4", "h5", "h6", "p", "li", "caption", "figcaption", "dt", "dd")
+    cells = ("td", "th")
+    skip = ("script", "style", "template", "noscript", "title")
+    void = ("input", "img", "br", "hr", "meta", "link", "area", "base", "col", "source", "wbr")
 
     def __init__(self):
         super().__init__()
-        self.out, self.open, self.text, self.rows, self.mute = [], None, [], None, 0
+        self.out, self.open, self.text = [], None, []
+        self.tables = []  # rows of the tables that are open, the innermost last
+        self.dark = []  # tags of what is not shown
 
     def handle_starttag(self, tag, attrs):
-        if tag in self.skip:
-            self.mute += 1
+        a = {k: v or "" for k, v in attrs}
+        hidden = "hidden" in a or "display:none" in a.get("style", "").replace(" ", "")
+        if tag not in self.void and (hidden or tag in self.skip or tag in self.dark[-1:]):
+            self.dark.append(tag)
         if tag == "table":
             self._close()
-            self.rows = []
-        elif tag == "tr" and self.rows is not None:
-            self.rows.append([])
-        if tag in self.blocks:
+            self.tables.append([])
+        elif tag == "tr" and self.tables:
+            self._close()
+            self.tables[-1].append([])
+        elif tag in self.cells or (tag in self.blocks and not self.tables):
             self._close()
             self.open = tag
+        elif tag in _edges.split() and not self.tables:
+            self._close()
 
     def handle_endtag(self, tag):
-        if tag in self.skip:
-            self.mute = max(0, self.mute - 1)
-        if tag in self.blocks:
+        if tag in self.dark[-1:]:
+            self.dark.pop()
+        if tag in self.cells or ((tag in self.blocks or tag in _edges.split()) and not self.tables):
             self._close()
-        if tag == "table" and self.rows is not None:
+        if tag == "table" and self.tables:
             self._close()
-            rows = [r for r in self.rows if r]
+            rows = [r for r in self.tables.pop() if r]
             if rows:
                 self.out.append(("table", rows))
-            self.rows = None
 
     def handle_data(self, data):
-        if self.open and not self.mute:
+        if self.dark:
+            return
+        if self.open is None and not self.tables and data.strip():
+            self.open = "p"
+        if self.open:
+            self.text.append(data)
+        elif self.tables and data.strip():
+            self.open = "caption"
             self.text.append(data)
 
     def _close(self):
         text, tag = clean_text("".join(self.text)), self.open
         self.text, self.open = [], None
-        if not text or not tag:
-            return
-        if tag in ("td", "th") and self.rows:
-            self.rows[-1].append(text)
-        elif tag.startswith("h"):
+        if tag in self.cells and self.tables:
+            if not self.tables[-1]:
+                self.tables[-1].append([])
+            self.tables[-1][-1].append(text)  # a blank cell is a cell
+        elif text and tag and tag[0] == "h" and tag[1:].isdigit():
             self.out.append(("heading", (text, int(tag[1]))))
-        else:
+        elif text and tag:
             self.out.append(("paragraph", text))
 
 
@@ -595,10 +667,14 @@ def load_html(
     doc_id: str,  # Name in element ids
 ) -> Document:  # Headings, paragraphs and tables
     "Read an HTML document"
+    if not isinstance(source, str):
+        raise TypeError(f"source must be text, not {type(source).__name__}; decode bytes first")
     reader = _Reader()
     reader.feed(source)
-    reader.close()
+    _end_reading(reader)
     reader._close()
+    while reader.tables:  # that were not closed
+        reader.handle_endtag("table")
     out, counts = [], Counter()
     for kind, content in reader.out:
         counts[kind] += 1

@@ -91,6 +91,8 @@ def around(
     types: Iterable[str] | None = None,  # Of edges; None: all
 ) -> list[tuple]:  # (neighbour, edge type, edge number), in the order of addition
     "Neighbours of a node"
+    if id not in self.types:
+        raise ValueError(f"id: there is no node {id!r}")
     if direction not in ("out", "in", "both"):
         raise ValueError(f'direction={direction!r} must be "out", "in" or "both"')
     found = []
@@ -111,8 +113,12 @@ def khop(
 ) -> set[str]:  # Seeds included
     "Nodes within `k` edges"
     check_number("k", k, "int [0, inf)")
+    if isinstance(seeds, str):
+        raise TypeError(f"seeds must be a collection of ids, not one string: [{seeds!r}]")
     types = None if types is None else set(types)
     seen = set(seeds)
+    if lost := seen - set(self.types):
+        raise ValueError(f"seeds: there is no node {sorted(lost)[0]!r}")
     rim = set(seen)
     for _ in range(k):
         rim = {b for a in rim for b, _, _ in self.around(a, direction, types)} - seen
@@ -146,6 +152,8 @@ def distance(
     type: str = "NavTo",  # Of the edges: clicks
 ) -> int | None:  # None: there is no way
     "Fewest edges of a type from one node to another"
+    if b not in self.types:
+        raise ValueError(f"b: there is no node {b!r}")
     seen, rim = {a: 0}, deque([a])
     while rim:
         x = rim.popleft()
@@ -185,7 +193,7 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tmp = folder / "graph.json.tmp"
-    tmp.write_text(json.dumps(self.to_dict(), sort_keys=True), encoding="utf-8")
+    tmp.write_text(json.dumps(self.to_dict(), sort_keys=True, allow_nan=False), encoding="utf-8")
     os.replace(tmp, folder / "graph.json")
 
 
@@ -196,11 +204,17 @@ def load_graph(
     path = Path(folder) / "graph.json"
     if not path.is_file():
         raise ValueError(f"folder={str(folder)!r} has no graph.json")
-    data, kg = json.loads(path.read_text(encoding="utf-8")), KG()
-    for k, t, attrs in data["nodes"]:
-        kg.add(k, t, **attrs)
-    for a, b, t, attrs in data["edges"]:
-        kg.link(a, b, t, **attrs)
+    kg = KG()
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        for k, t, attrs in data["nodes"]:
+            kg.add(k, t)
+            kg.attrs[k] = dict(attrs)
+        for a, b, t, attrs in data["edges"]:
+            kg.link(a, b, t)
+            kg.links[-1][3].update(attrs)
+    except (ValueError, LookupError, TypeError) as e:
+        raise ValueError(f"folder={str(folder)!r}: graph.json is damaged ({e})") from e
     return kg
 
 # %% ../../nbs/graph2eval/05_graph.ipynb #9c0379ad
@@ -319,7 +333,7 @@ def build_document_graph(
     if len({d.id for d in docs}) < len(docs):
         raise ValueError("docs: two documents have the same id")
     kg = KG()
-    for d in docs:
+    for d in sorted(docs, key=lambda d: d.id):  # the order in which they are given decides nothing
         _one_document(kg, d)
     _shared_entities(kg)
     if embedder is not None:
@@ -393,6 +407,10 @@ def build_web_graph(
     pages: Sequence[PageSnapshot],  # Of one site, from `crawl`
 ) -> KG:  # Pages, facts, forms and what is in them, and end points
     "Pages as a graph"
+    first = {}
+    for p in pages:
+        first.setdefault(p.path, p)  # of two snapshots of an address the first counts
+    pages = list(first.values())
     kg, menu = KG(), _menu(pages)
     for p in pages:
         own = {w.href for w in p.widgets if w.role == "link" and (w.name, w.href) not in menu}
@@ -420,7 +438,12 @@ def build_web_graph(
 
 # %% ../../nbs/graph2eval/05_graph.ipynb #d6179c7a
 def _facts_of(kg, page):
+    told = {}
     for label, value in page.facts:
+        told.setdefault(label, set()).add(value)
+    for label, value in dict(page.facts).items():
+        if len(told[label]) > 1:
+            continue  # two values of one label: which of them is asked for?
         name = kg.add(f"{page.path}#fact/{label}", "Fact", label=label, value=value, page=page.path)
         kg.link(page.path, name, "Shows")
 

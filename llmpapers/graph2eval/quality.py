@@ -30,6 +30,11 @@ class Report(NamedTuple):
     reason: str  # The first that did not; empty if all did
 
 
+def _stands_in(value, text):
+    "Does a value occur as a whole, and not as a part of a longer word or number?"
+    return re.search(rf"(?<![\w.,-]){re.escape(value)}(?!\w|[.,]\d)", text) is not None
+
+
 def _answers_of(goal):
     if isinstance(goal, AnswerIs):
         return [goal]
@@ -61,12 +66,18 @@ def check_static(
             return Report(False, f"start {task.start} is no page of the graph")
         if why := _walked(task, kg):
             return Report(False, why)
-        return Report(True, "")
     if lost := [k for k in task.evidence if k not in kg.types]:
         return Report(False, f"evidence {lost[0]} does not exist")
+    if task.domain == "web":
+        told = {kg.attrs[k].get("value") for k in task.evidence}
+        told |= {kg.attrs[kg.attrs[k].get("page", k)].get("title") for k in task.evidence}
+        wrong = [a.value for a in _answers_of(task.goal) if a.value not in told]
+        return Report(not wrong, f"{wrong[0]!r} does not stand in the evidence" if wrong else "")
+    if not isinstance(task.goal, AnswerIs):
+        return Report(False, f"a document task needs AnswerIs, not {type(task.goal).__name__}")
     value = task.goal.value
     texts = [kg.attrs[k].get("text", "") for k in task.evidence]
-    inside = any(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", t) for t in texts)
+    inside = any(_stands_in(value, t) for t in texts)
     if task.type == "figure":
         drawn = any(int(value) in kg.attrs[k].get("bars", []) for k in task.evidence)
         if inside or not drawn:
@@ -117,7 +128,7 @@ def _gates(task, env, probe, repeats, minimality):
         return "noop", "the goal is met at the start"
     answers = _answers_of(task.goal)
     for a in answers:
-        if not any(a.value in text for text in agent.seen):
+        if not any(_stands_in(a.value, text) for text in agent.seen):
             return "seen", f"the oracle never sees {a.value!r}"
     if minimality and not answers:
         for k in range(len(task.oracle) - 1):
@@ -223,8 +234,17 @@ def dedupe(
     for i in range(n):
         groups.setdefault(root(i), []).append(i)
     groups = sorted(groups.values())
-    q = np.zeros(n) if quality is None else np.asarray(quality, float)
+    q = np.zeros(n) if quality is None else _qualities(quality, n)
     return Kept(sorted(max(g, key=lambda i: (q[i], -i)) for g in groups), groups)
+
+
+def _qualities(quality, n):
+    q = np.asarray(quality, float)
+    if q.shape != (n,):
+        raise ValueError(f"quality has shape {q.shape}; it needs ({n},)")
+    if np.isnan(q).any():
+        raise ValueError("quality has NaN")
+    return q
 
 
 def _similarities(S, n):
@@ -312,8 +332,7 @@ def select_mmr(
     S = _similarities(S, len(q))
     check_number("k", k, "int [0, inf)")
     check_number("lam", lam, "[0, 1]")
-    if np.isnan(q).any():
-        raise ValueError("quality has NaN")
+    _qualities(q, len(q))
     picked, worst = [], np.full(len(q), -np.inf)
     for _ in range(min(k, len(q))):
         score = lam * q - (1 - lam) * worst if picked else q.copy()
@@ -331,6 +350,10 @@ def coverage_gain(
 ) -> float:  # Between 0 and the sum of the weights
     "What an item adds, equation (2)"
     weights = weights or {d: 1 / len(item) for d in item}
+    if lost := set(weights) - set(item):
+        raise ValueError(
+            f"weights names {sorted(lost)[0]!r}; the item has {', '.join(sorted(item))}"
+        )
     return sum(
         w * len(item[d] - covered.get(d, set())) / max(1, len(item[d])) for d, w in weights.items()
     )
@@ -346,9 +369,7 @@ def select_coverage(
     "Greedy choice by quality and coverage"
     check_number("k", k, "int [0, inf)")
     check_number("alpha", alpha, "[0, 1]")
-    q, covered, picked = np.asarray(quality, float), {}, []
-    if len(q) != len(items):
-        raise ValueError(f"quality has {len(q)} values for {len(items)} items")
+    q, covered, picked = _qualities(quality, len(items)), {}, []
     left = list(range(len(items)))
     while left and len(picked) < k:
         gains = [coverage_gain(items[i], covered, weights) for i in left]

@@ -20,9 +20,10 @@ from ..core.scale import check_ranges, rng
 from ..core.train import TrainConfig, lr_factor, sft_batch, train
 from .agents import HeuristicAgent, Memory, candidates, feature_names, features
 from .browser import ActionError, HttpBrowser, Policy, Reply
+from .env import place_of
 from .site import fresh_state, make_request, respond
 from .tasks import Task, task_from_dict, task_to_dict
-from .world import make_world
+from .world import World, make_world
 from ..rl.advantages import group_advantages
 from ..rl.engines import HFEngine
 from ..rl.loop import play_groups
@@ -106,16 +107,21 @@ origin = "http://shop.test:80"  # never resolved: requests go to the pure functi
 
 
 @lru_cache(maxsize=32)
-def _world(seed):
-    return make_world(seed)
+def _world(seed, sizes=()):
+    return make_world(seed, *sizes)
 
 
 def as_prompt(
     task: Task,  # Of the domain web
-    world_seed: int,  # Of its world
+    world: World | int,  # It was drawn from, or the seed of one of the usual sizes
 ) -> dict:  # Plain data
     "A task as the floor's prompt"
-    return dict(task=task_to_dict(task), world=int(world_seed))
+    if not isinstance(world, World):
+        return dict(task=task_to_dict(task), world=int(world), sizes=[])
+    sizes = [len(x) for x in (world.products, world.threads, world.reports, world.brands)]
+    if _world(world.seed, tuple(sizes)) != world:
+        raise ValueError("world: a prompt carries a seed, and make_world does not make this one")
+    return dict(task=task_to_dict(task), world=world.seed, sizes=sizes)
 
 
 class MenuEnv:
@@ -142,8 +148,10 @@ class MenuEnv:
         seed: int,  # Of the order of the menus
     ) -> StepResult:  # The first menu
         "Begin"
-        self.task, self.world = task_from_dict(prompt["task"]), _world(prompt["world"])
-        self.state, self.gen = fresh_state(), np.random.default_rng(seed)
+        self.task = task_from_dict(prompt["task"])
+        self.world = _world(prompt["world"], tuple(prompt.get("sizes", ())))
+        self.state = self.task.meta.get("initial") or fresh_state()
+        self.gen = np.random.default_rng(seed)
         self.browser = HttpBrowser(Policy((origin,)), send=self._send)
         self.memory = Memory(self.task.instruction)
         self.browser.goto(origin + self.task.start)
@@ -165,12 +173,16 @@ class MenuEnv:
         action: str,  # A number of the menu
     ) -> StepResult:  # The next menu, or the end
         "Do what was chosen"
-        k = int(action) if action.strip().isdigit() else -1
+        if not hasattr(self, "acts"):
+            raise ValueError("no episode has begun; call reset first")
+        said = action.strip()
+        k = int(said) if said in map(str, range(menu_size)) else -1
         if not 0 <= k < len(self.acts):
             return StepResult("", 0.0, done=True, info=dict(why="no number of the menu"))
         chosen = self.acts[k]
         if chosen.kind == "answer":
-            met = self.task.goal.check(self.browser.page.url, self.state, chosen.value)
+            here = place_of(self.browser.page, origin)
+            met = self.task.goal.check(here, self.state, chosen.value)
             return StepResult("", float(met), done=True, info=dict(why="answered"))
         page = self.browser.page
         try:
@@ -190,19 +202,20 @@ class GymConfig:
             layers=2, heads=2, kv_heads=2, width=32, head_dim=16, max_len=512
         )
     )
-    demos: int = 100  # Episodes of the sloppy teacher
-    sloppy: float = 0.7  # Probability that the teacher takes what it likes best
-    sft_steps: int = 200  # Updates of the imitation
-    steps: int = 14  # Updates of reinforcement
-    batch_size: int = 5  # Tasks of an update
-    group_size: int = 6  # Episodes of a task
-    lr: float = 5e-4  # Of the reinforcement
-    max_turns: int = 12  # Longest episode
+    demos: int = 200  # Episodes of the sloppy teacher
+    sloppy: float = 0.6  # Probability that the teacher takes what it likes best
+    sft_steps: int = 300  # Updates of the imitation
+    sft_lr: float = 1e-2  # Of the imitation
+    steps: int = 18  # Updates of reinforcement
+    batch_size: int = 8  # Tasks of an update
+    group_size: int = 8  # Episodes of a task
+    lr: float = 3e-3  # Of the reinforcement
+    max_turns: int = 6  # Longest episode
 
     def __post_init__(self):
         counts = ("demos", "sft_steps", "steps", "batch_size", "max_turns")
         check_ranges(self, **dict.fromkeys(counts, "int [1, inf)"), group_size="int [2, inf)")
-        check_ranges(self, sloppy="[0, 1]", lr="(0, inf)")
+        check_ranges(self, sloppy="[0, 1]", lr="(0, inf)", sft_lr="(0, inf)")
 
 
 def demonstration(
@@ -210,7 +223,7 @@ def demonstration(
     tokenizer,  # From `menu_tokenizer`
     gen: np.random.Generator,  # Of the slips
     sloppy: float,  # Probability of the best candidate
-    max_turns: int = 12,  # Longest episode
+    max_turns: int = 6,  # Longest episode
 ) -> tuple:  # (tokens, labels): int64 tensors, labels -100 where nothing is learned
     "One episode of the teacher"
     env, ids, labels = MenuEnv(), [], []
@@ -240,7 +253,7 @@ def start_policy(
         for i in range(cfg.demos)
     ]
     model = tiny_lm(tokenizer, cfg.lm, seed)
-    sft = TrainConfig(steps=cfg.sft_steps, batch_size=16, lr=3e-3, log_every=50, seed=seed)
+    sft = TrainConfig(steps=cfg.sft_steps, batch_size=16, lr=cfg.sft_lr, log_every=50, seed=seed)
     collate = partial(sft_batch, pad=tokenizer.pad_token_id)
     train(model, rows, sft, collate=collate, progress=False, device="cpu")
     return LM(model.eval(), tokenizer, "menu")
@@ -249,7 +262,7 @@ def start_policy(
 def menu_rollout(
     tokenizer,  # From `menu_tokenizer`
     temperature: float = 1.0,  # 0 is greedy
-    max_turns: int = 12,  # Longest episode
+    max_turns: int = 6,  # Longest episode
     seed: int = 0,  # Of the menus
 ) -> EpisodeRollout:  # Picklable
     "How an episode is played"
@@ -276,8 +289,12 @@ class _Stream:
         return self.prompts[int(order[place])]
 
 
-def _advantages(batch):
-    return group_advantages(batch.rewards, batch.group_ids, eps=1e-4)
+def _advantages(batch, gen=None):
+    "Advantages over the group; with a generator, of rewards that were dealt out anew"
+    rewards = batch.rewards
+    if gen is not None:
+        rewards = rewards[torch.randperm(len(rewards), generator=gen)]
+    return group_advantages(rewards, batch.group_ids, eps=1e-4)
 
 
 def reinforce(
@@ -285,6 +302,7 @@ def reinforce(
     prompts: Sequence[dict],  # To train on
     cfg: GymConfig = GymConfig(),  # Sizes
     seed: int = 0,  # Order and draws
+    shuffled: bool = False,  # Deal the rewards of each batch out among its episodes at random
 ) -> tuple[LM, list[dict]]:  # The trained policy, and one row an update
     "Train on rewards of the goal"
     if not len(prompts):
@@ -301,7 +319,8 @@ def reinforce(
         restricted=True,  # choices were drawn among the numbers of the menu
         seed=seed,
     )
-    trainer.advantages_fn = _advantages
+    gen = rng(seed, "shuffle") if shuffled else None
+    trainer.advantages_fn = partial(_advantages, gen=gen)
     run = train_policy(
         lm,
         trainer,
@@ -316,10 +335,13 @@ def reinforce(
 def success(
     lm: LM,  # Policy
     prompts: Sequence[dict],  # Tasks
-    max_turns: int = 12,  # Longest episode
-) -> float:  # Share of goals met, choosing greedily
+    max_turns: int = 6,  # Longest episode
+    temperature: float = 0.0,  # 0 is greedy, 1 as the policy says
+    draws: int = 1,  # Episodes of each task
+) -> float:  # Share of goals met
     "How often a policy meets the goal"
-    form = menu_rollout(lm.tokenizer, 0.0, max_turns, seed=10_007)
-    played = play_groups(HFEngine(lm.model, lm.tokenizer.pad_token_id), form, list(prompts))
+    form = menu_rollout(lm.tokenizer, temperature, max_turns, seed=10_007)
+    engine = HFEngine(lm.model, lm.tokenizer.pad_token_id)
+    played = play_groups(engine, form, list(prompts), draws)
     rewards = [s.reward for g in played.groups for s in g.samples]
     return float(np.mean(rewards))

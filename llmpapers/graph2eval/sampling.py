@@ -30,6 +30,9 @@ class StructSpec:
     also: tuple[str, ...] = ()  # Further node types that may occur
 
     def __post_init__(self):
+        for name in ("node_types", "edge_types", "also"):
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a tuple of types, not one string")
         check_number("min_nodes", self.min_nodes, "int [1, inf)")
         check_number("max_nodes", self.max_nodes, "int [1, inf)")
         if self.min_nodes > self.max_nodes:
@@ -45,6 +48,8 @@ def misfit(
 ) -> str | None:  # The requirement that is not met; None if all are
     "Why a piece does not fit, equation (2)"
     ids = list(dict.fromkeys(ids))
+    if lost := [k for k in ids if k not in kg.types]:
+        raise ValueError(f"ids: there is no node {lost[0]!r}")
     types = {kg.types[k] for k in ids}
     if not spec.min_nodes <= len(ids) <= spec.max_nodes:
         return f"size {len(ids)} outside {spec.min_nodes} to {spec.max_nodes}"
@@ -140,7 +145,7 @@ def _edges_by_type(kg, allowed):
     for e, (a, b, t, _) in enumerate(kg.links):
         if kg.types[a] in allowed and kg.types[b] in allowed:
             out.setdefault(t, []).append(e)
-    return out
+    return {t: sorted(edges, key=lambda e: kg.links[e][:3]) for t, edges in out.items()}
 
 
 def _grow(kg, spec, gen, by_type, by_node, weights):
@@ -153,6 +158,7 @@ def _grow(kg, spec, gen, by_type, by_node, weights):
             continue
         near = [e for k in ids for e in (*kg.out[k], *kg.into[k]) if kg.links[e][2] == t]
         near = [e for e in near if all(kg.types[x] in allowed for x in kg.links[e][:2])]
+        near.sort(key=lambda e: kg.links[e][:3])  # the order of addition decides nothing
         pool = near or (() if ids else by_type.get(t, ()))
         if not len(pool):
             break
@@ -169,7 +175,7 @@ def _grow(kg, spec, gen, by_type, by_node, weights):
         if not lost and len(ids) >= max(spec.min_nodes, wanted if spec.connected else 0):
             break
         near = [x for k in ids for x, _, _ in kg.around(k, "both") if x not in ids]
-        near = [x for x in near if kg.types[x] in (lost or allowed)]
+        near = sorted(x for x in near if kg.types[x] in (lost or allowed))
         if not near:
             break
         ids.append(near[gen.integers(len(near))])
@@ -195,12 +201,13 @@ def sample_document(
 ) -> Sampled:  # At most n, no two alike, each fits; `reasons` if there are fewer
     "Draw pieces that fit a template"
     check_number("n", n, "int [0, inf)")
+    check_number("seed", seed, "int [0, inf)")
     if strategy not in strategies:
         raise ValueError(f"strategy={strategy!r} must be one of {', '.join(strategies)}")
     gen, res, reasons = np.random.default_rng([seed, 71]), Sampled(), Counter()
     allowed = {*spec.node_types, *spec.also}
     by_type = _edges_by_type(kg, allowed)
-    by_node = {t: kg.nodes(t) for t in spec.node_types}
+    by_node = {t: sorted(kg.nodes(t)) for t in spec.node_types}
     degree = {
         t: np.array([1.0 + len(kg.out[k]) + len(kg.into[k]) for k in ids])
         for t, ids in by_node.items()
@@ -253,6 +260,9 @@ def sample_web(
 ) -> Sampled:  # Pieces around seeds, or along paths
     "Draw neighbourhoods of seeds, the second half of equation (1), or paths of a pattern"
     check_number("n", n, "int [0, inf)")
+    check_number("seed", seed, "int [0, inf)")
+    check_number("k", k, "int [0, inf)")
+    check_number("max_nodes", max_nodes, "int [1, inf)")
     gen, res = np.random.default_rng([seed, 72]), Sampled()
     res.reasons = {}
     if seed_type in SEEDS:
@@ -262,9 +272,10 @@ def sample_web(
         if len(res) < n:
             res.reasons = {f"only {len(found)} paths": 1}
         return res
-    seeds = kg.nodes(seed_type)
-    if not seeds:
-        res.reasons = {f"no {seed_type} in the graph": 1}
+    seeds = sorted(kg.nodes(seed_type))
+    if len(seeds) < n:
+        known = "" if seeds else f", and no pattern of that name: {', '.join(SEEDS)}"
+        res.reasons = {f"only {len(seeds)} nodes of the type {seed_type}{known}": 1}
     for i in gen.permutation(len(seeds))[:n]:
         near = sorted(kg.khop([seeds[i]], k) - {seeds[i]})
         chosen = [near[j] for j in sorted(gen.permutation(len(near))[: max_nodes - 1])]

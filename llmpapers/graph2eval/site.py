@@ -9,9 +9,11 @@ __all__ = ['per_page', 'setting_choices', 'hostile_pages', 'elsewhere', 'menu_pa
 # %% ../../nbs/graph2eval/02_site.ipynb #f559ca7b
 import copy
 import html
+import ipaddress
 import json
 import random
 import secrets
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -109,6 +111,9 @@ def _slug(name):
     return quote(name.lower().replace(" ", "-"))
 
 
+_no_icon = '<link rel="icon" href="data:,">'  # or a browser asks for one on every page
+
+
 def _page(title, *parts, flash=""):
     "A whole page: the same head on all of them"
     menu = [("Home", "/"), ("Cart", "/cart"), ("Wishes", "/wishes"), ("Forum", "/forum")]
@@ -118,7 +123,7 @@ def _page(title, *parts, flash=""):
     return Response(
         200,
         f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{_esc(title)}</title>"
-        f"</head><body><nav>{_links(menu)}</nav>{search}{note}<main><h1>{_esc(title)}</h1>"
+        f"{_no_icon}</head><body><nav>{_links(menu)}</nav>{search}{note}<main><h1>{_esc(title)}</h1>"
         f"{''.join(parts)}</main></body></html>",
     )
 
@@ -143,13 +148,18 @@ class _Index:
 per_page = 6  # products on one page of a list
 
 
+def _count(text):
+    "A whole number of at most six digits as somebody typed it; None if it is none"
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 6 else None
+
+
 def _product_links(products):
     return _links([(p.name, f"/p/{p.id}") for p in products])
 
 
 def _list(title, found, base, query, *before):
     "A list of products, one page of it"
-    page = max(1, int(query.get("page", "1")) if query.get("page", "1").isdigit() else 1)
+    page = max(1, _count(query.get("page", "1")) or 1)
     shown = found[(page - 1) * per_page : page * per_page]
     kept = {k: v for k, v in query.items() if k != "page"}
     turn = []
@@ -275,8 +285,8 @@ def _checkout(ix, state, query):
 
 
 def _order(ix, state, query, key):
-    k = int(key) if key.isdigit() else -1
-    if not 0 <= k < len(state["orders"]):
+    k = _count(key)
+    if k is None or k >= len(state["orders"]):
         return Response(404, "no such order")
     order = state["orders"][k]
     return _page(f"Order {k}", _facts([("Shipping", order["shipping"]), ("Note", order["note"])]))
@@ -314,10 +324,10 @@ def _contact(ix, state, query):
 
 # %% ../../nbs/graph2eval/02_site.ipynb #5c6e2edb
 def _add(ix, state, form):
-    n, item = form.get("quantity", ""), form.get("item")
-    if item not in ix.by_id or not n.isascii() or not n.isdigit() or not 1 <= int(n) <= 99:
+    n, item = _count(form.get("quantity", "")), form.get("item")
+    if item not in ix.by_id or n is None or not 1 <= n <= 99:
         return None
-    state["cart"][item] = state["cart"].get(item, 0) + int(n)
+    state["cart"][item] = state["cart"].get(item, 0) + n
     return f"/p/{item}?note=Added+to+cart"
 
 
@@ -391,10 +401,12 @@ _indexes = {}
 
 def _index(world):
     key = id(world)
-    if key not in _indexes or _indexes[key].world is not world:
-        _indexes.clear()
-        _indexes[key] = _Index(world)
-    return _indexes[key]
+    found = _indexes.get(key)
+    if found is None or found.world is not world:
+        if len(_indexes) >= 8:  # a few worlds at once; the oldest goes
+            _indexes.pop(next(iter(_indexes)), None)
+        found = _indexes[key] = _Index(world)
+    return found
 
 
 def _read(ix, state, request):
@@ -446,6 +458,13 @@ class Injection:
     markup: str  # HTML that is put at the beginning of the page
 
 
+def _is_loopback(host):
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class Site:
     "A web site on loopback, with a state for every visitor"
 
@@ -462,10 +481,11 @@ class Site:
         allow_public: bool = False,  # Listen on an address that others can reach
         seed: int = 0,  # Of the delays
     ):
-        if host not in ("127.0.0.1", "::1", "localhost") and not allow_public:
+        if not _is_loopback(host) and not allow_public:
             raise ValueError(f"host={host!r} is not loopback; say allow_public=True to mean it")
-        low, high = delay if isinstance(delay, tuple) else (delay, delay)
-        if not 0 <= low <= high:
+        low, high = delay if isinstance(delay, tuple) and len(delay) == 2 else (delay, delay)
+        numbers = all(isinstance(x, int | float) for x in (low, high))
+        if not numbers or not 0 <= low <= high < float("inf"):
             raise ValueError(
                 f"delay={delay!r} must be seconds, or (low, high) with 0 <= low <= high"
             )
@@ -473,7 +493,7 @@ class Site:
         self.robots, self.hostile = robots, hostile
         self.sessions, self.lock = {}, threading.Condition()
         self.busy, self.random = 0, random.Random(seed)
-        self.server = _Server((host, port), _Handler)
+        self.server = (_Server6 if ":" in host else _Server)((host, port), _Handler)
         self.server.site = self
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
         self.thread.start()
@@ -482,7 +502,7 @@ class Site:
     def origin(self) -> str:  # Such as http://127.0.0.1:43210
         "Address of the site"
         host, port = self.server.server_address[:2]
-        return f"http://{host}:{port}"
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def __enter__(self):
         return self
@@ -525,6 +545,9 @@ def restore(
     "Put a visitor back to an earlier state"
     if set(state) != set(fresh_state()):
         raise ValueError(f"state has the parts {sorted(state)}, need {sorted(fresh_state())}")
+    known = {p.id for p in self.world.products}
+    if lost := sorted({*state["cart"], *state["wishes"]} - known):
+        raise ValueError(f"state: this world has no product {lost[0]!r}")
     with self.lock:
         self._session(sid).state = copy.deepcopy(state)
 
@@ -615,8 +638,35 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
+    def __init__(self, *args):
+        self.open = set()  # connections that are kept
+        super().__init__(*args)
+
     def handle_error(self, request, client_address):
         "A visitor who hangs up is no event"
+
+    def process_request(self, request, client_address):
+        "Answer in a thread of its own"
+        self.open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request):
+        "End a connection"
+        self.open.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self):
+        "Stop listening, and end what is still connected, so that its threads end too"
+        super().server_close()
+        for request in list(self.open):
+            try:
+                request.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it has ended by itself
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -648,12 +698,15 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _answer(self):
-        site, path = self.server.site, urlsplit(self.path).path
-        n = int(self.headers.get("Content-Length") or 0)
-        if n > 100_000:
+        site, n = self.server.site, _count(self.headers.get("Content-Length") or "0")
+        if n is None or n > 100_000:
             self.close_connection = True
-            return self._reply(Response(413, "too long"))
+            return self._reply(Response(400 if n is None else 413, "too long, or no length"))
         body = self.rfile.read(n).decode("utf-8", "replace")
+        try:
+            path, request = urlsplit(self.path).path, make_request(self.command, self.path, body)
+        except ValueError:
+            return self._reply(Response(400, "no address"))
         if path == "/robots.txt":
             text = Response(200, site.robots or "", kind="text/plain")
             return self._reply(text if site.robots is not None else Response(404, ""))
@@ -662,7 +715,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/hostile/") and site.hostile:
             return _hostile(self, path)
         sid = self._sid()
-        answer, now = site.handle(sid, make_request(self.command, self.path, body))
+        answer, now = site.handle(sid, request)
         self._reply(answer, now if now != sid else None)
 
     do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = _answer

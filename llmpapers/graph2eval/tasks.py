@@ -6,7 +6,7 @@
 __all__ = ['Goal', 'shop_effects', 'web_types', 'blank', 'document_types', 'canonical_path', 'UrlIs', 'StateEquals',
            'StateContains', 'AnswerIs', 'All', 'Not', 'goal_to_dict', 'goal_from_dict', 'Task', 'TaskList', 'task_key',
            'task_to_dict', 'task_from_dict', 'generate_web_tasks', 'generate_document_tasks', 'KGFreeGenerator',
-           'consistent', 'corrupt_edges']
+           'KGFreeQuestions', 'right_gold', 'consistent', 'corrupt_edges']
 
 # %% ../../nbs/graph2eval/09_tasks.ipynb #5c97eea6
 import copy
@@ -22,9 +22,10 @@ import numpy as np
 
 from ..core.scale import check_number
 from .browser import Action, PageSnapshot
+from .documents import Document, references
 from .graph import KG
 from .metapath import match
-from .metrics import answers_match, kind_of
+from .metrics import answers_match, canonical, kind_of
 from .site import fresh_state
 from .world import World
 
@@ -56,7 +57,7 @@ class UrlIs:
 
 @dataclass(frozen=True)
 class StateEquals:
-    "The whole state is this: nothing else was changed"
+    "The whole state is this at the end: whatever else was changed was changed back"
 
     state: dict  # Plain JSON
 
@@ -92,6 +93,10 @@ class AnswerIs:
 
     kind: str  # One of `metrics.answer_kinds`
     value: str  # As the evidence prints it
+
+    def __post_init__(self):
+        if canonical(self.kind, self.value) is None:
+            raise ValueError(f"value={self.value!r} is no {self.kind}: no answer could be right")
 
     def check(
         self,
@@ -154,15 +159,20 @@ def goal_from_dict(
     d: dict,  # From `goal_to_dict`
 ) -> Goal:  # Equal to the one that was written
     "A goal from data"
+    if not isinstance(d, dict):
+        raise ValueError(f"not a goal: {d!r:.60}")
     d = dict(d)
     name = d.pop("goal", None)
-    if name == "All":
-        return All(tuple(goal_from_dict(x) for x in d["goals"]))
-    if name == "Not":
-        return Not(goal_from_dict(d["of"]))
     if name not in _goals:
         raise ValueError(f"goal={name!r} must be one of {', '.join(_goals)}")
-    return _goals[name](**d)
+    try:
+        if name == "All":
+            return All(tuple(goal_from_dict(x) for x in d["goals"]))
+        if name == "Not":
+            return Not(goal_from_dict(d["of"]))
+        return _goals[name](**d)
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"not a goal {name}: {e}") from e
 
 # %% ../../nbs/graph2eval/09_tasks.ipynb #4587a85b
 @dataclass(frozen=True)
@@ -210,13 +220,26 @@ def task_from_dict(
 ) -> Task:  # Equal to the one that was written
     "A task from data"
     kept = dict(d)
-    kept["goal"] = goal_from_dict(kept["goal"])
-    kept["oracle"] = tuple(Action(**a) for a in kept["oracle"])
-    kept["evidence"] = tuple(kept["evidence"])
     try:
+        kept["goal"] = goal_from_dict(kept["goal"])
+        kept["oracle"] = tuple(Action(**a) for a in kept["oracle"])
+        kept["evidence"] = tuple(kept["evidence"])
         return Task(**kept)
-    except TypeError as e:
-        raise ValueError(f"not a task: {e}") from e
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"not a task: {type(e).__name__} {e}") from e
+
+
+def _begun(task, initial):
+    "A task that begins in another state than a fresh one says so"
+    if initial == fresh_state():
+        return task
+    key = hashlib.sha256((task.key + json.dumps(initial, sort_keys=True)).encode()).hexdigest()[:16]
+    return replace(
+        task,
+        id=f"{task.type}-{key[:8]}",
+        key=key,
+        meta=task.meta | dict(initial=copy.deepcopy(initial)),
+    )
 
 
 def _made(domain, type, instruction, start, goal, oracle, evidence, hops, sources=1, **meta):
@@ -255,15 +278,22 @@ def _route(kg, a, b):
     return clicks[::-1]
 
 
+def _quotable(*texts):
+    "Can texts stand between quotes in an instruction? Not if they are empty, or have quotes"
+    return all(t.strip() and '"' not in t for t in texts)
+
+
 def _unique(kg):
-    "Pages whose title is theirs alone: title -> id"
+    "Pages whose title is theirs alone and can be quoted: id -> title"
     seen = Counter(
         kg.attrs[k]["title"] for k in kg.nodes() if kg.types[k] in ("Page", "List", "Detail")
     )
     return {
         k: kg.attrs[k]["title"]
         for k in kg.nodes()
-        if kg.types[k] in ("Page", "List", "Detail") and seen[kg.attrs[k]["title"]] == 1
+        if kg.types[k] in ("Page", "List", "Detail")
+        and seen[kg.attrs[k]["title"]] == 1
+        and _quotable(kg.attrs[k]["title"])
     }
 
 
@@ -293,9 +323,12 @@ class _Maker:
 def _navigate(m):
     "A walk of one to three clicks off the menu"
     starts = ["/"] if "/" in m.titles else list(m.titles)[:1]
+    while not starts:
+        yield "no page whose title is its own"
     while True:
         here, clicks, seen = starts[0], [], set(starts)
-        for _ in range(m.gen.integers(1, 4)):
+        wanted = int(m.gen.integers(1, 4))
+        for _ in range(wanted):
             near = sorted(
                 (y, e)
                 for y, _, e in m.kg.around(here, "out", ("NavTo",))
@@ -320,6 +353,7 @@ def _navigate(m):
             [here],
             len(clicks),
             claims=[[title, ""]],
+            wanted=wanted,  # a walk may end early
         )
 
 
@@ -330,6 +364,9 @@ def _lookup(m):
         clicks = m.route("/", page)
         if page not in m.titles or clicks is None:
             yield "page without a unique title or a way"
+            continue
+        if not fact["value"] or not _quotable(fact["label"]):
+            yield "a fact without a label or a value"
             continue
         title, label, value = m.titles[page], fact["label"], fact["value"]
         yield _made(
@@ -355,6 +392,9 @@ def _relation(m):
         if not {page, named} <= set(m.titles) or first is None or second is None:
             yield "page without a unique title or a way"
             continue
+        if not fact["value"] or not _quotable(fact["label"], via["label"]):
+            yield "a fact without a label or a value"
+            continue
         title, value = m.titles[page], fact["value"]
         text = f'Find the page "{title}". What is the {fact["label"]} of its {via["label"]}?'
         yield _made(
@@ -373,19 +413,22 @@ def _relation(m):
 # %% ../../nbs/graph2eval/09_tasks.ipynb #a787764c
 def _compare(m):
     "Which of two pages has the larger or smaller amount"
-    by_label = {}
+    by_label = {}  # (label, currency) -> amounts: what is in two currencies is not compared
     for f in match(m.kg, "Detail:page -Shows-> Fact:fact"):
         fact = m.kg.attrs[f.bindings["fact"]]
-        if f.bindings["page"] in m.titles and kind_of(fact["value"]) in ("money", "number"):
-            amount = float(re.sub(r"[^\d.-]", "", fact["value"]))
-            by_label.setdefault(fact["label"], []).append(
+        kind = kind_of(fact["value"])
+        if f.bindings["page"] in m.titles and kind in ("money", "number"):
+            amount = canonical(kind, fact["value"])
+            amount, currency = amount if kind == "money" else (amount, "")
+            by_label.setdefault((fact["label"], currency), []).append(
                 (f.bindings["page"], f.bindings["fact"], amount)
             )
     labels = [k for k in sorted(by_label) if len(by_label[k]) > 1]
     while labels:
-        label = labels[m.gen.integers(len(labels))]
-        i, j = m.gen.permutation(len(by_label[label]))[:2]
-        (a, fa, x), (b, fb, y) = by_label[label][i], by_label[label][j]
+        chosen = labels[m.gen.integers(len(labels))]
+        label, found = chosen[0], by_label[chosen]
+        i, j = m.gen.permutation(len(found))[:2]
+        (a, fa, x), (b, fb, y) = found[i], found[j]
         first, second = m.route("/", a), m.route(a, b)
         if x == y or first is None or second is None:
             yield "equal amounts, or no way"
@@ -450,7 +493,15 @@ def _filter(m):
             continue
         end = next(x for x, _, _ in m.kg.around(f.bindings["b"], "out", ("Triggers",)))
         option = other[m.gen.integers(len(other))]
-        target = f"{end.split()[1].partition('?')[0]}?{urlencode({s['field']: option})}"
+        if not _quotable(s["name"], option, b["name"]):
+            yield "a name that cannot be quoted"
+            continue
+        inside = [
+            m.kg.attrs[k] for k, _, _ in m.kg.around(f.bindings["form"], "out", ("Contains",))
+        ]
+        sent = form["hidden"] | {a["field"]: a["value"] for a in inside if a.get("field")}
+        sent |= {s["field"]: option}
+        target = f"{end.split()[1].partition('?')[0]}?{urlencode(sent)}"
         title = m.titles[page]
         yield _made(
             "web",
@@ -464,7 +515,7 @@ def _filter(m):
                 Action("click", b["widget"]),
                 m.finish(),
             ],
-            [f.bindings["form"], option],
+            [f.bindings["form"]],
             len(clicks) + 1,
             claims=[[title, ""]],
         )
@@ -491,12 +542,18 @@ def _settings_of(state, fields):
     return dict(settings={k: fields[k.lower()] for k in state["settings"]})
 
 
+def _place_order(state, fields):
+    order = dict(items=state["cart"], shipping=fields["shipping"], note=fields["note"])
+    return dict(orders=[*state["orders"], order], cart={})
+
+
 shop_effects = {
     "POST /cart/add": _add_count,
     "POST /wishes/add": _append_wish,
     "POST /reply": _append_post,
     "POST /contact": _append_message,
     "POST /settings": _settings_of,
+    "POST /checkout": _place_order,
 }
 _phrases = ("please call me", "thank you", "it arrived late", "very good", "is it in stock")
 
@@ -514,7 +571,7 @@ def _one_form(m, f, state, here):
     for k, _, _ in m.kg.around(form, "out", ("Contains",)):
         a = m.kg.attrs[k]
         if m.kg.types[k] == "Input":
-            digits = a["value"].isdigit()
+            digits = a["value"].isascii() and a["value"].isdigit()
             value = (
                 str(m.gen.integers(2, 10)) if digits else _phrases[m.gen.integers(len(_phrases))]
             )
@@ -530,6 +587,9 @@ def _one_form(m, f, state, here):
         if acts and acts[-1].target == a["widget"]:
             words.append(f'set "{a["name"]}" to "{value}"')
     b = m.kg.attrs[f.bindings["b"]]
+    used = [a.target.split("/", 1)[1] for a in acts]
+    if not _quotable(b["name"], *used, *(a.value for a in acts)):
+        return "a name that cannot be quoted"
     words.append(f'press "{b["name"]}"')
     first = ", ".join(words[:-1]) + (" and " if words[1:] else "")
     text = f'On the page "{m.titles[page]}", {first}{words[-1]}.'
@@ -565,11 +625,12 @@ def _form(m):
             yield "no form that writes"
 
 
-def _two_forms(m):
-    "Two forms, one after the other"
+def _two_forms(m, type="two_forms", ends=(None, None)):
+    "Two forms, one after the other; of certain end points, if they are named"
     found = match(m.kg, _forms)
-    while found:
-        f, g = (found[i] for i in m.gen.integers(len(found), size=2))
+    pools = [[f for f in found if end in (None, f.nodes[-1])] for end in ends]
+    while all(pools):
+        f, g = (pool[m.gen.integers(len(pool))] for pool in pools)
         one = _one_form(m, f, m.initial, "/")
         if isinstance(one, str):
             yield one
@@ -582,7 +643,7 @@ def _two_forms(m):
         titles = [m.titles[x.bindings["page"]] for x in (f, g)]
         yield _made(
             "web",
-            "two_forms",
+            type,
             f"{one[0]} Then, {second}",
             "/",
             StateEquals(two[3]),
@@ -592,7 +653,12 @@ def _two_forms(m):
             2,
             claims=[[t, ""] for t in titles],
         )
-    yield "no form that writes"
+    yield f"no forms that write {'what an order needs' if ends[0] else ''}".strip()
+
+
+def _checkout(m):
+    "Put something into the cart and order it"
+    yield from _two_forms(m, "checkout", ("POST /cart/add", "POST /checkout"))
 
 # %% ../../nbs/graph2eval/09_tasks.ipynb #15eb4c9f
 web_types = dict(
@@ -604,6 +670,7 @@ web_types = dict(
     filter=_filter,
     form=_form,
     two_forms=_two_forms,
+    checkout=_checkout,
 )
 
 
@@ -650,6 +717,7 @@ def generate_web_tasks(
 ) -> TaskList:  # n tasks, or fewer and `shortfall`
     "Draw web tasks from a graph"
     check_number("n", n, "int [0, inf)")
+    check_number("seed", seed, "int [0, inf)")
     if "/" not in kg.types:
         raise ValueError("kg: there is no page / to start from")
     types = _chosen(types, web_types)
@@ -659,10 +727,12 @@ def generate_web_tasks(
         for k, t in enumerate(web_types)
         if t in types
     }
-    return _round_robin(makers, n)
+    out = _round_robin(makers, n)
+    out[:] = [_begun(t, initial) for t in out]
+    return out
 
 # %% ../../nbs/graph2eval/09_tasks.ipynb #d47a661b
-_value = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?![\w.])")
+_value = re.compile(r"(?<![\w.,+\u2212-])[+\u2212-]?\d+(?:[.,]\d+)*(?![\w.]|[\u2212-]\d)")
 _refer = re.compile(r"\b(Table|Figure)\s+\d+\b")
 _name = re.compile(r"\b[A-Z][a-z]+(?: [A-Z][a-z]+)?\b")
 blank = "____"
@@ -674,8 +744,24 @@ class _DocMaker:
 
     def __init__(self, kg, gen):
         self.kg, self.gen = kg, gen
-        self.paragraphs = kg.nodes("paragraph")
+        self.paragraphs = sorted(kg.nodes("paragraph"))  # the order of addition decides nothing
         self.copies = Counter(kg.attrs[k]["text"] for k in self.paragraphs)
+        self.by_doc = {}
+        for k in self.paragraphs:
+            self.by_doc.setdefault(kg.attrs[k]["doc"], []).append(kg.attrs[k]["text"])
+        tables = (kg.attrs[k] for k in kg.nodes("table"))
+        self.numbers = Counter((a["doc"], a.get("number")) for a in tables)
+
+    def fills(self, doc, sentence):
+        "All that fills the gap of a sentence, in any paragraph of a document"
+        form = re.compile("(.+?)".join(map(re.escape, sentence.split(blank))))
+        found = (form.fullmatch(t) for t in self.by_doc.get(doc, ()))
+        return {m.groups() for m in found if m}
+
+    def only(self, k, sentence, value, kind):
+        "Is a value of some kind the only one that fills the gap of a sentence in its document?"
+        fills = self.fills(self.kg.attrs[k]["doc"], sentence)
+        return {f[0] for f in fills if len(set(f)) == 1 and kind(f[0])} == {value}
 
     def shuffled(self, found):
         return [found[i] for i in self.gen.permutation(len(found))]
@@ -704,29 +790,67 @@ class _DocMaker:
         "Paragraphs of one sentence with one number that is no reference"
         for k in self.shuffled(self.paragraphs):
             text = self.text(k)
-            found = _value.findall(text)
-            if len(found) == 1 and not _refer.search(text) and self.copies[text] == 1:
+            found = list(_value.finditer(text))
+            if len(found) != 1 or _refer.search(text) or self.copies[text] > 1:
+                continue
+            if not _quotable(text, self.kg.attrs[k]["doc"]):
+                continue
+            if canonical("number", found[0][0]) is not None:  # 12.05.2024 and 1.200,50 are none
                 yield k, text, found[0]
+
+
+def _is_number(text):
+    return canonical("number", text) is not None
+
+
+def _is_name(text):
+    return _name.fullmatch(text) is not None
+
+
+def _is_reference(text):
+    return _refer.fullmatch(text) is not None
+
+
+def _with(text, found, value):
+    "A sentence with something else in the place of its number"
+    return text[: found.start()] + value + text[found.end() :]
 
 # %% ../../nbs/graph2eval/09_tasks.ipynb #a4602818
 def _extraction(m):
-    for k, text, number in m.numbered():
-        question = f'Which number completes this sentence: "{text.replace(number, blank)}"'
-        yield m.ask("extraction", question, "number", number, [k], 1)
+    for k, text, found in m.numbered():
+        gapped = _with(text, found, blank)
+        if not m.only(k, gapped, found[0], _is_number):
+            yield "a sentence that several numbers complete"
+            continue
+        question = f'Which number completes this sentence: "{gapped}"'
+        yield m.ask("extraction", question, "number", found[0], [k], 1)
 
 
 def _cells(m, k):
-    "A random cell of a table: row, column, value"
+    "A random cell of a table: row, column, value; None if it is blank or there is none"
     rows = m.kg.attrs[k]["rows"]
+    if len(rows) < 2 or len(rows[0]) < 2:
+        return None
     i, j = m.gen.integers(1, len(rows)), m.gen.integers(1, len(rows[0]))
-    return rows[i][0], rows[0][j], rows[i][j]
+    got = (rows[i][0], rows[0][j], rows[i][j]) if j < len(rows[i]) else ("",)
+    alone = [r[0] for r in rows[1:]].count(got[0]) == 1 and rows[0].count(rows[0][j]) == 1
+    return got if _quotable(*got) and alone else None
 
 
 def _table_qa(m):
-    tables = [k for k in m.kg.nodes("table") if m.kg.attrs[k].get("number")]
+    tables = [
+        k
+        for k in sorted(m.kg.nodes("table"))
+        if (number := m.kg.attrs[k].get("number"))
+        and m.numbers[m.kg.attrs[k]["doc"], number] == 1
+        and _quotable(m.kg.attrs[k]["doc"])
+    ]
     while tables:
         k = tables[m.gen.integers(len(tables))]
-        row, column, value = _cells(m, k)
+        if (cell := _cells(m, k)) is None:
+            yield "a cell that is blank, or whose row or column is not the only one of its name"
+            continue
+        row, column, value = cell
         a = m.kg.attrs[k]
         question = (
             f'In Table {a["number"]} of document "{a["doc"]}", what is "{column}" for "{row}"?'
@@ -739,9 +863,11 @@ def _follow(m, kind):
     found = m.shuffled(match(m.kg, f"paragraph:p -refers_to-> {kind}:t"))
     while found:
         for f in found:
-            text = m.text(f.bindings["p"])
-            if len(_refer.findall(text)) == 1 and m.copies[text] == 1:
-                yield f.bindings["p"], f.bindings["t"], _refer.sub(blank, text)
+            p, text = f.bindings["p"], m.text(f.bindings["p"])
+            said, gapped = _refer.search(text), _refer.sub(blank, text)
+            one = len(_refer.findall(text)) == 1 and m.copies[text] == 1 and _quotable(text)
+            if one and m.only(p, gapped, said[0], _is_reference):
+                yield p, f.bindings["t"], gapped
             else:
                 yield None
 
@@ -749,10 +875,13 @@ def _follow(m, kind):
 def _cross_reference(m):
     for got in _follow(m, "table"):
         if got is None:
-            yield "more than one reference"
+            yield "more than one reference that the sentence may mean"
             continue
         p, t, text = got
-        row, column, value = _cells(m, t)
+        if (cell := _cells(m, t)) is None:
+            yield "a cell that is blank, or whose row or column is not the only one of its name"
+            continue
+        row, column, value = cell
         question = f'{_in_table}, what is "{column}" for "{row}": "{text}"'
         yield m.ask("cross_reference", question, kind_of(value), value, [p, t], 2)
 
@@ -762,7 +891,7 @@ def _figure(m):
         a = m.kg.attrs[got[1]] if got else {}
         names = re.search(r"left to right: ([^;]+)", a.get("caption", ""))
         labels = names[1].split(", ") if names else []
-        if not labels or len(labels) != len(a.get("bars", [])):
+        if not labels or not len(set(labels)) == len(labels) == len(a.get("bars", [])):
             yield "a figure without readable bars"
             continue
         i = m.gen.integers(len(labels))
@@ -780,6 +909,12 @@ def _multi_hop(m):
         if len(rest) != 1 or a.count(name) != 1 or m.copies[a] > 1:
             yield "no single name to ask for"
             continue
+        doc = m.kg.attrs[f.bindings["a"]]["doc"]
+        other = m.fills(doc, b.replace(rest[0], blank))
+        alone = m.only(f.bindings["a"], a.replace(name, blank), name, _is_name)
+        if not _quotable(a, b) or not alone or {x for g in other for x in g} != {rest[0]}:
+            yield "a sentence that several names complete"
+            continue
         second = b.replace(name, "that name").replace(rest[0], blank)
         first = f'Take the name that completes "{a.replace(name, blank)}".'
         question = f'{first} Which word completes "{second}"'
@@ -788,23 +923,26 @@ def _multi_hop(m):
 # %% ../../nbs/graph2eval/09_tasks.ipynb #2742c123
 def _comparison(m):
     alike = {}
-    for k, text, number in m.numbered():
+    for k, text, found in m.numbered():
         names = _name.findall(text[1:])
-        if len(names) == 1:
-            form = text.replace(number, "#").replace(names[0], blank)
-            alike.setdefault(form, []).append((k, names[0], float(number.replace(",", ""))))
+        if len(names) == 1 and text.count(names[0]) == 1:
+            form = _with(text, found, "#").replace(names[0], blank)
+            here = form, m.kg.attrs[k]["doc"]
+            alike.setdefault(here, []).append((k, names[0], canonical("number", found[0])))
+    for here, got in alike.items():
+        count = Counter(name for _, name, _ in got)
+        alike[here] = [x for x in got if count[x[1]] == 1]  # one number for each name
     forms = [f for f, v in sorted(alike.items()) if len({x[1] for x in v}) > 1]
     while forms:
-        form = forms[m.gen.integers(len(forms))]
-        i, j = m.gen.permutation(len(alike[form]))[:2]
-        (a, x, u), (b, y, v) = alike[form][i], alike[form][j]
-        docs = [m.kg.attrs[k]["doc"] for k in (a, b)]
-        if x == y or u == v or docs[0] != docs[1]:
-            yield "the same name, number, or another document"
+        form, doc = forms[m.gen.integers(len(forms))]
+        i, j = m.gen.permutation(len(alike[form, doc]))[:2]
+        (a, x, u), (b, y, v) = alike[form, doc][i], alike[form, doc][j]
+        if x == y or u == v:
+            yield "the same name or number"
             continue
         low = bool(m.gen.integers(2))
         best, word = (x if (u < v) == low else y), "smaller" if low else "larger"
-        which = f'Which name makes the number {word} in "{form}" of document "{docs[0]}"'
+        which = f'Which name makes the number {word} in "{form}" of document "{doc}"'
         question = f'{which}: "{x}" or "{y}"?'
         yield m.ask("comparison", question, "text", best, [a, b], 2)
 
@@ -812,12 +950,16 @@ def _comparison(m):
 def _aggregation(m):
     for got in _follow(m, "table"):
         if got is None:
-            yield "more than one reference"
+            yield "more than one reference that the sentence may mean"
             continue
         p, t, text = got
         rows = m.kg.attrs[t]["rows"]
-        column = [r[1] for r in rows[1:]]
-        if not all(x.isdigit() for x in column):
+        column = [r[1] if len(r) > 1 else "" for r in rows[1:]]
+        if (
+            not _quotable(rows[0][1] if len(rows[0]) > 1 else "")
+            or not column
+            or not all(x.isascii() and x.isdigit() for x in column)
+        ):
             yield "a column that is not of numbers"
             continue
         question = f'{_in_table}, what is the sum of "{rows[0][1]}": "{text}"'
@@ -825,10 +967,14 @@ def _aggregation(m):
 
 
 def _verification(m):
-    for k, text, number in m.numbered():
+    for k, text, found in m.numbered():
         true = bool(m.gen.integers(2))
-        said = number if true else str(int(number.replace(",", "")) + int(m.gen.integers(1, 9)))
-        question = f'Does a document say: "{text.replace(number, said)}" Answer yes or no.'
+        other = canonical("number", found[0]) + int(m.gen.integers(1, 9))
+        said = found[0] if true else f"{other:f}"
+        if not true and _with(text, found, said) in m.copies:
+            yield "a bent sentence that another document says"
+            continue
+        question = f'Does a document say: "{_with(text, found, said)}" Answer yes or no.'
         yield m.ask("verification", question, "yesno", "yes" if true else "no", [k], 1)
 
 # %% ../../nbs/graph2eval/09_tasks.ipynb #2f651f18
@@ -852,6 +998,7 @@ def generate_document_tasks(
 ) -> TaskList:  # n tasks, or fewer and `shortfall`
     "Draw document tasks from a graph"
     check_number("n", n, "int [0, inf)")
+    check_number("seed", seed, "int [0, inf)")
     types = _chosen(types, document_types)
     makers = {
         t: document_types[t](_DocMaker(kg, np.random.default_rng([seed, 92, k])))
@@ -874,13 +1021,17 @@ class KGFreeGenerator:
     ):
         if level not in self.levels:
             raise ValueError(f"level={level!r} must be one of {', '.join(self.levels)}")
-        self.pages, self.level, self.seed = list(pages), level, seed
+        if not pages:
+            raise ValueError("pages is empty: there is nothing to invent a task from")
+        self.pages, self.level = list(pages), level
+        self.seed = check_number("seed", seed, "int [0, inf)")
 
     def generate(
         self,
         n: int,  # How many different tasks
     ) -> TaskList:  # With a way that was supposed, not known
         "Invent tasks"
+        check_number("n", n, "int [0, inf)")
         gen = np.random.default_rng([self.seed, 93, self.levels.index(self.level)])
         labels = sorted({k for p in self.pages for k, _ in p.facts})
 
@@ -922,6 +1073,78 @@ class KGFreeGenerator:
 
         return _round_robin({self.level: stream()}, n)
 
+# %% ../../nbs/graph2eval/09_tasks.ipynb #c4537b5c
+class KGFreeQuestions:
+    "Questions about tables without edges"
+
+    levels = ("first", "near")
+
+    def __init__(
+        self,
+        docs: Sequence[Document],  # With distinct ids
+        level: str = "near",  # "first" or "near"
+        seed: int = 0,  # Of the draws
+    ):
+        if level not in self.levels:
+            raise ValueError(f"level={level!r} must be one of {', '.join(self.levels)}")
+        self.docs, self.level, self.seed = list(docs), level, seed
+
+    def _supposed(self, doc, sentence):
+        tables = [e for e in doc.elements if e.kind == "table"]
+        if self.level == "near":
+            tables = [e for e in tables if e.page >= sentence.page] or tables
+        return tables[0] if tables else None
+
+    def generate(
+        self,
+        n: int,  # How many different questions
+    ) -> TaskList:  # With a gold answer that was supposed, not known
+        "Invent questions"
+        gen = np.random.default_rng([self.seed, 95, self.levels.index(self.level)])
+        found = [
+            (d, e) for d in self.docs for e in d.elements if "table" in dict(references(e.text))
+        ]
+
+        def stream():
+            while found:
+                doc, sentence = found[gen.integers(len(found))]
+                table = self._supposed(doc, sentence)
+                rows = table.meta["rows"] if table else []
+                if len(rows) < 2 or len(rows[0]) < 2:
+                    yield "no table with cells"
+                    continue
+                row = rows[gen.integers(1, len(rows))]
+                if len(row) < 2 or not _quotable(row[0], row[1]):
+                    yield "a blank cell"
+                    continue
+                text = _refer.sub(blank, sentence.text)
+                question = f'{_in_table}, what is "{rows[0][1]}" for "{row[0]}": "{text}"'
+                yield _made(
+                    "document",
+                    f"free_{self.level}",
+                    f'{question} (document "{doc.id}")',
+                    "",
+                    AnswerIs(kind_of(row[1]), row[1]),
+                    [Action("answer", value=row[1])],
+                    [sentence.id, table.id],
+                    2,
+                    2,
+                    docs=[doc.id],
+                )
+
+        return _round_robin({self.level: stream()}, n)
+
+
+def right_gold(
+    task: Task,  # A question about the table to which a sentence on sales refers
+    world: World,  # What is true; its reports have the ids R0, R1, ...
+) -> bool:  # True if the gold answer is what the report prints for that brand
+    "Is the gold answer right?"
+    report = world.reports[int(task.meta["docs"][0][1:])]
+    brand = next(b for b in report.brands if f" {b.brand} " in task.instruction)
+    row = re.search(r' for "([^"]*)"', task.instruction)[1]
+    return task.goal.value == str(brand.units[row])
+
 # %% ../../nbs/graph2eval/09_tasks.ipynb #03b72971
 def consistent(
     task: Task,  # With `meta["claims"]`
@@ -949,6 +1172,7 @@ def corrupt_edges(
 ) -> KG:  # With the same nodes, and as many edges
     "Bend click edges"
     check_number("p", p, "[0, 1]")
+    check_number("seed", seed, "int [0, inf)")
     gen, out = np.random.default_rng([seed, 94]), KG()
     pages = [k for k in kg.nodes() if kg.types[k] in ("Page", "List", "Detail")]
     for k, t in kg.types.items():

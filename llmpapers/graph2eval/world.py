@@ -196,7 +196,8 @@ def money(
     cents: int,  # Price
 ) -> str:  # With a currency sign and two decimals
     "A price as pages print it"
-    return f"${cents // 100:,}.{cents % 100:02}"
+    whole, rest = divmod(abs(cents), 100)
+    return f"{'-' * (cents < 0)}${whole:,}.{rest:02}"
 
 
 @patch
