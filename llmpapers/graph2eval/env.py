@@ -44,6 +44,10 @@ class Obs(NamedTuple):
     error: str  # Why the last action could not be done; empty if it was
     step: int  # Actions so far
 
+    url = property(lambda self: self.page.url, doc="Address of the page")
+    text = property(lambda self: self.page.text, doc="What can be read on it")
+    elements = property(lambda self: self.page.widgets, doc="What can be used on it")
+
 
 @dataclass(frozen=True)
 class Episode:

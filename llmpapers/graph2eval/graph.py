@@ -217,6 +217,15 @@ def load_graph(
         raise ValueError(f"folder={str(folder)!r}: graph.json is damaged ({e})") from e
     return kg
 
+
+@patch(cls_method=True)
+def load(
+    cls: KG,
+    folder: str | Path,  # From `KG.save`
+) -> KG:  # Equal to the one that was saved
+    "The same as `load_graph`"
+    return load_graph(folder)
+
 # %% ../../nbs/graph2eval/05_graph.ipynb #9c0379ad
 class HashEmbedder:
     "Words and triples of letters, hashed to a vector"
