@@ -132,26 +132,28 @@ def budget_table(
     rounds: int = 7,  # Timed steps of each
     device=None,  # None: a GPU if there is one
 ) -> pd.DataFrame:  # Row per arm: weights, mflop_token, tokens_s, step_mb; time, low, high
-    "What each arm costs; time is its median ratio to the first arm, low and high its quartiles"
+    "What each arm costs; time is a ratio of fastest steps, low and high over parts of the run"
     if not len(arms):
         raise ValueError("arms is empty")
     how, configs = study.train, {arm: arm_config(study, arm) for arm in arms}
     times = step_times(configs, how.batch_size, study.seq_len, rounds, device)
     ids = torch.zeros(how.batch_size, study.seq_len, dtype=torch.long)
-    rows = []
+    parts, rows = min(4, rounds), []
+    fastest = {
+        arm: np.array([min(p) for p in np.array_split(t, parts)]) for arm, t in times.items()
+    }
     for arm, c in configs.items():
-        ratios = np.divide(times[arm], times[arms[0]])
-        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        ratios = fastest[arm] / fastest[arms[0]]
         rows.append(
             dict(
                 arm=arm,
                 weights=count_parameters(c)["non_embedding"],
                 mflop_token=forward_flops(study.seq_len, c) / study.seq_len / 1e6,
-                tokens_s=how.batch_size * study.seq_len / statistics.median(times[arm]),
+                tokens_s=how.batch_size * study.seq_len / fastest[arm].min(),
                 step_mb=step_bytes(make_lm(c), ids) / 1e6,
-                time=middle,
-                low=low,
-                high=high,
+                time=np.median(ratios),
+                low=ratios.min(),
+                high=ratios.max(),
             )
         )
     return pd.DataFrame(rows).set_index("arm")
