@@ -204,9 +204,9 @@ class GymConfig:
     )
     demos: int = 200  # Episodes of the sloppy teacher
     sloppy: float = 0.6  # Probability that the teacher takes what it likes best
-    sft_steps: int = 300  # Updates of the imitation
+    sft_steps: int = 600  # Updates of the imitation
     sft_lr: float = 1e-2  # Of the imitation
-    steps: int = 18  # Updates of reinforcement
+    steps: int = 24  # Updates of reinforcement
     batch_size: int = 8  # Tasks of an update
     group_size: int = 8  # Episodes of a task
     lr: float = 3e-3  # Of the reinforcement
