@@ -38,7 +38,7 @@ from llmpapers.graph2eval.graph import (
     load_graph,
 )
 from llmpapers.graph2eval.metrics import answers_match, canonical, citation_prf, kind_of
-from llmpapers.graph2eval.rl import MenuEnv, as_prompt
+from llmpapers.graph2eval.rl import GymConfig, MenuEnv, as_prompt, menu_rollout, start_policy
 from llmpapers.graph2eval.sampling import (
     TEMPLATES,
     StructSpec,
@@ -58,6 +58,8 @@ from llmpapers.graph2eval.tasks import (
     right_gold,
 )
 from llmpapers.graph2eval.world import make_world
+from llmpapers.rl.engines import HFEngine
+from llmpapers.rl.loop import play_groups
 
 
 @pytest.fixture(scope="module")
@@ -554,3 +556,17 @@ def test_questions_without_edges_are_often_wrong(tmp_path):
     assert not few and few.shortfall
     with pytest.raises(ValueError, match="level"):
         KGFreeQuestions(read, "far")
+
+
+def test_episodes_of_a_policy_are_the_same_twice(shop):
+    "Same seed, same choices; another seed, others"
+    prompts = [as_prompt(t, 0) for t in shop[2].values()][:4]
+    cfg = GymConfig(demos=2, sft_steps=2, max_turns=4)
+    lm = start_policy(prompts, cfg, 0)
+
+    def choices(seed):
+        engine = HFEngine(lm.model, lm.tokenizer.pad_token_id)
+        played = play_groups(engine, menu_rollout(lm.tokenizer, 1.0, 4, seed), prompts, 3)
+        return [s.response_ids for g in played.groups for s in g.samples]
+
+    assert choices(1) == choices(1) != choices(2)

@@ -263,13 +263,13 @@ def menu_rollout(
     tokenizer,  # From `menu_tokenizer`
     temperature: float = 1.0,  # 0 is greedy
     max_turns: int = 6,  # Longest episode
-    seed: int = 0,  # Of the menus
+    seed: int = 0,  # Of the menus and of the draws
 ) -> EpisodeRollout:  # Picklable
     "How an episode is played"
     return EpisodeRollout(
         partial(MenuEnv, Digits(tokenizer)),
         tokenizer,
-        SamplingConfig(1, temperature),
+        SamplingConfig(1, temperature, seed=seed),
         max_turns=max_turns,
         max_context=500,
         seed=seed,
