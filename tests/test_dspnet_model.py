@@ -193,7 +193,7 @@ def test_measures_name_what_they_cannot_use():
         (lambda: ranking_metrics(scores, torch.tensor([1, 2]), 10), "ks"),
         (lambda: ranking_metrics(scores, torch.tensor([1.0, 2.0])), "targets"),
         (lambda: expected_metrics(torch.tensor([[1], [2]]), 2 * law, (1,)), "probs"),
-        (lambda: compare_all(dict(ours=[1.0, 2.0]), "ours"), "one method"),
+        (lambda: compare_all(dict(ours=[1.0, 2.0]), "ours"), "nothing to compare"),
         (lambda: ccr_loss(scores, scores, torch.ones(2, 2)), "weights"),
         (lambda: count_scores("markov", *[torch.tensor([[1, 2]])] * 2, *last, 5, 3), "last_scenes"),
     ):
