@@ -70,6 +70,7 @@ def run(tmp_path_factory):
         capture_output=True,
         text=True,
         cwd=tests.parent,
+        env=dict(os.environ, PYTEST_ADDOPTS=""),
     )
     assert r.returncode == 0, r.stdout + r.stderr
     return r.stdout
@@ -102,6 +103,7 @@ def test_long_groups_start_first(tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        env=dict(os.environ, PYTEST_ADDOPTS=""),
     )
     assert r.stdout.splitlines()[0].endswith("::test_last_in_the_file"), r.stdout
 

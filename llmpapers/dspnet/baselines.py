@@ -54,7 +54,12 @@ def count_scores(
         raise ValueError(f"kind={kind!r} must be one of {', '.join(count_kinds)}")
     check_number("prior", prior, "(0, inf)")
     check_histories(items, scenes, n_items, n_scenes)
-    check_histories(last_items[:, None], last_scenes[:, None], n_items, n_scenes)
+    for name, x, top in (
+        ("last_items", last_items, n_items),
+        ("last_scenes", last_scenes, n_scenes),
+    ):
+        if x.dim() != 1 or x.is_floating_point() or not ((x >= 0) & (x <= top)).all():
+            raise ValueError(f"{name}: need (N,) ids from 1 to {top}, or 0 for none")
     taken = items[items > 0] - 1
     share = torch.bincount(taken, minlength=n_items).double() + 1
     share = share / share.sum()

@@ -453,7 +453,7 @@ def forward(
         if cache is not None:
             raise ValueError(
                 "past_key_values: gradient checkpointing in training mode keeps no cache; "
-                "call eval() first"
+                "call model.eval() first"
             )
         if use_cache:
             warnings.warn(
