@@ -127,7 +127,7 @@ class Processes:
         except psutil.Error:
             pass
 
-    def left(self, wait=5):
+    def left(self, wait=20):
         "Processes that still run after `wait` seconds; they are ended"
         procs = [p for p, _ in self.seen.values() if p.is_running()]
         _, alive = psutil.wait_procs(procs, timeout=wait)
