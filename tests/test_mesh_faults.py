@@ -182,7 +182,7 @@ def test_checkpointing_does_not_drop_a_cache_silently():
     m(ids[:, :4], past_key_values=cache)
     m.train()
     m.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="call eval"):
+    with pytest.raises(ValueError, match="call model.eval"):
         m(ids[:, 4:], past_key_values=cache)
     assert m(ids, labels=ids, use_cache=True).loss.isfinite()
 

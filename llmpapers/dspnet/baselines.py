@@ -58,8 +58,10 @@ def count_scores(
         ("last_items", last_items, n_items),
         ("last_scenes", last_scenes, n_scenes),
     ):
-        if x.dim() != 1 or x.is_floating_point() or not ((x >= 0) & (x <= top)).all():
-            raise ValueError(f"{name}: need (N,) ids from 1 to {top}, or 0 for none")
+        if x.dim() != 1 or x.is_floating_point():
+            raise ValueError(f"{name}: need (N,) ids")
+        if (odd := x[(x < 0) | (x > top)]).numel():
+            raise ValueError(f"{name} has id {int(odd[0])}; ids run from 1 to {top}, 0 is none")
     taken = items[items > 0] - 1
     share = torch.bincount(taken, minlength=n_items).double() + 1
     share = share / share.sum()
