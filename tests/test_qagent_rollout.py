@@ -416,6 +416,7 @@ def searcher():
     return atlas_policy(cfg, build_world, BM25, 0)
 
 
+@pytest.mark.slow
 def test_greedy_batches_are_single_rollouts():
     lm = searcher()
     greedy = replace(short, temperature=0.0)
@@ -608,6 +609,7 @@ def numbers(run):
     return [[r[n] for n in names] for r in run.rows]
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_policy():
     """In one process, in turns: the same weights to the last bit, however long a search takes"""
     lm, rnd = searcher(), random.Random(0)
@@ -622,6 +624,7 @@ def test_one_seed_gives_one_policy():
     assert not same(weights(one), weights(other))
 
 
+@pytest.mark.slow
 def test_the_asynchronous_controller_trains_the_same_task():
     """Without running ahead it plays and pays the same rollouts as the synchronous loop, delays or
     not, and its weights differ by rounding; with one batch ahead it trains every group"""

@@ -518,6 +518,7 @@ def test_the_key_of_an_arm_is_its_stages(monkeypatch):
         study_agent(study_small, "wrong")
 
 
+@pytest.mark.slow
 def test_a_new_arm_runs(monkeypatch):
     monkeypatch.setitem(variants, "format", ("paper", {}, dict(format_weight=0.5)))
     outcome = study_outcome(study_small, "format", 1, np.int64(0), device="cpu")

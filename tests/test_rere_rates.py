@@ -55,6 +55,7 @@ def test_every_arm_runs(arm):
     assert tuned_outcome(small, arm, 0) == found
 
 
+@pytest.mark.slow
 def test_a_rate_of_zero_leaves_the_start():
     start = tuned_outcome(small, "SFT", 0)["metrics"]
     still = replace(small, rates=dict.fromkeys(small.rates, 0.0))
@@ -78,6 +79,7 @@ def test_the_best_start_on_validation_goes_on(monkeypatch):
     assert valid_ndcg(best_items(seen[2], task.coder, task.valid, 5), task) == max(tries)
 
 
+@pytest.mark.slow
 def test_every_rate_moves_its_arm_alone():
     for name, (arm, values) in choices.items():
         other = replace(small, rates=small.rates | {name: 0.3})
@@ -87,6 +89,7 @@ def test_every_rate_moves_its_arm_alone():
         assert len(set(values)) == len(values)
 
 
+@pytest.mark.slow
 def test_the_choice_is_the_best_mean_on_validation():
     tried = choose(small, (0, 1))
     assert [r["name"] for r in tried] == ["start"] + [k for k, (_, v) in choices.items() for _ in v]

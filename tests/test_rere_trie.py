@@ -227,6 +227,7 @@ def test_other_damage_is_refused(tmp_path):
 
 
 # ---- size ----------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_no_loop_over_the_items_of_a_large_catalogue():
     "A million items: lines of the builder run some times a level, and its numbers are small"
     g = torch.Generator().manual_seed(1)

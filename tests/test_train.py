@@ -406,6 +406,7 @@ def test_damaged_checkpoint_is_noticed(damage, straight, tmp_path):
         run(net(dropout=0.1), out=tmp_path, **full)
 
 
+@pytest.mark.slow
 def test_crash_while_writing_a_checkpoint(straight, tmp_path, monkeypatch):
     real, calls = os.replace, []
 
@@ -460,6 +461,7 @@ def test_finished_run_returns_at_once(straight, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_start_again(straight, tmp_path):
     run(net(3, dropout=0.1), out=tmp_path, **(full | dict(steps=50)))
     m = net(dropout=0.1)

@@ -88,6 +88,7 @@ def test_days_are_in_time_order_and_no_bidder_is_in_two_sets(logs):
     ) and not torch.equal(logs[0].test.states, logs[1].test.states)
 
 
+@pytest.mark.slow
 def test_longer_validation_leaves_every_other_set_alone(logs):
     more = collect(replace(config, n_val=8), 0)
     assert all(
