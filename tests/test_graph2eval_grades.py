@@ -285,6 +285,7 @@ def test_numbers_keep_every_digit_sign_and_point():
         ("money", "$5", "$5 USD"),
         ("number", "-5", "\u22125"),
         ("number", "1200", "1\u00a0200"),
+        ("number", "0.5", ".5"),
         ("date", "2024-12-31", "December 31st, 2024"),
         ("date", "2024-12-31", "Tuesday, 31 December 2024"),
         ("date", "2024-09-03", "Sept 3, 2024"),

@@ -237,29 +237,6 @@ def test_tables_without_cells_are_a_shortfall(tmp_path, rows):
 @pytest.mark.parametrize(
     "kind, gold, said",
     [
-        ("text", "Caf\u00e9", "Cafe\u0301"),
-        ("money", "-$5.00", "$-5.00"),
-        ("money", "$5", "US$5"),
-        ("money", "$5", "$5 USD"),
-        ("number", "-5", "\u22125"),
-        ("number", "1200", "1\u00a0200"),
-        ("date", "2024-12-31", "December 31st, 2024"),
-        ("date", "2024-12-31", "Tuesday, 31 December 2024"),
-        ("date", "2024-09-03", "Sept 3, 2024"),
-        ("date", "2024-05-02", "2024/05/02"),
-        ("date", "2024-05-02", "2024-05-02T00:00:00Z"),
-        ("quantity", "12%", "12 %"),
-        ("quantity", "2 months", "2 month"),
-        ("number", "0.5", ".5"),
-    ],
-)
-def test_right_answers_in_other_forms(kind, gold, said):
-    assert answers_match(kind, gold, said)
-
-
-@pytest.mark.parametrize(
-    "kind, gold, said",
-    [
         ("number", "1" * 30, "1" * 29 + "2"),
         ("money", "$5", "$5 EUR"),
         ("money", "-$5", "--$5"),

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.cache_utils import StaticCache
 
 from llmpapers.core.lm import char_tokenizer
-from llmpapers.core.train import TrainConfig, param_groups
+from llmpapers.core.train import TrainConfig, evaluating, param_groups
 from llmpapers.mesh import train as mesh_train
 from llmpapers.mesh.budget import saved_bytes
 from llmpapers.mesh.data import byte_corpus
@@ -45,7 +45,6 @@ from llmpapers.mesh.train import (
     StudyConfig,
     arm_config,
     arms,
-    evaluating,
     outcome,
     train_lm,
 )

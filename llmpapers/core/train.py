@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['schedules', 'TrainConfig', 'lr_factor', 'param_groups', 'lm_loss', 'n_targets', 'sft_batch', 'write_checkpoint',
-           'checkpoint_fault', 'newest_checkpoint', 'History', 'read_metrics', 'train']
+           'checkpoint_fault', 'newest_checkpoint', 'History', 'read_metrics', 'evaluating', 'train']
 
 # %% ../../nbs/core/05_train.ipynb #fdd7f036
 import hashlib
@@ -666,6 +666,20 @@ def loop(self: _Run, stop):
     self.save()
     if stop.asked:
         raise KeyboardInterrupt(f"stopped after the last step, {self.step}")
+
+# %% ../../nbs/core/05_train.ipynb #419db6ab
+@contextmanager
+def evaluating(
+    model: nn.Module,  # Any module
+):
+    "Evaluation mode inside; afterwards each part has its own mode again, also after an error"
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 # %% ../../nbs/core/05_train.ipynb #dab8f143
 @contextmanager

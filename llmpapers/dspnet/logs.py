@@ -486,7 +486,7 @@ class EventIndex:
         at = at.clamp(0, len(self.item) - 1)
         return self.item[at].long() * there, self.scene[at].long() * there
 
-
+# %% ../../nbs/dspnet/02_logs.ipynb #247d936c
 def index_events(
     events: pd.DataFrame,  # Columns user, item, scene, time
     items: list | None = None,  # Names of items in the order of their numbers; None makes them

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['scores_at_once', 'fusions', 'positions_of', 'causal_mask', 'attention', 'Block', 'Encoder', 'DSPOutput',
-           'check_histories', 'SequenceModel', 'context_of', 'best_of', 'without_seen', 'Scores', 'evaluating',
-           'last_scores', 'recommend', 'Gate', 'DSPNet']
+           'check_histories', 'SequenceModel', 'context_of', 'best_of', 'without_seen', 'Scores', 'last_scores',
+           'recommend', 'Gate', 'DSPNet']
 
 # %% ../../nbs/dspnet/04_model.ipynb #f5c4af64
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.scale import check_number
+from ..core.train import evaluating
 
 # %% ../../nbs/dspnet/04_model.ipynb #6c82f31d
 def positions_of(
@@ -323,19 +323,6 @@ class Scores(NamedTuple):
 
     items: Tensor  # (B,I) of the next item
     scenes: Tensor | None  # (B,M) of the next scene, None if the model has no such head
-
-
-@contextmanager
-def evaluating(
-    model: nn.Module,  # Any model
-):
-    "A model in evaluation mode, and afterwards in the mode it was in, whatever happens"
-    mode = model.training
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train(mode)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..core.lm import new_folder
 from ..core.scale import need
+from ..core.train import evaluating
 from llmpapers.dspnet.model import (
     DSPNet,
     Scores,
@@ -26,7 +27,6 @@ from llmpapers.dspnet.model import (
     causal_mask,
     check_histories,
     context_of,
-    evaluating,
     last_scores,
     positions_of,
     without_seen,
@@ -238,7 +238,7 @@ class Kept:
     items: list  # (I,) names; item i is items[i-1]. Empty if none were given
     scenes: list  # (M,) names
 
-
+# %% ../../nbs/dspnet/08_serving.ipynb #b5b2246a
 def save_dspnet(
     model: DSPNet,  # What to keep
     folder,  # Where; a model that is already there is replaced

@@ -144,7 +144,7 @@ def _object(path):
         raise ValueError(f"{path} must hold an object")
     return found
 
-
+# %% ../../nbs/graph2eval/17_bench_io.ipynb #f92e8905
 def _lines(path):
     "Lines of a file; only a line feed ends one"
     text = path.read_text(encoding="utf-8-sig", errors="replace")
@@ -239,7 +239,7 @@ def _call_of(text):
         raise ValueError(f"action {text[:60]!r} is not known")
     return call.func.id, dict(zip(known.split(), args)) | named
 
-
+# %% ../../nbs/graph2eval/17_bench_io.ipynb #3c2dd824
 class GymTaskEnv:
     "A task with the interface of Gymnasium"
 

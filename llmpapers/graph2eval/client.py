@@ -71,7 +71,7 @@ def _complaint(raw):
     except (ValueError, LookupError, TypeError, RecursionError):
         return ""
 
-
+# %% ../../nbs/graph2eval/12_client.ipynb #3a64331f
 class ChatClient:
     "A model behind an endpoint that speaks the OpenAI protocol"
 

@@ -661,7 +661,7 @@ class _Reader(HTMLParser):
         elif text and tag:
             self.out.append(("paragraph", text))
 
-
+# %% ../../nbs/graph2eval/03_documents.ipynb #f754e6a7
 def load_html(
     source: str,  # HTML
     doc_id: str,  # Name in element ids

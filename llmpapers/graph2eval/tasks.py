@@ -356,7 +356,7 @@ def _navigate(m):
             wanted=wanted,  # a walk may end early
         )
 
-
+# %% ../../nbs/graph2eval/09_tasks.ipynb #df2370ab
 def _lookup(m):
     "Report a fact of a page"
     for f in m.shuffled(match(m.kg, "Detail:page -Shows-> Fact:fact")):

@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.lm import n_params
 from ..core.scale import check_number, pick_device
+from ..core.train import evaluating
 from .layout import RecursiveConfig, count_parameters, forward_flops
 from .model import RecursiveLM, make_lm
-from .train import StudyConfig, arm_config, evaluating, loop_loss, outcome
+from .train import StudyConfig, arm_config, loop_loss, outcome
 
 # %% ../../nbs/mesh/09_budget.ipynb #b349b01a
 def measured_flops(

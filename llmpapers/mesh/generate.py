@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..core.scale import check_number, rng
+from ..core.train import evaluating
 from .layout import RecursiveConfig
 from .model import RecursiveLM
-from .train import evaluating, token_loss
+from .train import token_loss
 
 # %% ../../nbs/mesh/07_generate.ipynb #bb1a5c14
 class PreallocatedLayer(DynamicLayer):

@@ -108,7 +108,7 @@ def _check_extras(extras):
         if close and not hasattr(PreTrainedConfig, name):
             raise ValueError(f"{name!r} is no field of RecursiveConfig; did you mean {close[0]}?")
 
-
+# %% ../../nbs/mesh/01_layout.ipynb #695607ed
 class RecursiveConfig(PreTrainedConfig):
     "Everything that determines a recursive language model"
 
@@ -214,7 +214,7 @@ class RecursiveConfig(PreTrainedConfig):
         "Computed depth: one key and value store for each of these layers"
         return self.depth.computed
 
-
+# %% ../../nbs/mesh/01_layout.ipynb #bfab0a5b
 def own_fields() -> list[str]:  # Names
     "Fields of a `RecursiveConfig` that decide what a model is"
     return [f for f in RecursiveConfig.__annotations__ if f != "model_type"]

@@ -416,7 +416,7 @@ def embed(
         raise ValueError(f"input_ids: ids must lie in [0, {n}), the vocabulary of this model")
     return self.embed_in(input_ids)
 
-
+# %% ../../nbs/mesh/04_model.ipynb #8a37e34f
 @patch
 def forward(
     self: RecursiveModel,
@@ -655,7 +655,7 @@ def _core_states(layers, layout, how):
         states.append({k: torch.stack([p[k] for p in parts]).mean(0) for k in parts[0]})
     return states
 
-
+# %% ../../nbs/mesh/04_model.ipynb #8db4aa06
 def from_gpt_neox(
     hf_model,  # A `GPTNeoXForCausalLM`, a folder, or a hub id such as "EleutherAI/pythia-70m"
     layout: str | Layout,  # Its computed depth must be that of the model

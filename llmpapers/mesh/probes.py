@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.scale import check_number
+from ..core.train import evaluating
 from .model import RecursiveLM
 from .recurrence import Trace
-from .train import evaluating
 
 # %% ../../nbs/mesh/08_probes.ipynb #c085841f
 def _exact(x):
