@@ -502,7 +502,8 @@ rhythm_scales = dict(  # Sizes by scale
         1,
         4,
     ),
-    laptop=RhythmScale("chain", chain_scales["laptop"], _short("laptop"), _tiny_run, 5, 192),
+    laptop=RhythmScale("chain", chain_scales["laptop"], _short("laptop"), _tiny_run, 1, 192),
+    desk=RhythmScale("chain", chain_scales["laptop"], _short("laptop"), _tiny_run, 10, 192),
     gpu=RhythmScale(
         "countdown",
         CountdownLMConfig(Countdown(), _gpu_lm, _gpu_sft),
