@@ -169,6 +169,7 @@ def test_damaged_minutes_and_records_are_named(rooms, capsys):
             load_record("smec", "study")
 
 
+@pytest.mark.slow
 # ---- runs ----------------------------------------------------------------------------------------
 def test_a_run_in_a_folder_with_braces_and_number_signs(rooms, capsys):
     out = rooms.parent / "out {scale} {} #2"

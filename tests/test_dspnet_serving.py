@@ -77,6 +77,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_an_exported_program_takes_any_number_of_rows():
     model = network(inject_scene=True, target_context=True)
     program = export_program(model).module()
@@ -226,6 +227,7 @@ def test_weights_that_are_no_numbers_are_not_kept(tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [False, True])
 def test_an_export_takes_the_scene_of_the_target_where_the_model_does(told, tmp_path):
     model = network(target_context=told)

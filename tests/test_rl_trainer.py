@@ -329,6 +329,7 @@ SAVER = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0, 0.013, 0.05])
 def test_sigkill_while_saving_leaves_a_good_checkpoint(delay, tmp_path):
     p = subprocess.Popen(

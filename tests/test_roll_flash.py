@@ -460,6 +460,7 @@ def test_spares_never_hurt(seed, G, S, more_g, more_s):
     assert simulate_redundancy(t, G, S) <= t[:G, :S].max()
 
 
+@pytest.mark.slow
 def test_proposition_two_on_random_clusters():
     """With at least one batch ahead the steady step stays within a few per cent of the bound; with
     half a batch it need not"""

@@ -98,6 +98,7 @@ def test_longer_validation_leaves_every_other_set_alone(logs):
     assert len(more.days[-2]) == len(more.select) == 8 == len(more.days[-1])
 
 
+@pytest.mark.slow
 def test_normalisation_comes_from_training_days_and_test_days_decide_nothing(logs):
     train, runs = lambda ls: train_policies(config, ls, every=1), arms(config)
     base, unseen = train(logs), train([log._replace(test=other(log.test)) for log in logs])
