@@ -20,6 +20,7 @@ from llmpapers.graph2eval import (
     bench,
     browser,
     client,
+    documents,
     embed,
     env,
     graph,
@@ -28,6 +29,7 @@ from llmpapers.graph2eval import (
     tasks,
 )
 from llmpapers.graph2eval.agents import LLMDocAgent, LLMWebAgent, PixelAgent, RetrievalAgent
+from llmpapers.graph2eval.bench_io import GymTaskEnv
 from llmpapers.graph2eval.browser import (
     Action,
     ActionError,
@@ -734,3 +736,60 @@ def test_a_picture_that_cannot_be_taken_is_trouble_of_the_machinery(chromium, si
         assert (place.result().status, place.result().reward) == ("infrastructure", None)
     with WebEnv(site, "chromium", chromium=chromium) as place:
         assert place.reset(some["lookup"]).screenshot is None
+
+
+# bad input is named
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "a", True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seed: agents.OracleAgent(0.1, seed),
+        lambda seed: agents.RandomAgent(seed),
+        lambda seed: Site(make_world(4), seed=seed),
+    ],
+)
+def test_a_bad_seed_is_named_by_its_argument(make, seed):
+    with pytest.raises(ValueError, match="seed="):
+        make(seed)
+
+
+def test_types_of_edges_as_one_text_are_not_taken_for_letters():
+    kg = graph.KG()
+    kg.add("a", "Page")
+    kg.add("b", "Page")
+    kg.link("a", "b", "NavTo")
+    for call in (lambda: kg.around("a", types="NavTo"), lambda: kg.khop(["a"], 1, types="NavTo")):
+        with pytest.raises(TypeError, match="NavTo"):
+            call()
+    with pytest.raises(ValueError, match="a: there is no node"):
+        kg.distance("z", "a")
+
+
+def test_letters_that_a_file_cannot_hold_are_named(tmp_path):
+    with pytest.raises(ValueError, match="blocks: 'Привет'"):
+        documents.write_blocks([("paragraph", "Привет")], tmp_path / "r.pdf")
+    documents.write_blocks([("paragraph", "Müller, 3.5 €".replace("€", "EUR"))], tmp_path / "r.pdf")
+
+
+@pytest.mark.parametrize(
+    "said, fine",
+    [
+        ('click("0")', True),
+        ("click('0', button='left')", True),
+        ('click("0", "left", [])', True),
+        ('click("0", button="right")', False),
+        ('click("0", "left", ["Shift"])', False),
+    ],
+)
+def test_buttons_of_the_mouse_as_browsergym_writes_them(site, some, said, fine):
+    with WebEnv(site, "direct") as place:
+        gym = GymTaskEnv(place, some["lookup"])
+        gym.reset()
+        if fine:
+            assert gym.action_of(said).kind == "click"
+        else:
+            with pytest.raises(ValueError, match="left button"):
+                gym.action_of(said)
+        gym.close()

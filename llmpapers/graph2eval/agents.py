@@ -38,7 +38,7 @@ class OracleAgent(Script):
         seed: int = 0,  # Of the slips
     ):
         self.eps = check_number("eps", eps, "[0, 1]")
-        self.gen = np.random.default_rng([seed, 51])
+        self.gen = np.random.default_rng([check_number("seed", seed, "int [0, inf)"), 51])
         super().__init__(())
 
     def begin(
@@ -67,7 +67,8 @@ class RandomAgent:
         seed: int = 0,  # Of the draws
         steps: int = 8,  # Actions before it finishes
     ):
-        self.gen, self.steps = np.random.default_rng([seed, 52]), steps
+        self.gen = np.random.default_rng([check_number("seed", seed, "int [0, inf)"), 52])
+        self.steps = check_number("steps", steps, "int [0, inf)")
 
     def begin(
         self,

@@ -231,7 +231,12 @@ def _call_of(text):
         named = {x.arg: ast.literal_eval(x.value) for x in call.keywords}
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as e:
         raise ValueError(f"action {text[:60]!r} is no call with plain arguments") from e
-    names = dict(click="bid", fill="bid value", select_option="bid options", press="bid key_comb")
+    names = dict(
+        click="bid button modifiers",
+        fill="bid value",
+        select_option="bid options",
+        press="bid key_comb",
+    )
     names |= dict(send_msg_to_user="text", report_infeasible="reason", goto="url", noop="wait_ms")
     names |= dict(go_back="", scroll="delta_x delta_y")
     known = names.get(call.func.id, None)
@@ -299,6 +304,8 @@ class GymTaskEnv:
             if name == "goto":
                 return Action("goto", said)
             return Action("answer", value=said if name == "send_msg_to_user" else "")
+        if given.get("button", "left") != "left" or given.get("modifiers"):
+            raise ValueError(f"action {text[:60]!r}: only the plain left button can be pressed")
         bid, widgets = str(given.get("bid", "")), self.last.page.widgets
         if not (bid.isascii() and bid.isdigit() and len(bid) < 7 and int(bid) < len(widgets)):
             raise ValueError(f"action {text[:60]!r}: there is no element {bid!r}")

@@ -97,6 +97,8 @@ def around(
         raise ValueError(f"id: there is no node {id!r}")
     if direction not in ("out", "in", "both"):
         raise ValueError(f'direction={direction!r} must be "out", "in" or "both"')
+    if isinstance(types, str):
+        raise TypeError(f"types must be a collection of types, not one string: [{types!r}]")
     found = []
     if direction != "in":
         found += [(self.links[e][1], self.links[e][2], e) for e in self.out[id]]
@@ -117,6 +119,8 @@ def khop(
     check_number("k", k, "int [0, inf)")
     if isinstance(seeds, str):
         raise TypeError(f"seeds must be a collection of ids, not one string: [{seeds!r}]")
+    if isinstance(types, str):
+        raise TypeError(f"types must be a collection of types, not one string: [{types!r}]")
     types = None if types is None else set(types)
     seen = set(seeds)
     if lost := seen - set(self.types):
@@ -154,8 +158,9 @@ def distance(
     type: str = "NavTo",  # Of the edges: clicks
 ) -> int | None:  # None: there is no way
     "Fewest edges of a type from one node to another"
-    if b not in self.types:
-        raise ValueError(f"b: there is no node {b!r}")
+    for name, node in (("a", a), ("b", b)):
+        if node not in self.types:
+            raise ValueError(f"{name}: there is no node {node!r}")
     seen, rim = {a: 0}, deque([a])
     while rim:
         x = rim.popleft()
