@@ -12,7 +12,7 @@ from ..core.scale import need
 from ..core.train import TrainConfig
 from .generate import quantization_gap
 from .probes import probe_model, router_report
-from .train import StudyConfig, outcome, study_corpus, trained_model
+from .train import StudyConfig, outcome, placed, study_corpus, trained_model
 
 # %% ../../nbs/mesh/10_results.ipynb #28537891
 study_gpu = StudyConfig(  # 25 to 38 million weights without embeddings
@@ -34,7 +34,7 @@ study_gpu = StudyConfig(  # 25 to 38 million weights without embeddings
         save_every=500,  # a training that was killed goes on from here
     ),
 )
-watched = ("base", "mesh", "mesh, biased")  # Arms whose models are probed
+watched = ("base", "mesh", "mesh, biased")  # Arms whose models are probed, whatever their norms
 
 
 def _short(x):
