@@ -12,7 +12,15 @@ from ..core.scale import need
 from ..core.train import TrainConfig
 from .generate import quantization_gap
 from .probes import probe_model, router_report
-from .train import StudyConfig, outcome, placed, study_corpus, trained_model
+from llmpapers.mesh.train import (
+    PuzzleConfig,
+    StudyConfig,
+    outcome,
+    placed,
+    puzzle_outcome,
+    study_corpus,
+    trained_model,
+)
 
 # %% ../../nbs/mesh/10_results.ipynb #28537891
 study_gpu = StudyConfig(  # 25 to 38 million weights without embeddings

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['arms', 'placed', 'late_share', 'StudyConfig', 'arm_config', 'token_loss', 'loop_loss', 'TrainResult', 'train_lm',
-           'study_corpus', 'outcome', 'trained_model', 'compare_schemes', 'paired', 'Windows']
+           'study_corpus', 'outcome', 'trained_model', 'compare_schemes', 'paired', 'PuzzleConfig', 'puzzle_arm',
+           'hop_accuracy', 'puzzle_outcome', 'Windows']
 
 # %% ../../nbs/mesh/06_train.ipynb #6c9cd0d5
 import functools
@@ -21,10 +22,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ..core.artifacts import artifact
+from ..core.lm import specials
 from ..core.scale import check_number, check_ranges, rng
 from ..core.stats import Interval, mean_ci
 from ..core.train import TrainConfig, evaluating, train
-from .data import Corpus, byte_corpus, text_sources
+from .data import Corpus, byte_corpus, pointer_chasing, text_sources
 from .layout import RecursiveConfig, known_fields
 from .model import RecursiveLM, make_lm
 
@@ -281,6 +283,99 @@ def paired(
         if name not in wide:
             raise ValueError(f"the table has no arm {name!r}; it has {', '.join(wide)}")
     return mean_ci((wide[arm] - wide[other]).to_numpy())
+
+# %% ../../nbs/mesh/06_train.ipynb #b86f4700
+@dataclass(frozen=True)
+class PuzzleConfig:
+    "Pointer chasing around one cycle, and what its models have in common"
+
+    n: int = 7  # Symbols
+    hops: int = 3  # Applications of the function, H
+    layout: str = "1+2R2+1"  # Layout of all arms
+    d_model: int = 64  # Width, D
+    n_heads: int = 4  # Heads
+    held_out: int = 1000  # Sequences to judge by
+    train: TrainConfig = field(  # Steps, rate, batch
+        default_factory=lambda: TrainConfig(
+            steps=4000, batch_size=32, lr=3e-3, log_every=500, eval_every=500
+        )
+    )
+
+    def __post_init__(self):
+        check_ranges(self, n="int [2, inf)", hops="int [1, inf)", held_out="int [1, inf)")
+        if 2 * self.hops > self.n:
+            raise ValueError(
+                f"hops={self.hops}: a cycle of n={self.n} symbols can be followed backwards with "
+                "fewer hops; they must be at most n / 2"
+            )
+        puzzle_arm(self, "base")  # a model that cannot be made is refused here
+
+
+def puzzle_arm(
+    puzzle: PuzzleConfig,  # The puzzle
+    arm: str,  # One of `arms`, but not "late"
+) -> RecursiveConfig:  # The model of the arm
+    "Configuration of an arm that learns the puzzle"
+    if arm == "late":
+        raise ValueError("arm='late': loops are switched on late in trainings on text only")
+    fields = (("vocab_size", puzzle.n + 1 + len(specials)), ("rotary_pct", 1.0))
+    common = dict(layout=puzzle.layout, d_model=puzzle.d_model, n_heads=puzzle.n_heads)
+    return arm_config(StudyConfig(**common, fields=fields), arm)
+
+
+def hop_accuracy(
+    model,  # A causal language model
+    task: dict,  # From `pointer_chasing`
+    batch: int = 250,  # Sequences at once
+) -> list[float]:  # By hop
+    "Share of right answers"
+    ids, labels = task["input_ids"], task["labels"][:, 1:]
+    asked = (labels[0] != -100).nonzero().flatten()  # the same places in all sequences
+    with evaluating(model), torch.no_grad():
+        logits = [
+            model(x.to(model.device), use_cache=False).logits[:, asked] for x in ids.split(batch)
+        ]
+    right = torch.cat(logits).argmax(-1).cpu() == labels[:, asked]
+    return right.double().mean(0).tolist()
+
+
+def puzzle_outcome(
+    puzzle: PuzzleConfig,  # The puzzle
+    arm: str,  # One of `arms`, but not "late"
+    seed: int,  # Of weights and data
+    device=None,  # None: a GPU if there is one
+) -> dict:  # accuracy: by hop; curve: rows of step and accuracy by hop
+    "How much of the puzzle an arm learns; trained at most once on this machine"
+    cfg, how = puzzle_arm(puzzle, arm), replace(puzzle.train, seed=seed)
+    size, last = (puzzle.n, puzzle.hops), 2**31
+    held_out = pointer_chasing(*size, puzzle.held_out, last, "cycle")
+
+    def batch(step, generator):
+        drawn = int(torch.randint(last, (1,), generator=generator))  # below `last`
+        return pointer_chasing(*size, how.batch_size, drawn, "cycle")
+
+    def measure(m):
+        return {f"hop{j}": a for j, a in enumerate(hop_accuracy(m, held_out), 1)}
+
+    def build(out):
+        history = train(
+            make_lm(cfg, seed),
+            batch,
+            how,
+            loss_fn=loop_loss,
+            eval_fn=measure,
+            progress=False,
+            device=device,
+        )
+        hops = [f"hop{j}" for j in range(1, puzzle.hops + 1)]
+        rows = [r for r in history.rows if "hop1" in r]
+        curve = [[r["step"], *(r[h] for h in hops)] for r in rows]
+        found = dict(accuracy=curve[-1][1:], curve=curve)
+        (out / "outcome.json").write_text(json.dumps(found), encoding="utf-8")
+
+    recipe = dict(puzzle=puzzle, arm=arm, fields=arms[arm], seed=seed)
+    folder = artifact("mesh_puzzle", recipe, build, code=_code())
+    return json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
 
 # %% ../../nbs/mesh/06_train.ipynb #5df2c73d
 class Windows(torch.utils.data.Dataset):
