@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['arms', 'placed', 'late_share', 'StudyConfig', 'arm_config', 'token_loss', 'loop_loss', 'TrainResult', 'train_lm',
            'study_corpus', 'outcome', 'trained_model', 'compare_schemes', 'paired', 'PuzzleConfig', 'puzzle_arm',
-           'hop_accuracy', 'puzzle_outcome', 'Windows']
+           'hop_accuracy', 'set_aside', 'puzzle_outcome', 'Windows']
 
 # %% ../../nbs/mesh/06_train.ipynb #6c9cd0d5
 import functools
@@ -289,15 +289,15 @@ def paired(
 class PuzzleConfig:
     "Pointer chasing around one cycle, and what its models have in common"
 
-    n: int = 7  # Symbols
-    hops: int = 3  # Applications of the function, H
+    n: int = 5  # Symbols
+    hops: int = 2  # Applications of the function, H
     layout: str = "1+2R2+1"  # Layout of all arms
     d_model: int = 64  # Width, D
     n_heads: int = 4  # Heads
     held_out: int = 1000  # Sequences to judge by
     train: TrainConfig = field(  # Steps, rate, batch
         default_factory=lambda: TrainConfig(
-            steps=4000, batch_size=32, lr=3e-3, log_every=500, eval_every=500
+            steps=600, batch_size=64, lr=4e-3, log_every=100, eval_every=100
         )
     )
 
@@ -339,6 +339,21 @@ def hop_accuracy(
     return right.double().mean(0).tolist()
 
 
+def set_aside(
+    puzzle: PuzzleConfig,  # The puzzle
+    size: int,  # Sequences
+    seed: int,  # Of the sequences
+    aside: bool,  # Those that are judged by, or those that are trained on
+) -> dict:  # From `pointer_chasing`
+    "Sequences of one of two parts that share none: one in ten is never trained on"
+    more = size * (15 if aside else 2) + 100  # enough, but for a chance of none
+    task = pointer_chasing(puzzle.n, puzzle.hops, more, seed, "cycle")
+    asked = task["input_ids"][:, : 2 * puzzle.n + 1]  # arrows and start
+    held = (asked * torch.arange(1, asked.shape[1] + 1)).sum(1) % 10 == 0
+    kept = (held == aside).nonzero().flatten()[:size]
+    return {name: rows[kept] for name, rows in task.items()}
+
+
 def puzzle_outcome(
     puzzle: PuzzleConfig,  # The puzzle
     arm: str,  # One of `arms`, but not "late"
@@ -347,12 +362,11 @@ def puzzle_outcome(
 ) -> dict:  # accuracy: by hop; curve: rows of step and accuracy by hop
     "How much of the puzzle an arm learns; trained at most once on this machine"
     cfg, how = puzzle_arm(puzzle, arm), replace(puzzle.train, seed=seed)
-    size, last = (puzzle.n, puzzle.hops), 2**31
-    held_out = pointer_chasing(*size, puzzle.held_out, last, "cycle")
+    held_out = set_aside(puzzle, puzzle.held_out, 0, True)
 
     def batch(step, generator):
-        drawn = int(torch.randint(last, (1,), generator=generator))  # below `last`
-        return pointer_chasing(*size, how.batch_size, drawn, "cycle")
+        drawn = int(torch.randint(2**31, (1,), generator=generator))
+        return set_aside(puzzle, how.batch_size, drawn, False)
 
     def measure(m):
         return {f"hop{j}": a for j, a in enumerate(hop_accuracy(m, held_out), 1)}
