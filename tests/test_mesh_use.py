@@ -51,6 +51,7 @@ from llmpapers.mesh.train import (
     outcome,
     placed,
     puzzle_outcome,
+    set_aside,
     train_lm,
 )
 
@@ -561,17 +562,30 @@ def test_arms_learn_the_puzzle_from_the_same_batches(tmp_path, monkeypatch):
     seen = []
 
     def watching(*args):
-        seen.append(pointer_chasing(*args))
+        seen.append(set_aside(*args))
         return seen[-1]
 
-    monkeypatch.setattr(mesh_train, "pointer_chasing", watching)
+    monkeypatch.setattr(mesh_train, "set_aside", watching)
     how = TrainConfig(steps=3, batch_size=4, log_every=1, eval_every=3)
     puzzle = PuzzleConfig(n=4, hops=2, d_model=32, held_out=8, train=how)
     found = [puzzle_outcome(puzzle, arm, 1) for arm in ("base", "vanilla")]
     held, *batches = [task["input_ids"] for task in seen]
     assert len(batches) == 7 and torch.equal(held, batches[3])  # held out, and three batches, twice
+    questions = {tuple(row) for row in held[:, :9].tolist()}  # arrows and start
     for a, b in zip(batches[:3], batches[4:]):
         assert a.shape == (4, 2 * 4 + 2 + 2) and torch.equal(a, b)
+        assert not questions & {tuple(row) for row in a[:, :9].tolist()}
     assert not torch.equal(batches[0], batches[1])
     assert [len(f["accuracy"]) for f in found] == [2, 2]
     assert puzzle_outcome(puzzle, "base", 1) == found[0] and len(seen) == 9  # kept, not trained
+
+
+@pytest.mark.parametrize("n, hops, size", [(2, 1, 7), (4, 2, 40), (7, 3, 300)])
+def test_what_is_set_aside_is_never_trained_on(n, hops, size):
+    puzzle = PuzzleConfig(n=n, hops=hops, d_model=32)
+    asked = []
+    for aside in (True, False):
+        task = set_aside(puzzle, size, 3, aside)
+        assert task["input_ids"].shape == task["labels"].shape == (size, 2 * n + hops + 2)
+        asked.append({tuple(row) for row in task["input_ids"].tolist()})
+    assert asked[0] and asked[1] and not asked[0] & asked[1]
