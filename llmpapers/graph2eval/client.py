@@ -71,6 +71,8 @@ def _objects_in(text):
     "The outermost JSON objects in a reply, without those that the model only thought of"
     decode = json.JSONDecoder(parse_constant=_no_number).raw_decode
     thought = _thoughts.match(text)
+    if thought is None and re.match(r"\s*<(think|thinking|thought|reasoning)>", text):
+        raise ValueError("the reply has thoughts and nothing after them")
     found, at = [], text.find("{", thought.end() if thought else 0)
     while at >= 0:
         try:
@@ -225,6 +227,8 @@ class ChatClient:
         check_number("max_concurrency", max_concurrency, "int [1, inf)")
         if schema is not None:
             json_schema(schema)
+        if not isinstance(extra, dict | None):
+            raise TypeError(f"extra must be a dictionary, not {type(extra).__name__}")
         if bad := set(extra or ()) & {"messages", "model", "stream", "response_format"}:
             raise ValueError(f"extra: {min(bad)} is for the client to say")
         self.extra = dict(extra or {})
