@@ -424,7 +424,8 @@ def test_an_element_that_went_is_not_replaced_by_its_neighbour(chromium):
 def test_a_field_that_went_or_takes_no_such_text_is_an_error_of_the_action(chromium):
     html = (
         "<form action='/search'><label for=gone>Gone</label><input id=gone>"
-        "<label for=z>Stays</label><input id=z><label for=n>Number</label><input id=n type=number><label for=f>File</label>"
+        "<label for=z>Stays</label><input id=z>"
+        "<label for=n>Number</label><input id=n type=number><label for=f>File</label>"
         "<input id=f type=file><label for=d>Dead</label><input id=d disabled><label for=s>Choice"
         "</label><select id=s disabled><option>a<option>b</select></form>"
     )
