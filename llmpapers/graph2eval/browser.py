@@ -1106,8 +1106,6 @@ def _see(self: ChromiumBrowser):
             if "navigat" not in str(e).lower() and "destroyed" not in str(e).lower():
                 raise
             continue  # the page was left while it was read
-        if self.live is not None:
-            self.live.dispose()
         self.live = seen
         if not self.gate.busy:
             break
