@@ -479,6 +479,9 @@ def test_parts_of_scrolled_zoomed_and_framed_pages_are_hit_where_they_are_seen(c
 
     zoomed = "<style>html{zoom:2}</style><p><a href='/settings'>Here</a></p>"
     assert episode_on(chromium, zoomed, [middle("link/Here/0")])[1] == "/settings"
+    card = "<p><a href='/settings'><div style='width:200px;height:80px'>Here</div></a></p>"
+    assert episode_on(chromium, card, [middle("link/Here/0")])[1] == "/settings"
+    assert episode_on(chromium, card, [Action("click", "link/Here/0")])[1] == "/settings"
     far = "<div style='height:900px'></div><a href='/settings'>Here</a><div style='height:2000px'>"
     acts = [Action("scroll"), middle("link/Here/0")]
     assert episode_on(chromium, far, acts)[1] == "/settings"

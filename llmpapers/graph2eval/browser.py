@@ -1093,6 +1093,11 @@ class ChromiumBrowser:
             self.status = response.status
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #cded9808
+def _left(error):
+    "Does an error say that a page was left while something was asked of it?"
+    return bool(re.search("navigat|destroyed|disposed|JSHandles can be", str(error), re.I))
+
+
 @patch
 def _see(self: ChromiumBrowser):
     "Wait until the page is at rest, and read it"
@@ -1103,7 +1108,7 @@ def _see(self: ChromiumBrowser):
             seen = self.tab.evaluate_handle(_copy_page, selector)
             source = seen.evaluate("(seen) => seen.source")
         except Exception as e:
-            if "navigat" not in str(e).lower() and "destroyed" not in str(e).lower():
+            if not _left(e):
                 raise
             continue  # the page was left while it was read
         self.live = seen
@@ -1177,15 +1182,17 @@ def close(self: ChromiumBrowser) -> None:
         self.gate.close()
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #31c6d719
+# of the first line that shows something: before a block in a link stands an empty one
+_rect = "[...e.getClientRects()].find((r) => r.width >= 2 && r.height >= 2)"
 _boxes = """(seen) => seen.live.map((e) => {
-  const r = e.getClientRects()[0], s = getComputedStyle(e);
+  const r = RECT, s = getComputedStyle(e);
   if (!r || s.visibility === 'hidden') return null;
   const x = Math.max(r.left, 0), y = Math.max(r.top, 0);
   const w = Math.min(r.right, innerWidth) - x, h = Math.min(r.bottom, innerHeight) - y;
   if (w < 2 || h < 2) return null;
   const top = document.elementFromPoint(x + w / 2, y + h / 2);
   return top && (e === top || e.contains(top)) ? [x, y, w, h] : null;
-})"""
+})""".replace("RECT", _rect)
 _under = """(seen, [sel, x, y]) => {
   const top = document.elementFromPoint(x, y), e = top && top.closest(sel);
   return e ? seen.live.indexOf(e) : -1;
@@ -1231,9 +1238,14 @@ def screen(
     "Take a picture of the window"
 
     def take():
-        page = self._see()
-        places = self.live.evaluate(_boxes)
-        png = self.tab.screenshot()
+        for last in (False, False, True):
+            page = self._see()
+            try:
+                places, png = self.live.evaluate(_boxes), self.tab.screenshot()
+                break
+            except Exception as e:
+                if last or not _left(e):
+                    raise
         view = self.tab.viewport_size
         ids, boxes = [], []
         for w in page.widgets:
@@ -1255,7 +1267,12 @@ def _pointed(self: ChromiumBrowser, target):
         size = f"{view['width']} x {view['height']}"
         raise ActionError(f"{target[:30]!r} is no point @x,y of the picture, which is {size}")
     self._see()  # a mouse hits what is there now, whatever was there when the picture was taken
-    index = self.live.evaluate(_under, [selector, *at])
+    try:
+        index = self.live.evaluate(_under, [selector, *at])
+    except Exception as e:
+        if not _left(e):
+            raise
+        raise ActionError("the page was left before it could be clicked") from e
     return next((w.id for w in self.page.widgets if w.index == index), ""), at
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #080b90f9
@@ -1263,11 +1280,11 @@ _place = """(seen, k) => {
   const e = seen.live[k];
   if (!e.isConnected || !e.getClientRects().length) return null;
   e.scrollIntoView({block: 'center', inline: 'center', behavior: 'instant'});
-  const r = e.getClientRects()[0], x = r.x + r.width / 2, y = r.y + r.height / 2;
+  const r = RECT || e.getBoundingClientRect(), x = r.x + r.width / 2, y = r.y + r.height / 2;
   const top = document.elementFromPoint(x, y), label = top && top.closest('label');
   const free = top && (e.contains(top) || top.contains(e) || (label && label.control === e));
   return [x, y, !!free];
-}"""
+}""".replace("RECT", _rect)
 
 
 @patch
@@ -1276,7 +1293,7 @@ def _ask(self: ChromiumBrowser, script, w, handle=False):
     try:
         return (self.live.evaluate_handle if handle else self.live.evaluate)(script, w.index)
     except Exception as e:
-        if not re.search("navigat|destroyed|disposed|JSHandles can be", str(e)):
+        if not _left(e):
             raise
         raise ActionError(f"{w.id!r} has gone with its page") from e
 
