@@ -479,7 +479,8 @@ def test_parts_of_scrolled_zoomed_and_framed_pages_are_hit_where_they_are_seen(c
 
     zoomed = "<style>html{zoom:2}</style><p><a href='/settings'>Here</a></p>"
     assert episode_on(chromium, zoomed, [middle("link/Here/0")])[1] == "/settings"
-    card = "<p><a href='/settings'><div style='width:200px;height:80px'>Here</div></a></p>"
+    block = "<div style='width:200px;height:80px'>Here</div>"
+    card = f"<div>A word <a href='/settings'>{block}</a></div>"
     assert episode_on(chromium, card, [middle("link/Here/0")])[1] == "/settings"
     assert episode_on(chromium, card, [Action("click", "link/Here/0")])[1] == "/settings"
     far = "<div style='height:900px'></div><a href='/settings'>Here</a><div style='height:2000px'>"
