@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from llmpapers.mesh.data import byte_ids, byte_text, modular_chain, p_hop_induction, pointer_chasing
+from llmpapers.mesh.data import (
+    byte_ids,
+    byte_text,
+    modular_chain,
+    p_hop_induction,
+    pointer_chasing,
+    pointer_kinds,
+)
 from llmpapers.mesh.generate import KVCache, generate, quantized
 from llmpapers.mesh.layout import RecursiveConfig
 from llmpapers.mesh.model import from_gpt_neox, grads_of, make_lm
@@ -233,13 +240,19 @@ def test_bytes_round_trip(text):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(2, 7), st.integers(1, 6), st.integers(0, 99))
-def test_pointer_chasing_follows_its_function(n, hops, seed):
-    task = pointer_chasing(n, hops, 3, seed)
+@given(st.integers(2, 7), st.integers(1, 6), st.integers(0, 99), st.sampled_from(pointer_kinds))
+def test_pointer_chasing_follows_its_function(n, hops, seed, kind):
+    task = pointer_chasing(n, hops, 3, seed, kind)
     for row, labels in zip(task["input_ids"] - 4, task["labels"] - 4):
         f = {int(a): int(b) for a, b in row[: 2 * n].view(n, 2)}
         assert len(f) == n
+        assert kind == "function" or len(set(f.values())) == n
         x = int(row[2 * n])
+        if kind == "cycle":
+            round_trip = [x]
+            while f[round_trip[-1]] != x:
+                round_trip.append(f[round_trip[-1]])
+            assert len(round_trip) == n
         for j in range(hops):
             x = f[x]
             assert int(labels[2 * n + 2 + j]) == x

@@ -27,9 +27,9 @@ from llmpapers.core.lm import char_tokenizer
 from llmpapers.core.train import TrainConfig, evaluating, param_groups
 from llmpapers.mesh import train as mesh_train
 from llmpapers.mesh.budget import saved_bytes
-from llmpapers.mesh.data import byte_corpus
+from llmpapers.mesh.data import byte_corpus, pointer_chasing
 from llmpapers.mesh.generate import KVCache, generate, quantized
-from llmpapers.mesh.layout import RecursiveConfig
+from llmpapers.mesh.layout import RecursiveConfig, count_parameters
 from llmpapers.mesh.model import RecursiveLM, from_gpt_neox, make_lm
 from llmpapers.mesh.probes import (
     blocks_of,
@@ -40,12 +40,18 @@ from llmpapers.mesh.probes import (
     singular_spectrum,
 )
 from llmpapers.mesh.recurrence import FixedSum, MeshRouters, Mixer, mesh_coefficients, run_scheme
+from llmpapers.mesh.results import study_gpu
 from llmpapers.mesh.rivals import StepEmbedding, make_between
 from llmpapers.mesh.train import (
+    PuzzleConfig,
     StudyConfig,
     arm_config,
     arms,
+    hop_accuracy,
     outcome,
+    placed,
+    puzzle_outcome,
+    set_aside,
     train_lm,
 )
 
@@ -496,3 +502,90 @@ def test_the_harness_gets_a_model_that_it_can_score(monkeypatch):
     assert asked[0] == (list(harness_tasks), 0, 2)
     harness_scores(model(), tokenizer, tasks=("sciq",), shots=5)
     assert asked[-1] == (["sciq"], 5, None)
+
+
+@pytest.mark.parametrize("arm", ["base", "mesh, biased", "vanilla", "own mlp"])
+def test_the_models_of_the_gpu_recipe_have_the_size_that_is_named(arm):
+    "25 to 38 million weights without embeddings, of a model that is really made"
+    cfg = arm_config(study_gpu, arm)
+    with torch.device("meta"):
+        made = RecursiveLM(cfg)
+    counted = sum(p.numel() for p in made.parameters())
+    inside = counted - 2 * cfg.vocab_size * cfg.d_model
+    assert count_parameters(cfg)["total"] == counted
+    assert count_parameters(cfg)["non_embedding"] == inside
+    assert 25e6 < inside < 38e6
+
+
+@pytest.mark.parametrize("norm", placed)
+@pytest.mark.parametrize("arm", ["vanilla", "base", "mesh", "mesh, biased"])
+def test_an_arm_with_other_norms_differs_in_nothing_else(arm, norm):
+    study = StudyConfig(source="stdlib", d_model=32)
+    plain, moved = (arm_config(study, x) for x in (arm, f"{arm}, {norm}"))
+    own = {k: v for k, v in plain.to_dict().items() if k != "norm"}
+    assert own == {k: v for k, v in moved.to_dict().items() if k != "norm"}
+    assert (plain.norm, moved.norm) == ("pre", norm)
+    begun = make_lm(plain, 1).state_dict(), make_lm(moved, 1).state_dict()
+    assert all(torch.equal(v, begun[1][k]) for k, v in begun[0].items())
+
+
+class Follower(torch.nn.Module):
+    "Answers pointer chasing by following the arrows, the first hops only"
+
+    device = torch.device("cpu")
+
+    def __init__(self, n, hops, right):
+        super().__init__()
+        self.n, self.hops, self.right = n, hops, right
+
+    def forward(self, ids, use_cache):
+        n = self.n
+        logits = torch.zeros(*ids.shape, n + 5)
+        for row, out in zip(ids, logits):
+            f = {int(a): int(b) for a, b in row[: 2 * n].view(n, 2)}
+            at = int(row[2 * n])
+            for j in range(self.hops):
+                at = f[at]
+                out[2 * n + 1 + j, at if j < self.right else 0] = 1.0
+        return types.SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize("right", range(4))
+def test_accuracy_by_hop_is_that_of_an_oracle(right):
+    task = pointer_chasing(7, 3, 20, 5, "cycle")
+    want = [1.0] * right + [0.0] * (3 - right)
+    assert hop_accuracy(Follower(7, 3, right), task, batch=6) == want
+
+
+def test_arms_learn_the_puzzle_from_the_same_batches(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMPAPERS_CACHE", str(tmp_path))
+    seen = []
+
+    def watching(*args):
+        seen.append(set_aside(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(mesh_train, "set_aside", watching)
+    how = TrainConfig(steps=3, batch_size=4, log_every=1, eval_every=3)
+    puzzle = PuzzleConfig(n=4, hops=2, d_model=32, held_out=8, train=how)
+    found = [puzzle_outcome(puzzle, arm, 1) for arm in ("base", "vanilla")]
+    held, *batches = [task["input_ids"] for task in seen]
+    assert len(batches) == 7 and torch.equal(held, batches[3])  # held out, and three batches, twice
+    questions = {tuple(row) for row in held[:, :9].tolist()}  # arrows and start
+    for a, b in zip(batches[:3], batches[4:]):
+        assert a.shape == (4, 2 * 4 + 2 + 2) and torch.equal(a, b)
+        assert not questions & {tuple(row) for row in a[:, :9].tolist()}
+    assert not torch.equal(batches[0], batches[1])
+    assert [len(f["accuracy"]) for f in found] == [2, 2]
+    assert puzzle_outcome(puzzle, "base", 1) == found[0] and len(seen) == 9  # kept, not trained
+
+
+@pytest.mark.parametrize("n, hops, size", [(2, 1, 7), (4, 2, 40), (7, 3, 300)])
+def test_what_is_set_aside_is_never_trained_on(n, hops, size):
+    puzzle = PuzzleConfig(n=n, hops=hops, d_model=32)
+    asked = []
+    for aside in (True, False):
+        task = set_aside(puzzle, size, 3, aside)
+        assert task["input_ids"].shape == task["labels"].shape == (size, 2 * n + hops + 2)
+        asked.append({tuple(row) for row in task["input_ids"].tolist()})
+    assert asked[0] and asked[1] and not asked[0] & asked[1]

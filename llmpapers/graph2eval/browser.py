@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['selector', 'action_kinds', 'Policy', 'origin_of', 'Reply', 'fetch_once', 'Har', 'Widget', 'Form', 'PageSnapshot',
            'address', 'parse_page', 'Action', 'ActionError', 'find_widget', 'HttpBrowser', 'direct', 'Gate',
-           'find_chromium', 'Chromium', 'ChromiumBrowser', 'CrawlLimits', 'Crawl', 'crawl']
+           'find_chromium', 'Chromium', 'ChromiumBrowser', 'Screen', 'draw_marks', 'CrawlLimits', 'Crawl', 'crawl']
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #63a89bf9
 import codecs
@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from html.parser import HTMLParser
@@ -563,7 +564,7 @@ class Action:
     "Something an agent does"
 
     kind: str  # One of `action_kinds`
-    target: str = ""  # Id of an element, or a path for goto
+    target: str = ""  # Id of an element, "@x,y" for a point of the picture, or a path for goto
     value: str = ""  # Text, option, or answer
 
     def __post_init__(self):
@@ -584,6 +585,8 @@ def find_widget(
     roles: tuple[str, ...],  # That will do
 ) -> Widget:  # ActionError if there is none
     "The element that an action names"
+    if target.startswith("@"):
+        raise ActionError("there is no picture to point at; that takes the backend chromium")
     for w in page.widgets:
         if w.id == target or w.id == f"{target}/0":
             if w.role not in roles:
@@ -1147,6 +1150,87 @@ def close(self: ChromiumBrowser) -> None:
     finally:
         self.gate.close()
 
+# %% ../../nbs/graph2eval/04_browser.ipynb #31c6d719
+_boxes = """(sel) => [...document.querySelectorAll(sel)].map((e) => {
+  const r = e.getClientRects()[0], s = getComputedStyle(e);
+  if (!r || s.visibility === 'hidden') return null;
+  const x = Math.max(r.left, 0), y = Math.max(r.top, 0);
+  const w = Math.min(r.right, innerWidth) - x, h = Math.min(r.bottom, innerHeight) - y;
+  if (w < 2 || h < 2) return null;
+  const top = document.elementFromPoint(x + w / 2, y + h / 2);
+  return top && (e === top || e.contains(top)) ? [x, y, w, h] : null;
+})"""
+_under = """([sel, x, y]) => {
+  const top = document.elementFromPoint(x, y), e = top && top.closest(sel);
+  return e ? [...document.querySelectorAll(sel)].indexOf(e) : -1;
+}"""
+_point = re.compile(r"@(\d{1,5}),(\d{1,5})$")
+
+
+class Screen(NamedTuple):
+    "What a window shows"
+
+    png: bytes  # The picture, with marks if they were asked for
+    size: tuple[int, int]  # Width and height in pixels
+    marks: tuple[str, ...]  # Ids of the elements in sight: mark k is the k-th of them
+    boxes: tuple[tuple, ...]  # (x, y, width, height) of each
+
+
+def draw_marks(
+    png: bytes,  # A picture
+    boxes: Sequence[tuple],  # (x, y, width, height) in its pixels
+) -> bytes:  # The picture with a frame and a number for each box, from 0
+    "Draw a set of marks"
+    image = need("PIL.Image", "documents").open(io.BytesIO(png)).convert("RGB")
+    draw = need("PIL.ImageDraw", "documents").Draw(image)
+    font = need("PIL.ImageFont", "documents").load_default(13)
+    shades = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6A3D9A", "#8B6D00")
+    for k, (x, y, w, h) in enumerate(boxes):
+        shade = shades[k % len(shades)]
+        draw.rectangle((x, y, x + w, y + h), outline=shade, width=2)
+        wide = 6 + 8 * len(str(k))
+        left = min(max(0, x - wide), image.width - wide)
+        draw.rectangle((left, y, left + wide, y + 15), fill=shade)
+        draw.text((left + 3, y), str(k), fill="white", font=font)
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+@patch
+def screen(
+    self: ChromiumBrowser,
+    marks: bool = False,  # Are the elements in sight framed and numbered?
+) -> Screen:  # Of the page as it is now, which `page` describes
+    "Take a picture of the window"
+
+    def take():
+        page = self._see()
+        places = self.tab.evaluate(_boxes, selector)
+        png = self.tab.screenshot()
+        view = self.tab.viewport_size
+        ids, boxes = [], []
+        for w in page.widgets:
+            if w.index < len(places) and (box := places[w.index]):
+                ids.append(w.id)
+                boxes.append(tuple(round(v) for v in box))
+        png = draw_marks(png, boxes) if marks else png
+        return Screen(png, (view["width"], view["height"]), tuple(ids), tuple(boxes))
+
+    return self.chromium.call(take)
+
+
+@patch
+def _pointed(self: ChromiumBrowser, target):
+    "The element under a point, by its id (empty if there is none), and the point"
+    view, m = self.tab.viewport_size, _point.match(target)
+    at = (int(m[1]), int(m[2])) if m else (-1, -1)
+    if not (0 <= at[0] < view["width"] and 0 <= at[1] < view["height"]):
+        size = f"{view['width']} x {view['height']}"
+        raise ActionError(f"{target[:30]!r} is no point @x,y of the picture, which is {size}")
+    index = self.tab.evaluate(_under, [selector, *at])
+    return next((w.id for w in self.page.widgets if w.index == index), ""), at
+
 # %% ../../nbs/graph2eval/04_browser.ipynb #080b90f9
 _place = """([sel, k]) => {
   const e = document.querySelectorAll(sel)[k];
@@ -1178,10 +1262,13 @@ def _enter(self: ChromiumBrowser, w):
 
 
 @patch
-def _click(self: ChromiumBrowser, w, press=False):
+def _click(self: ChromiumBrowser, w, press=False, at=None):
     "Click, and wait for where it leads"
     do = partial(self._enter if press else self._hit, w)
+    if at is not None and not press:
+        do = partial(self.tab.mouse.click, *at)
     stays = w.role == "checkbox" or w.form < 0 or w.kind in ("button", "reset")
+    stays = stays or (w.role in ("textbox", "choice") and not press)  # a field takes the focus
     if w.role == "link":
         _check_link(self, w.href)
     elif w.form >= 0:
@@ -1212,18 +1299,25 @@ def act(
 
     def do():
         kind = action.kind
-        if kind == "back":
+        target, at = action.target, None
+        if target.startswith("@"):
+            target, at = self._pointed(target)
+        if at is not None and kind == "click" and not target:  # no element: what a mouse does there
+            self.tab.mouse.click(*at)
+            self.tab.wait_for_timeout(30)
+        elif kind == "back":
             if self.tab.go_back(wait_until="load") is None:
                 raise ActionError("there is no page to go back to")
         elif kind == "click":
-            self._click(find_widget(self.page, action.target, ("link", "button", "checkbox")))
+            every = ("link", "button", "checkbox", *(("textbox", "choice") if at else ()))
+            self._click(find_widget(self.page, target, every), at=at)
         elif kind == "press":
-            w = find_widget(self.page, action.target, ("textbox",))
+            w = find_widget(self.page, target, ("textbox",))
             _check_enter(w)
             self._click(w, press=True)
         elif kind in ("fill", "select"):
             role = "textbox" if kind == "fill" else "choice"
-            w = find_widget(self.page, action.target, (role,))
+            w = find_widget(self.page, target, (role,))
             handle = self.tab.evaluate_handle(
                 "([sel, k]) => document.querySelectorAll(sel)[k]", [selector, w.index]
             ).as_element()
@@ -1315,10 +1409,11 @@ def crawl(
     origin: str,  # Where to begin; a path may follow
     browser,  # `HttpBrowser` or `ChromiumBrowser`
     limits: CrawlLimits = CrawlLimits(),  # When to stop
+    policy: Policy | None = None,  # Narrower than the browser's, which holds too; None: that one
     agent: str = "llmpapers",  # Name for robots.txt
 ) -> Crawl:  # In breadth-first order
     "Follow links"
-    policy, start = browser.policy, time.monotonic()
+    policy, start = policy or browser.policy, time.monotonic()
     if why := policy.refuses(origin):
         raise ValueError(f"origin={origin!r}: {why}")
     allowed = _robots(policy, origin_of(origin), agent)

@@ -211,6 +211,14 @@ def _row(pen, row, height):
     pen.y += height
 
 # %% ../../nbs/graph2eval/03_documents.ipynb #ebfbad5b
+def _texts(content):
+    "All texts of a block"
+    if isinstance(content, str):
+        return [content]
+    parts = content.keys() if isinstance(content, dict) else content
+    return [t for x in parts if not isinstance(x, int | float) for t in _texts(x)]
+
+
 def write_blocks(
     blocks: list,  # From `report_blocks`
     path: str | Path,  # File
@@ -220,6 +228,11 @@ def write_blocks(
     "Lay out blocks as a PDF file"
     if columns not in (1, 2):
         raise ValueError(f"columns={columns!r} must be 1 or 2")
+    for text in _texts([running, *(content for _, content in blocks)]):
+        if strange := [c for c in text if ord(c) > 255]:
+            raise ValueError(
+                f"blocks: {text[:40]!r} has {strange[0]!r}, which the standard fonts of PDF lack"
+            )
     image = need("PIL.Image")
     pdf = need("fpdf", "documents").FPDF(unit="pt", format="A4")
     pdf.set_creation_date(datetime(2026, 1, 1, tzinfo=UTC))

@@ -23,6 +23,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from fastcore.basics import patch
 
+from ..core.scale import check_number
 from .world import World, money
 
 # %% ../../nbs/graph2eval/02_site.ipynb #1d96cd0f
@@ -492,7 +493,8 @@ class Site:
         self.world, self.delay, self.injections = world, (low, high), tuple(injections)
         self.robots, self.hostile = robots, hostile
         self.sessions, self.lock = {}, threading.Condition()
-        self.busy, self.random = 0, random.Random(seed)
+        self.busy = 0
+        self.random = random.Random(check_number("seed", seed, "int [0, inf)"))
         self.server = (_Server6 if ":" in host else _Server)((host, port), _Handler)
         self.server.site = self
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
