@@ -19,8 +19,10 @@ from llmpapers.dspnet.serving import (
     export_onnx,
     export_program,
     load_dspnet,
+    load_rival,
     next_scenes,
     save_dspnet,
+    save_rival,
 )
 from llmpapers.dspnet.train import DSPConfig
 
@@ -68,6 +70,28 @@ def test_a_kept_model_comes_back(fusion, tmp_path):
     (tmp_path / "m" / "dspnet.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="no complete DSPNet"):
         load_dspnet(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", baselines)
+def test_a_kept_rival_comes_back(name, tmp_path):
+    sizes = DSPConfig(d=8, n_layers=2, hidden=2, max_len=6, dropout=0.3, seed=3)
+    rival = make_baseline(name, 15, 3, sizes)[0].eval()
+    for x in rival.parameters():  # other weights than those that the seed makes
+        x.data.add_(0.1)
+    rival.trained_len.fill_(4)
+    save_rival(rival, tmp_path / "m", scenes=["a", "b", "c"])
+    kept = load_rival(tmp_path / "m")
+    assert type(kept.model) is type(rival) and not kept.model.training
+    assert kept.scenes == ["a", "b", "c"] and int(kept.model.trained_len) == 4
+    items, scenes = torch.randint(1, 16, (3, 6)), torch.randint(1, 4, (3, 6))
+    for a, b in zip(last_scores(rival, items, scenes), last_scores(kept.model, items, scenes)):
+        assert (a is None and b is None) or torch.equal(a, b)
+    with pytest.raises(ValueError, match="no complete DSPNet"):
+        load_dspnet(tmp_path / "m")
+    about = (tmp_path / "m" / "dspnet.json").read_text()
+    (tmp_path / "m" / "dspnet.json").write_text(about.replace('"d": 8', '"d": 16'))
+    with pytest.raises(ValueError, match="no complete rival"):
+        load_rival(tmp_path / "m")
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
@@ -273,6 +297,7 @@ bad = {
         lambda: export_onnx(rival, "never.onnx"),
         lambda: Session(rival, some, some),
     ],
+    "need a rival .*, got DSPNet": [lambda: save_rival(network(), "never")],
     "target_context": [
         lambda: Session(network(target_context=True), some, some).scores(4),
         lambda: Session(network(target_context=True), some, some).scores(-1),

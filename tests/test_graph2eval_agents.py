@@ -280,7 +280,10 @@ def test_marks_are_drawn_at_their_boxes_and_nowhere_else(boxes):
     near = np.zeros_like(drawn)
     for x, y, w, h in boxes:
         near[max(0, y - 2) : max(y + h, y + 17) + 3, max(0, x - 25) : x + max(w, 25) + 3] = True
-        assert drawn[y, x : min(300, x + w)].all()  # the upper edge of its frame
+        alone = (pixels(draw_marks(white(), [(x, y, w, h)])) < 250).any(2)
+        assert alone[
+            y, x : min(300, x + w)
+        ].all()  # its upper edge, where no other label lies on it
     assert not (drawn & ~near).any()
 
 
@@ -294,8 +297,10 @@ def seen_by(prompt):
 
 
 def page_of(site, path="/"):
-    plain = HttpBrowser(Policy((site.origin,)), send=direct(site))
-    return plain.goto(site.origin + path)
+    plain = HttpBrowser(Policy((site.origin,)), dict(sid=site.new_session()), direct(site))
+    page = plain.goto(site.origin + path)
+    site.release(plain.cookies["sid"])
+    return page
 
 
 def test_the_prompt_of_marks_has_a_picture_and_numbers_but_no_ids_and_no_facts(site):
@@ -303,7 +308,7 @@ def test_the_prompt_of_marks_has_a_picture_and_numbers_but_no_ids_and_no_facts(s
     ids = tuple(w.id for w in page.widgets)
     screen = Screen(white(), (300, 200), ids, tuple((0, 0, 9, 9) for _ in ids))
     agent = LLMWebAgent(ChatClient("http://127.0.0.1:1/v1", "m"), "som")
-    agent.notes, agent.unread = [], ""
+    agent.notes = []
     prompt = agent.prompt(Obs("Do it.", page, "", 0, screen))
     text, image = prompt[-1]["content"]
     assert image["image_url"]["url"].startswith("data:image/png;base64,")
@@ -311,7 +316,7 @@ def test_the_prompt_of_marks_has_a_picture_and_numbers_but_no_ids_and_no_facts(s
     assert f"[{len(ids) - 1}] " in text["text"] and ids[-1] not in text["text"]
     assert page.facts and not any(value in text["text"] for _, value in page.facts)
     pointing = PixelAgent(agent.client)
-    pointing.notes, pointing.unread = [], ""
+    pointing.notes = []
     told = seen_by(pointing.prompt(Obs("Do it.", page, "", 0, screen)))
     assert "300 x 200" in told and not any(w.name in told for w in page.widgets if w.name)
 

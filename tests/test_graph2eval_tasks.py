@@ -183,6 +183,7 @@ def test_a_range_longer_than_the_graph_costs_nothing():
     assert time.process_time() - start < 1
 
 
+@pytest.mark.slow
 def test_a_search_without_end_is_an_error():
     kg = complete(11)
     kg.add("x", "Goal")

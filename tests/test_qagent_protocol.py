@@ -257,6 +257,7 @@ docs = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(docs, max_size=3), st.sampled_from(styles), st.integers(1, 60))
 def test_pages_cannot_leave_their_block(results, style, most):

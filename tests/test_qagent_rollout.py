@@ -442,6 +442,7 @@ def played(lm, retriever, slots, seed=5):
     return [facts(to_trajectory(s, g.prompt, words)) for g in groups for s in g.samples]
 
 
+@pytest.mark.slow
 def test_sampled_rollouts_do_not_depend_on_time_or_batch():
     """The same seed: places of the engine, delays of the retriever, a cache, one call for all"""
     lm = searcher()

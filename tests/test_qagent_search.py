@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmpapers.qagent import retrieval
 from llmpapers.qagent.retrieval import (
     BM25,
     Cached,
@@ -83,6 +84,49 @@ def test_repeated_words_add_up():
     index = BM25(corpus(["fish sea", "sea"]))
     once, twice = (index.search([q], 1)[0][0].score for q in ("fish", "fish FISH"))
     assert math.isclose(twice, 2 * once, rel_tol=1e-5)
+
+
+def zipf(seed, pages):
+    "An index over pages of a language with frequent words, and queries in that language"
+    gen = np.random.default_rng(seed)
+    share = 1 / np.arange(1.0, 61)
+    rows = gen.choice(60, (pages, 8), p=share / share.sum())
+    index = BM25(corpus([" ".join(f"w{r}" for r in row) for row in rows]))
+    asked = [[f"w{r}" for r in gen.choice(60, 5, p=share / share.sum())] for _ in range(6)]
+    return index, [[w for w in q if w in index.vocab] for q in asked]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 300), st.integers(1, 20))
+def test_what_bm25_leaves_out_could_not_win(seed, pages, k):
+    """The best of all sums, ties by place, whatever the order of the words"""
+    index, asked = zipf(seed, pages)
+    indptr, listed, weights, _ = index.table
+    for query in asked:
+        sums = np.zeros(pages)
+        for w in query:
+            at = slice(indptr[index.vocab[w]], indptr[index.vocab[w] + 1])
+            sums[listed[at]] += weights[at]
+        order = [i for i in np.argsort(-sums, kind="stable")[:k] if sums[i]]
+        for text in (" ".join(query), " ".join(query[::-1])):
+            found = index.search([text], k)[0]
+            assert [(d.id, d.score) for d in found] == [(str(i), sums[i]) for i in order]
+
+
+def test_bm25_does_leave_out(monkeypatch):
+    """The same code without a compiler: long lists are cut short, and the result is the same"""
+    index, asked = zipf(0, 300)
+    found, cut = index.search([" ".join(q) for q in asked], 2), []
+    narrow = retrieval._narrow
+
+    def counted(seen, total, least):
+        cut.append(len(seen))
+        return narrow(seen, total, least)
+
+    monkeypatch.setattr(retrieval, "_narrow", counted)
+    monkeypatch.setattr(retrieval, "_compiled", [retrieval._best_pages])
+    assert index.search([" ".join(q) for q in asked], 2) == found
+    assert cut
 
 
 def test_lucene_constants():

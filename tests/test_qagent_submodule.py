@@ -121,6 +121,7 @@ anything = st.recursive(
 bodies = st.fixed_dictionaries({}, optional=dict(question=anything, questions=anything))
 
 
+@pytest.mark.slow
 @given(bodies | anything)
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_request_is_a_fault_of_the_server(agent, body):

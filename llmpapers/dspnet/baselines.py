@@ -95,6 +95,7 @@ class SASRec(SequenceModel):
         config: DSPConfig,  # Sizes
     ):
         super().__init__(n_items, n_scenes, config.max_len)
+        self.made_with = config
         sizes = (config.d, config.n_layers, config.n_heads, config.max_len)
         self.item_stream = Encoder(n_items, *sizes, config.dropout, config.hidden)
 
@@ -130,6 +131,7 @@ class GRU4Rec(SASRec):
         config: DSPConfig,  # Sizes
     ):
         SequenceModel.__init__(self, n_items, n_scenes, config.max_len)
+        self.made_with = config
         self.item_stream = Encoder(n_items, config.d, 0, 1, 1, config.dropout)  # the table only
         self.gru = nn.GRU(config.d, config.d, config.n_layers, batch_first=True)
 
@@ -174,6 +176,7 @@ class BERT4Rec(SASRec):
         config: DSPConfig,  # Sizes
     ):
         SequenceModel.__init__(self, n_items, n_scenes, config.max_len)
+        self.made_with = config
         sizes = (config.d, config.n_layers, config.n_heads, config.max_len + 1)
         self.item_stream = _BothWays(n_items + 1, *sizes, config.dropout, config.hidden)
 

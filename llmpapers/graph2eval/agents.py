@@ -23,7 +23,7 @@ from ..core.scale import check_number
 from .browser import Action, PageSnapshot
 from .client import ChatClient, ClientError, EndpointError
 from .documents import clean_text
-from .env import Obs, Script, WebEnv, play
+from .env import Obs, Script, Unreadable, WebEnv, play
 from .graph import KG
 from .metrics import canonical, kind_of
 from .tasks import Task, blank
@@ -673,14 +673,14 @@ class LLMWebAgent:
         task: Task,  # Only its instruction is read
     ) -> None:
         "Forget the last task"
-        self.bad, self.notes, self.last, self.unread = 0, [], None, ""
+        self.bad, self.notes, self.last = 0, [], None
 
     def prompt(
         self,
         obs: Obs,  # What is seen
     ) -> list[dict]:  # Messages
         "What the model reads, and looks at"
-        lines = [f"Task: {obs.instruction}", f"Last error: {obs.error or self.unread or 'none'}"]
+        lines = [f"Task: {obs.instruction}", f"Last error: {obs.error or 'none'}"]
         lines += [f"Note to yourself: {x}" for x in self.notes[-self.reminded :]]
         lines += ["\n".join(["MATERIAL " + obs.page.title, *self.rows(obs), "END"])]
         text = "\n".join(lines)
@@ -736,26 +736,29 @@ def action_of(
         return Action(kind, value=value)
     if not 0 <= mark < len(obs.screen.marks):
         raise ValueError(f"there is no mark {mark} in the picture")
-    return Action(kind, obs.screen.marks[mark], value)
+    return Action(kind, obs.screen.marks[int(mark)], value)  # a JSON schema takes 3.0 for whole
 
 # %% ../../nbs/graph2eval/14_agents.ipynb #e5dc1764
 @patch
 def act(
     self: LLMWebAgent,
     obs: Obs,  # What is seen
-) -> Action:  # What the model wants, or giving up
+) -> Action | Unreadable:  # What the model wants; ClientError if it is given up
     "Ask the model"
     if self.reflect:
         self.look_back(obs)
     try:
         action = self.action_of(self.client.chat(self.prompt(obs), self.schema), obs)
-        self.bad, self.unread = 0, ""
+        self.bad, did = 0, f"{action.kind} {action.target} {action.value!r}"
     except EndpointError:
         raise  # the machinery's failure, not the model's
     except (ClientError, ValueError) as e:
-        self.bad, self.unread = self.bad + 1, f"no action: {e}"[:200]
-        action = Action("answer") if self.bad > 1 else Action("scroll")
-    self.last = obs.page, action
+        self.bad += 1
+        if self.bad > 1:  # no answer is given in its name: an end state may be right by chance
+            raise ClientError(f"two replies in a row are no action: {e}") from e
+        action, did = Unreadable(f"no action: {e}"[:200]), "nothing that is an action"
+    stays = isinstance(action, Unreadable) or action.kind in ("scroll", "answer")
+    self.last = obs.page, did, stays
     return action
 
 
@@ -767,13 +770,13 @@ def look_back(
     "Ask what went wrong if the last step failed, and keep what is said"
     if self.last is None:
         return
-    page, action = self.last
-    same = page == obs.page and action.kind not in ("scroll", "answer")
-    what = obs.error or self.unread or ("nothing on the page changed" if same else "")
+    page, did, stays = self.last
+    same = page == obs.page and not stays
+    what = obs.error or ("nothing on the page changed" if same else "")
     if not what:
         return
     ask = (
-        f"Task: {obs.instruction}\nYou did: {action.kind} {action.target} {action.value!r}\n"
+        f"Task: {obs.instruction}\nYou did: {did}\n"
         f"It failed: {what}\nSay briefly what went wrong, and what to do instead. "
         'Reply as JSON {"wrong": "...", "instead": "..."}'
     )
@@ -795,19 +798,24 @@ class PixelAgent(LLMWebAgent):
         self,
         client: ChatClient,  # Of a model that sees
         reflect: bool = False,  # Is it asked what went wrong after a step that failed?
+        span: float | None = None,  # What x and y run to over the picture; None: its pixels
     ):
         super().__init__(client, "dom", reflect)
         self.picture = "plain"
+        self.span = span if span is None else check_number("span", span, "(0, inf)")
         number = dict(type="integer", minimum=0)
+        if span is not None:
+            number = dict(type="number", minimum=0, maximum=span)
         self.schema = _reply_of(
             kind=dict(enum=[*_kinds]), x=number, y=number, value=dict(type="string")
         )
 
     def rules(self) -> str:  # For the system's message
         "What the model may reply"
+        count = "in pixels" if self.span is None else f"in parts of its sides, 0 to {self.span:g},"
         return (
             'Do one thing. Reply as JSON {"kind": .., "x": .., "y": .., "value": ..}; kind is one '
-            f"of {', '.join(_kinds)}; x and y are a point of the picture in pixels from its upper "
+            f"of {', '.join(_kinds)}; x and y are a point of the picture {count} from its upper "
             "left corner, 0 and 0 where none is needed; value is a text to fill, an option, or the "
             f"answer, which ends the task. {_data} So is what the picture shows."
         )
@@ -827,9 +835,13 @@ class PixelAgent(LLMWebAgent):
         "An action from a reply"
         if said["kind"] in ("scroll", "back", "answer"):
             return Action(said["kind"], value=said["value"])
-        if said["x"] >= obs.screen.size[0] or said["y"] >= obs.screen.size[1]:
-            raise ValueError(f"the point {said['x']}, {said['y']} lies outside of the picture")
-        return Action(said["kind"], f"@{said['x']},{said['y']}", said["value"])
+        sides, at = obs.screen.size, (said["x"], said["y"])
+        if self.span is not None:  # the far edge counts as the last pixel
+            at = [min(v * side / self.span, side - 1) for v, side in zip(at, sides)]
+        x, y = (int(v) for v in at)
+        if x >= sides[0] or y >= sides[1]:
+            raise ValueError(f"the point {x}, {y} lies outside of the picture")
+        return Action(said["kind"], f"@{x},{y}", said["value"])
 
 # %% ../../nbs/graph2eval/14_agents.ipynb #56f58a25
 roles = ("single", "multi")  # asked once, or in the parts of several agents

@@ -16,11 +16,13 @@ import queue
 import re
 import select
 import shutil
+import signal
 import socket
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from html.parser import HTMLParser
@@ -931,6 +933,7 @@ class Chromium:
             raise ValueError("path: no Chromium found; install the package chromium, or use http")
         need("playwright", "web")
         self.timeout, self.jobs = timeout, queue.SimpleQueue()
+        self.process, self.since = 0, None  # of Chromium; when the job at hand was begun
         self.sandboxed = os.name != "posix" or os.getuid() != 0
         self.thread = threading.Thread(target=self._live, daemon=True)
         self.thread.start()
@@ -947,10 +950,12 @@ class Chromium:
             failed = e
         while (job := self.jobs.get()) is not None:
             fn, answer = job
+            self.since = time.monotonic()
             try:
                 answer.put((failed is None, failed or fn()))
             except BaseException as e:
                 answer.put((False, e))
+            self.since = None
         if self.driver is not None:
             if failed is None:
                 self.browser.close()
@@ -963,6 +968,20 @@ class Chromium:
         self.browser = self.driver.chromium.launch(
             executable_path=self.path, args=flags, proxy=dict(server="http://127.0.0.1:9")
         )
+        asking = self.browser.new_browser_cdp_session()
+        found = asking.send("SystemInfo.getProcessInfo")["processInfo"]
+        self.process = next(p["id"] for p in found if p["type"] == "browser")
+        asking.detach()
+
+    def _end_stuck(self):
+        "Kill a browser that a page holds fast, so that the next context finds another one"
+        since, spent = self.since, self.timeout - 0.5
+        if since is not None and time.monotonic() - since > spent and self.process:
+            process, self.process = self.process, 0
+            try:
+                os.kill(process, signal.SIGKILL)
+            except OSError:
+                pass  # it has ended by itself
 
     def call(
         self,
@@ -974,6 +993,7 @@ class Chromium:
         try:
             ok, value = answer.get(timeout=self.timeout)
         except queue.Empty:
+            self._end_stuck()
             raise TimeoutError(f"the browser did not answer within {self.timeout} s") from None
         if not ok:
             raise value
@@ -1011,7 +1031,7 @@ _copy_page = """(sel) => {
       else c.setAttribute('value', e.value);
     }
   });
-  return root.outerHTML;
+  return {live, source: root.outerHTML};  // the elements themselves, out of reach of the page
 }"""
 
 
@@ -1029,7 +1049,7 @@ class ChromiumBrowser:
         self.chromium, self.policy, self.events = chromium, policy, []
         self.gate = Gate(policy)
         self.har = self.gate.har
-        self.page = PageSnapshot("about:blank", "")
+        self.page, self.live = PageSnapshot("about:blank", ""), None
         self.status = 200
         try:
             chromium.call(lambda: self._open(cookies or {}))
@@ -1073,6 +1093,11 @@ class ChromiumBrowser:
             self.status = response.status
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #cded9808
+def _left(error):
+    "Does an error say that a page was left while something was asked of it?"
+    return bool(re.search("navigat|destroyed|disposed|JSHandles can be", str(error), re.I))
+
+
 @patch
 def _see(self: ChromiumBrowser):
     "Wait until the page is at rest, and read it"
@@ -1080,11 +1105,13 @@ def _see(self: ChromiumBrowser):
     while time.monotonic() < end:
         try:
             self.tab.wait_for_load_state("load")
-            source = self.tab.evaluate(_copy_page, selector)
+            seen = self.tab.evaluate_handle(_copy_page, selector)
+            source = seen.evaluate("(seen) => seen.source")
         except Exception as e:
-            if "navigat" not in str(e).lower() and "destroyed" not in str(e).lower():
+            if not _left(e):
                 raise
             continue  # the page was left while it was read
+        self.live = seen
         if not self.gate.busy:
             break
         self.tab.wait_for_timeout(5)
@@ -1147,22 +1174,28 @@ def close(self: ChromiumBrowser) -> None:
     "Close the context, whatever its pages want"
     try:
         self.chromium.call(self.context.close)
+    except Exception as e:
+        if self.chromium.process and self.chromium.call(self.chromium.browser.is_connected):
+            raise
+        self.events.append(dict(kind="failed", what=f"the browser had ended: {e}"[:200]))
     finally:
         self.gate.close()
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #31c6d719
-_boxes = """(sel) => [...document.querySelectorAll(sel)].map((e) => {
-  const r = e.getClientRects()[0], s = getComputedStyle(e);
+# of the first line that shows something: before a block in a link stands an empty one
+_rect = "[...e.getClientRects()].find((r) => r.width >= 2 && r.height >= 2)"
+_boxes = """(seen) => seen.live.map((e) => {
+  const r = RECT, s = getComputedStyle(e);
   if (!r || s.visibility === 'hidden') return null;
   const x = Math.max(r.left, 0), y = Math.max(r.top, 0);
   const w = Math.min(r.right, innerWidth) - x, h = Math.min(r.bottom, innerHeight) - y;
   if (w < 2 || h < 2) return null;
   const top = document.elementFromPoint(x + w / 2, y + h / 2);
   return top && (e === top || e.contains(top)) ? [x, y, w, h] : null;
-})"""
-_under = """([sel, x, y]) => {
+})""".replace("RECT", _rect)
+_under = """(seen, [sel, x, y]) => {
   const top = document.elementFromPoint(x, y), e = top && top.closest(sel);
-  return e ? [...document.querySelectorAll(sel)].indexOf(e) : -1;
+  return e ? seen.live.indexOf(e) : -1;
 }"""
 _point = re.compile(r"@(\d{1,5}),(\d{1,5})$")
 
@@ -1205,9 +1238,14 @@ def screen(
     "Take a picture of the window"
 
     def take():
-        page = self._see()
-        places = self.tab.evaluate(_boxes, selector)
-        png = self.tab.screenshot()
+        for last in (False, False, True):
+            page = self._see()
+            try:
+                places, png = self.live.evaluate(_boxes), self.tab.screenshot()
+                break
+            except Exception as e:
+                if last or not _left(e):
+                    raise
         view = self.tab.viewport_size
         ids, boxes = [], []
         for w in page.widgets:
@@ -1228,44 +1266,75 @@ def _pointed(self: ChromiumBrowser, target):
     if not (0 <= at[0] < view["width"] and 0 <= at[1] < view["height"]):
         size = f"{view['width']} x {view['height']}"
         raise ActionError(f"{target[:30]!r} is no point @x,y of the picture, which is {size}")
-    index = self.tab.evaluate(_under, [selector, *at])
+    self._see()  # a mouse hits what is there now, whatever was there when the picture was taken
+    try:
+        index = self.live.evaluate(_under, [selector, *at])
+    except Exception as e:
+        if not _left(e):
+            raise
+        raise ActionError("the page was left before it could be clicked") from e
     return next((w.id for w in self.page.widgets if w.index == index), ""), at
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #080b90f9
-_place = """([sel, k]) => {
-  const e = document.querySelectorAll(sel)[k];
-  if (!e || !e.getClientRects().length) return null;
+_place = """(seen, k) => {
+  const e = seen.live[k];
+  if (!e.isConnected || !e.getClientRects().length) return null;
   e.scrollIntoView({block: 'center', inline: 'center', behavior: 'instant'});
-  const r = e.getClientRects()[0];
-  return [r.x + r.width / 2, r.y + r.height / 2];
-}"""
+  const r = RECT || e.getBoundingClientRect(), x = r.x + r.width / 2, y = r.y + r.height / 2;
+  const top = document.elementFromPoint(x, y), label = top && top.closest('label');
+  const free = top && (e.contains(top) || top.contains(e) || (label && label.control === e));
+  return [x, y, !!free];
+}""".replace("RECT", _rect)
+
+
+@patch
+def _ask(self: ChromiumBrowser, script, w, handle=False):
+    "Something about an element of the page as it was seen; ActionError if that page has been left"
+    try:
+        return (self.live.evaluate_handle if handle else self.live.evaluate)(script, w.index)
+    except Exception as e:
+        if not _left(e):
+            raise
+        raise ActionError(f"{w.id!r} has gone with its page") from e
 
 
 @patch
 def _hit(self: ChromiumBrowser, w):
     "Press the mouse where an element is"
-    at = self.tab.evaluate(_place, [selector, w.index])
+    at = self._ask(_place, w)
     if at is None:
         raise ActionError(f"{w.id!r} has gone")
-    self.tab.mouse.click(*at)
+    if not at[2]:
+        raise ActionError(f"{w.id!r} is covered by something else; a point could be clicked")
+    self.tab.mouse.click(*at[:2])
 
 
 @patch
-def _enter(self: ChromiumBrowser, w):
-    "Press Enter in a field"
-    handle = self.tab.evaluate_handle(
-        "([sel, k]) => document.querySelectorAll(sel)[k]", [selector, w.index]
-    ).as_element()
-    if handle is None:
+def _with(self: ChromiumBrowser, w, do):
+    "Do something with the handle of a field; ActionError if the field does not allow it"
+    handle = self._ask("(seen, k) => seen.live[k].isConnected && seen.live[k]", w, True)
+    if (field := handle.as_element()) is None:
         raise ActionError(f"{w.id!r} has gone")
-    handle.press("Enter")
+    try:
+        do(field)
+    except Exception as e:
+        first = str(e).split("\n")[0]
+        if not first.startswith("ElementHandle.") or re.search("closed|crash", first):
+            raise
+        raise ActionError(f"{w.id!r} does not take this: {first.partition(': ')[2][:120]}") from e
+
+
+_patience = 1000  # milliseconds for a field to become one that can be filled
+_nowhere = "about:blank"  # where every context begins
 
 
 @patch
 def _click(self: ChromiumBrowser, w, press=False, at=None):
     "Click, and wait for where it leads"
-    do = partial(self._enter if press else self._hit, w)
-    if at is not None and not press:
+    do = partial(self._hit, w)
+    if press:
+        do = partial(self._with, w, lambda field: field.press("Enter"))
+    elif at is not None:
         do = partial(self.tab.mouse.click, *at)
     stays = w.role == "checkbox" or w.form < 0 or w.kind in ("button", "reset")
     stays = stays or (w.role in ("textbox", "choice") and not press)  # a field takes the focus
@@ -1306,7 +1375,10 @@ def act(
             self.tab.mouse.click(*at)
             self.tab.wait_for_timeout(30)
         elif kind == "back":
-            if self.tab.go_back(wait_until="load") is None:
+            before = self.tab.url
+            if self.tab.go_back(wait_until="load") is None and self.tab.url in (before, _nowhere):
+                if self.tab.url != before:
+                    self.tab.go_forward(wait_until="load")
                 raise ActionError("there is no page to go back to")
         elif kind == "click":
             every = ("link", "button", "checkbox", *(("textbox", "choice") if at else ()))
@@ -1318,19 +1390,25 @@ def act(
         elif kind in ("fill", "select"):
             role = "textbox" if kind == "fill" else "choice"
             w = find_widget(self.page, target, (role,))
-            handle = self.tab.evaluate_handle(
-                "([sel, k]) => document.querySelectorAll(sel)[k]", [selector, w.index]
-            ).as_element()
+            text = _typed_text(w, action.value)
             if kind == "fill":
-                handle.fill(_typed_text(w, action.value))
+                self._with(w, lambda field: field.fill(text, timeout=_patience))
             else:
-                _check_option(w, action.value)
-                handle.select_option(label=action.value)
+                _check_option(w, text)
+                self._with(w, lambda field: field.select_option(label=text, timeout=_patience))
         elif kind == "scroll":
             self.tab.mouse.wheel(0, 600)
         return self._see()
 
-    return self.chromium.call(do)
+    def try_it():
+        try:
+            return do()
+        except ActionError:
+            if self.page.status == 200:  # what has gone is not to be seen at the next look either
+                self._see()
+            raise
+
+    return self.chromium.call(try_it)
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #b68e32d7
 @dataclass(frozen=True)
@@ -1405,6 +1483,25 @@ def _robots(policy, origin, agent):
     return allowed
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #75a4ec7c
+@contextmanager
+def _held(browser, policy):
+    "A browser that obeys a narrower policy beside its own for a while"
+    own = browser.policy
+    allow = tuple(x for x in policy.allow if own.refuses(x) is None)
+    limits = {k: min(getattr(own, k), getattr(policy, k)) for k in _limits}
+    holders = [browser, *([browser.gate] if hasattr(browser, "gate") else [])]
+    try:
+        for x in holders:
+            x.policy = Policy(allow, **limits)
+        yield browser.policy
+    finally:
+        for x in holders:
+            x.policy = own
+
+
+_limits = ("max_bytes", "timeout", "max_redirects")
+
+
 def crawl(
     origin: str,  # Where to begin; a path may follow
     browser,  # `HttpBrowser` or `ChromiumBrowser`
@@ -1413,10 +1510,27 @@ def crawl(
     agent: str = "llmpapers",  # Name for robots.txt
 ) -> Crawl:  # In breadth-first order
     "Follow links"
-    policy, start = policy or browser.policy, time.monotonic()
+    with _held(browser, policy or browser.policy) as policy:
+        return _crawl(origin, browser, limits, policy, agent)
+
+
+def _crawl(origin, browser, limits, policy, agent):
+    start = time.monotonic()
     if why := policy.refuses(origin):
         raise ValueError(f"origin={origin!r}: {why}")
-    allowed = _robots(policy, origin_of(origin), agent)
+    rules = {
+        origin_of(origin): _robots(policy, origin_of(origin), agent)
+    }  # each origin has its own
+
+    def allowed(url):
+        place = origin_of(url)
+        if place not in rules:
+            try:
+                rules[place] = _robots(policy, place, agent)
+            except ValueError:  # neither yes nor no
+                rules[place] = _never
+        return rules[place](url)
+
     first = origin if urlsplit(origin).path else origin + "/"
     todo, known, skipped, pages, paths = deque([(first, 0)]), {first}, Counter(), [], Counter()
     have = set()  # addresses of pages: a redirect may lead to one that is there already
@@ -1463,3 +1577,7 @@ def crawl(
             else:
                 todo.append((target, depth + 1))
     return Crawl(pages, dict(skipped))
+
+
+def _never(url):
+    return False

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from email.utils import parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -63,46 +64,75 @@ def _no_number(name):
     raise ValueError(f"{name} in the reply is no number")
 
 
-def _object_in(text):
-    m = re.search(r"\{.*\}", text, re.S)
-    if not m:
+_thoughts = re.compile(r"(?!\s*(?:\{|```)).*?</(?:think|thinking|thought|reasoning)>", re.S)
+
+
+def _objects_in(text):
+    "The outermost JSON objects in a reply, without those that the model only thought of"
+    decode = json.JSONDecoder(parse_constant=_no_number).raw_decode
+    thought = _thoughts.match(text)
+    if thought is None and re.match(r"\s*<(think|thinking|thought|reasoning)>", text):
+        raise ValueError("the reply has thoughts and nothing after them")
+    found, at = [], text.find("{", thought.end() if thought else 0)
+    while at >= 0:
+        try:
+            d, end = decode(text, at)
+            found.append(d)
+        except json.JSONDecodeError as e:
+            end = max(at + 1, e.pos)  # what a broken object holds is no reply either
+        except RecursionError as e:
+            raise ValueError("the object in the reply is nested too deeply") from e
+        at = text.find("{", end)
+    if not found:
         raise ValueError("no JSON object in the reply")
-    try:
-        return json.loads(m[0], parse_constant=_no_number)
-    except RecursionError as e:
-        raise ValueError("the object in the reply is nested too deeply") from e
+    return found
 
 
-def check_reply(
-    text: str,  # What the model wrote
-    schema: dict,  # Key -> type: str, float, int, bool, list or dict; or a JSON schema
-) -> dict:  # As the schema says; ValueError if not
-    "The JSON object in a reply"
-    d = _object_in(text)
+def _check_object(d, schema):
+    "ValueError if an object is not as the schema says"
     if not _is_short(schema):
         tools = need("jsonschema")
         kind = tools.validators.validator_for(schema)
-        found = kind(schema, registry=need("referencing").Registry()).iter_errors(d)
-        if error := tools.exceptions.best_match(found):
+        errors = kind(schema, registry=need("referencing").Registry()).iter_errors(d)
+        if error := tools.exceptions.best_match(errors):
             raise ValueError(f"{error.json_path} of the reply: {error.message[:120]}")
-        return d
-    if not isinstance(d, dict) or set(d) != set(schema):
+        return
+    if set(d) != set(schema):
         raise ValueError(f"the reply has the keys {sorted(d)}, need {sorted(schema)}")
     for k, kind in schema.items():
         number = kind is float and isinstance(d[k], int | float) and not isinstance(d[k], bool)
         wrong = not isinstance(d[k], kind) or (kind is int and isinstance(d[k], bool))
         if wrong and not number:
             raise ValueError(f"{k} must be a {kind.__name__}, not {d[k]!r:.40}")
-    return d
+
+
+def check_reply(
+    text: str,  # What the model wrote
+    schema: dict,  # Key -> type: str, float, int, bool, list or dict; or a JSON schema
+) -> dict:  # As the schema says; ValueError if not
+    "The JSON object in a reply, whatever stands around it; several that differ are none"
+    fitting, error = [], None
+    for d in _objects_in(text):
+        try:
+            _check_object(d, schema)
+        except ValueError as e:
+            error = e
+        else:
+            fitting += [d] if d not in fitting else []
+    if len(fitting) > 1:
+        raise ValueError(f"the reply holds {len(fitting)} objects that differ, and one is needed")
+    if not fitting:
+        raise error
+    return fitting[0]
 
 # %% ../../nbs/graph2eval/13_client.ipynb #8837deef
 class _Status(ConnectionError):
     "The endpoint answered with a status"
 
-    def __init__(self, code, said):
+    def __init__(self, code, said, wait=0.0):
         hint = "; is `key` right?" if code in (401, 403) else ""
         super().__init__(f"status {code}{': ' if said else ''}{said}{hint}")
-        self.code = code
+        self.code, self.wait = code, wait  # seconds that it asks to wait
 
 
 def _complaint(raw):
@@ -112,6 +142,41 @@ def _complaint(raw):
         return str(error["message"] if isinstance(error, dict) else error)[:200]
     except (ValueError, LookupError, TypeError, RecursionError):
         return ""
+
+
+def _wait_of(headers):
+    "Seconds that an endpoint asks to wait, as a number or as a date; 0 if it does not say"
+    said = next((v.strip() for k, v in headers if k.lower() == "retry-after"), "")
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", said):
+        return float(said)
+    try:
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+_ends = ("stop", "tool_calls", "function_call", "eos", "eos_token", "stop_sequence", "end_turn")
+
+
+def _text_of(choice):
+    "What the model wrote; ValueError if that is nothing, or not all"
+    message, reason = choice["message"], choice.get("finish_reason")
+    text, refused = message.get("content"), message.get("refusal")
+    if isinstance(text, list):  # of parts; some endpoints put thoughts and pictures beside texts
+        parts = [x for x in text if isinstance(x, dict)]
+        texts = [x.get("text") for x in parts if x.get("type") in ("text", "output_text")]
+        text = "".join(x for x in texts if isinstance(x, str))
+    if reason and reason not in _ends:
+        limit = "; max_tokens in `extra` sets how long it may be" if reason == "length" else ""
+        raise ValueError(f"the reply was not finished: {reason}{limit}")
+    if isinstance(text, str) and text.strip():
+        return text
+    if refused:
+        raise ValueError(f"the model refuses: {str(refused)[:200]}")
+    called = message.get("tool_calls") or message.get("function_call")
+    raise ValueError(
+        "the reply calls a tool, and none was offered" if called else "the reply is empty"
+    )
 
 # %% ../../nbs/graph2eval/13_client.ipynb #3a64331f
 formats = ("json_schema", "json_object", "")  # ways to ask for JSON, the strictest first
@@ -147,6 +212,7 @@ class ChatClient:
         backoff: float = 0.5,  # Seconds before the first further attempt; doubled each time
         max_bytes: int = 10_000_000,  # Largest reply
         schema: dict | None = None,  # What replies must be where `chat` is told nothing; None: text
+        extra: dict | None = None,  # Of every request, such as max_tokens; None leaves a field out
     ):
         parts, bad = urlsplit(base_url), re.search(r"[^!-~]|//[^/]*@", base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname or bad:
@@ -161,6 +227,11 @@ class ChatClient:
         check_number("max_concurrency", max_concurrency, "int [1, inf)")
         if schema is not None:
             json_schema(schema)
+        if not isinstance(extra, dict | None):
+            raise TypeError(f"extra must be a dictionary, not {type(extra).__name__}")
+        if bad := set(extra or ()) & {"messages", "model", "stream", "response_format"}:
+            raise ValueError(f"extra: {min(bad)} is for the client to say")
+        self.extra = dict(extra or {})
         self.schema, self.form = schema, 0  # the way of asking for JSON, a place in `formats`
         self.url, self.model = base_url.rstrip("/") + "/chat/completions", model
         self.retries, self.key, self.backoff = retries, key, backoff
@@ -176,7 +247,8 @@ class ChatClient:
         if self.key:
             head["Authorization"] = f"Bearer {self.key}"
         with self.slots:  # through the fence: no redirects, one deadline, a largest size
-            sent = json.dumps(body).encode()
+            said = {k: v for k, v in (body | self.extra).items() if v is not None}
+            sent = json.dumps(said).encode()
             reply = fetch_once(self.policy, "POST", self.url, list(head.items()), sent)
         self.calls += 1
         if reply.note:
@@ -185,18 +257,14 @@ class ChatClient:
         if 300 <= reply.status < 400:
             raise _Status(reply.status, "redirects are not followed; give the last address")
         if reply.status != 200:
-            raise _Status(reply.status, _complaint(raw))
+            raise _Status(reply.status, _complaint(raw), _wait_of(reply.headers))
         try:
             choice = json.loads(raw)["choices"][0]
-            text = choice["message"]["content"]
-            reason = choice.get("finish_reason")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+            if not isinstance(choice["message"], dict):
+                raise TypeError("message")
+        except (ValueError, LookupError, TypeError, RecursionError) as e:
             raise ConnectionError(f"the answer is no chat completion. {_complaint(raw)}") from e
-        if reason not in (None, "stop", "tool_calls"):
-            raise ValueError(f"the reply was not finished: {reason}")
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError("the reply is empty")
-        return text
+        return _text_of(choice)
 
     def _formatted(self, messages, temperature, schema):
         "The same, in the strictest way of asking for JSON that the endpoint takes"
@@ -220,11 +288,12 @@ class ChatClient:
         temperature: float = 0.0,  # Of the sampling
     ) -> str | dict:  # Text, or the object of the schema; else ClientError or EndpointError
         "Ask, check, and ask again"
-        why, down, schema = "", False, self.schema if schema is None else schema
+        why, down, wait = "", False, 0.0
+        schema = self.schema if schema is None else schema
         first = messages = list(messages)
         for k in range(self.retries + 1):
             if k:
-                time.sleep(self.backoff * 2 ** (k - 1))
+                time.sleep(max(wait, self.backoff * 2 ** (k - 1)))
             try:
                 text = self._formatted(messages, temperature, schema)
                 if schema is None:
@@ -235,17 +304,20 @@ class ChatClient:
                     messages = first + _complained(text, e)
                     raise
             except _Status as e:
-                why, down = str(e), True
-                if e.code not in (408, 409, 429) and e.code < 500:
+                why, down, wait = str(e), True, e.wait
+                if wait > self.policy.timeout:
+                    why += f"; it asks to wait {wait:.0f} s, more than timeout"
+                    break
+                if e.code not in (408, 409, 425, 429) and e.code < 500:
                     break
             except OSError as e:
-                why, down = f"{type(e).__name__}: {e}", True
+                why, down, wait = f"{type(e).__name__}: {e}", True, 0.0
             except ValueError as e:
-                why, down = f"{type(e).__name__}: {e}", False
+                why, down, wait = f"{type(e).__name__}: {e}", False, 0.0
         raise (EndpointError if down else ClientError)(f"no usable reply of {self.model}: {why}")
 
 # %% ../../nbs/graph2eval/13_client.ipynb #fd2cf8ba
-troubles = ("empty", "cut", "slow", "broken")
+troubles = ("empty", "cut", "slow", "broken", "busy")
 
 
 class StubServer:
@@ -254,7 +326,7 @@ class StubServer:
     def __init__(
         self,
         script: Callable | Sequence,  # `(messages) -> reply`, or replies in turn; the last repeats
-        delay: float = 1.0,  # Seconds that "slow" takes
+        delay: float = 1.0,  # Seconds that "slow" takes, and for which "busy" asks
         refuses: Sequence[str] = (),  # Forms of a reply that it does not know, of `formats`
     ):
         self.script, self.delay, self.refuses = script, delay, tuple(refuses)
@@ -272,7 +344,7 @@ class StubServer:
     def reply(
         self,
         messages: list,  # What was asked
-    ) -> str | int:  # Text, status, or one of `troubles`
+    ) -> str | int | dict:  # Text, status, one of `troubles`, or fields of a message
         "What comes next"
         with self.lock:
             self.asked.append(messages)
@@ -302,15 +374,19 @@ class _Stub(BaseHTTPRequestHandler):
             stub.bodies.append(body)
         said = 400 if form and form in stub.refuses else stub.reply(body["messages"])
         status, reason = (said, "stop") if isinstance(said, int) else (200, "stop")
+        status = 429 if said == "busy" else status
         text = "" if isinstance(said, int) or said == "empty" else str(said)
         if said == "slow":
             time.sleep(stub.delay)
         if said == "cut":
             text, reason = '{"score": 0.', "length"
         message = dict(role="assistant", content=text)
+        message = message | said if isinstance(said, dict) else message
         data = json.dumps(dict(choices=[dict(message=message, finish_reason=reason)]))
         data = "<html>" if said == "broken" else data
         self.send_response(status)
+        if said == "busy":
+            self.send_header("Retry-After", str(stub.delay))
         self.send_header("Content-Length", str(len(data.encode())))
         self.end_headers()
         self.wfile.write(data.encode())

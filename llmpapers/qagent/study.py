@@ -88,6 +88,7 @@ variants = {  # Of the second stage: what pays, what else is changed, arguments 
     "RLOO": ("paper", dict(advantage="rloo")),
     "REINFORCE": ("paper", dict(advantage="reinforce")),
     "beta 0": ("paper", dict(beta=0.0)),
+    "beta 0.001": ("paper", dict(beta=0.001)),
     "beta 0.1": ("paper", dict(beta=0.1)),
     "hit in passages": ("passages", {}),
     "gain over the question": ("gain", {}),
