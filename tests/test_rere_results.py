@@ -79,7 +79,7 @@ def test_shuffled_codes_keep_the_catalogue():
 
 
 def test_names_of_arms():
-    assert len(set(arms)) == len(arms) == 3 + 15 + 12 + 2 + len(rivals)
+    assert len(set(arms)) == len(arms) == 3 + 15 + 13 + 2 + len(rivals)
     assert grid[rere] == dict(generation="beam", reward="ranking")
     with pytest.raises(ValueError, match="arm='ReRe' must be one of"):
         study_outcome(small, "ReRe", 0)

@@ -82,6 +82,7 @@ variants = {  # Of the beam with rule and ranking
     "add_gt": dict(add_gt=True),
     "rate x 3": dict(lr=3.0),
     "rate x 10": dict(lr=10.0),
+    "steps x 4": dict(steps=4),
 }
 rere = "beam, rule + ranking"  # The published method
 supervised = ("SFT", "SFT continued", "SFT continued x 4")
@@ -117,6 +118,8 @@ def _trained(cfg, arm, seed, task, start):
     change = dict(grid | variants).get(arm, {})
     if "lr" in change:
         change = change | dict(lr=change["lr"] * cfg.rl.lr)
+    if "steps" in change:
+        change = change | dict(steps=change["steps"] * cfg.rl.steps)
     n = len(task.world.sid)
     run = train_rere(
         start,
