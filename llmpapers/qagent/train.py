@@ -39,6 +39,7 @@ from llmpapers.qagent.rollout import (
 )
 from .world import World, countries, suffix_country, world_words
 from ..rl.advantages import group_advantages
+from ..rl.decoder import Decoder
 from ..rl.engines import HFEngine
 from ..rl.losses import PolicyLossConfig
 from ..rl.run import RunConfig, train_policy
@@ -422,4 +423,6 @@ def as_policy(
     slots: int = 128,  # Rollouts at once
 ) -> Policy:  # With the question as its prompt
     "A model of the small world as a policy"
-    return Policy(HFEngine(lm.model, lm.tokenizer.pad_token_id, slots), lm.tokenizer, first=str)
+    decoder = Decoder if next(lm.model.parameters()).device.type == "cpu" else None
+    engine = HFEngine(lm.model, lm.tokenizer.pad_token_id, slots, use_cache=True, decoder=decoder)
+    return Policy(engine, lm.tokenizer, first=str)
