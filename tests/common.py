@@ -1,6 +1,7 @@
 """Helpers of several test files: which notebooks there are, what must not be in them, processes and
 their CPU time"""
 
+import contextlib
 import os
 import re
 import socket
@@ -11,6 +12,7 @@ import uuid
 from pathlib import Path
 
 import psutil
+import pytest
 
 from nb_read import kind, nbs, notebooks, root
 
@@ -21,6 +23,7 @@ __all__ = [
     "nbs",
     "needs_parameters",
     "notebooks",
+    "open_chromium",
     "output_text",
     "root",
 ]
@@ -140,3 +143,17 @@ class Processes:
             except psutil.Error:
                 pass
         return names
+
+
+@contextlib.contextmanager
+def open_chromium(**how):
+    "Chromium for a fixture; without one the tests are skipped, but fail where CI=true"
+    from llmpapers.graph2eval.browser import Chromium, find_chromium
+
+    if not find_chromium():
+        why = "no Chromium on the path (Debian, Ubuntu: apt-get install chromium)"
+        if os.environ.get("CI", "").lower() in ("1", "true"):
+            pytest.fail(why)
+        pytest.skip(why)
+    with Chromium(**how) as c:
+        yield c

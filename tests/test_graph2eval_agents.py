@@ -4,7 +4,6 @@ import base64
 import inspect
 import io
 import json
-import os
 import stat
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import open_chromium
 from llmpapers.benchmarks.tasks import RagasBuilder, find_ragas
 from llmpapers.graph2eval import (
     agents,
@@ -40,7 +40,6 @@ from llmpapers.graph2eval.browser import (
     crawl,
     direct,
     draw_marks,
-    find_chromium,
 )
 from llmpapers.graph2eval.client import (
     ChatClient,
@@ -579,13 +578,7 @@ def test_a_python_without_the_peer_says_so(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def chromium():
-    "Chromium; without one the tests are skipped, but fail where CI=true"
-    if not find_chromium():
-        why = "no Chromium on the path (Debian, Ubuntu: apt-get install chromium)"
-        if os.environ.get("CI", "").lower() in ("1", "true"):
-            pytest.fail(why)
-        pytest.skip(why)
-    with Chromium() as c:
+    with open_chromium() as c:
         yield c
 
 

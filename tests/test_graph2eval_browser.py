@@ -1,16 +1,15 @@
 "The task generator in a real Chromium: the same pages, the same effects, and a fence that holds"
 
-import os
 import signal
 import time
 
 import psutil
 import pytest
 
+from common import open_chromium
 from llmpapers.graph2eval.agents import OracleAgent
 from llmpapers.graph2eval.browser import (
     Action,
-    Chromium,
     HttpBrowser,
     Policy,
     crawl,
@@ -30,13 +29,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def chromium():
-    "Chromium; without one the tests are skipped, but fail where CI=true"
-    if not find_chromium():
-        why = "no Chromium on the path (Debian, Ubuntu: apt-get install chromium)"
-        if os.environ.get("CI", "").lower() in ("1", "true"):
-            pytest.fail(why)
-        pytest.skip(why)
-    with Chromium() as c:
+    with open_chromium() as c:
         yield c
 
 

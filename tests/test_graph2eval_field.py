@@ -1,7 +1,6 @@
 "Endpoints and pages as they are met: each costs a step or an episode at most, and says why"
 
 import json
-import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import open_chromium
 from llmpapers.graph2eval.agents import LLMDocAgent, LLMWebAgent, PixelAgent
 from llmpapers.graph2eval.browser import (
     Action,
@@ -370,13 +370,7 @@ def test_a_redirect_out_of_a_narrower_crawl_is_not_followed():
 
 @pytest.fixture(scope="module")
 def chromium():
-    "Chromium; without one the tests are skipped, but fail where CI=true"
-    if not find_chromium():
-        why = "no Chromium on the path (Debian, Ubuntu: apt-get install chromium)"
-        if os.environ.get("CI", "").lower() in ("1", "true"):
-            pytest.fail(why)
-        pytest.skip(why)
-    with Chromium(timeout=15) as c:
+    with open_chromium(timeout=15) as c:
         yield c
 
 

@@ -423,6 +423,7 @@ def as_policy(
     slots: int = 128,  # Rollouts at once
 ) -> Policy:  # With the question as its prompt
     "A model of the small world as a policy"
+    # what was read is kept, on a CPU by the decoder; else each token reads everything again
     decoder = Decoder if next(lm.model.parameters()).device.type == "cpu" else None
     engine = HFEngine(lm.model, lm.tokenizer.pad_token_id, slots, use_cache=True, decoder=decoder)
     return Policy(engine, lm.tokenizer, first=str)
