@@ -37,6 +37,7 @@ from llmpapers.attention_rhythm.train import (
     success_rate,
     tabular_grpo,
     tabular_world,
+    tabular_worlds,
     train_rhythm,
 )
 from llmpapers.core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm
@@ -463,6 +464,21 @@ def test_tabular_equivalences_and_pairing():
         tabular_grpo(world, small, "oracle", q=0.1).hit == 1.0
         and tabular_grpo(world, replace(small, max_norm=math.inf), "none").clipped == 0.0
     )
+
+
+def test_worlds_that_share_their_maps():
+    "Reading the same maps in several ways equals making a world for each; other worlds are refused"
+    ways = [
+        small,
+        *(replace(small, **kw) for kw in (dict(window=3), dict(h_lo=0), dict(h_hi=None))),
+    ]
+    ways.append(replace(small, targeted=False))
+    for c, world in zip(ways, tabular_worlds(ways)):
+        for a, b in zip(world, tabular_world(c)):
+            assert torch.equal(a, b)
+    assert not torch.equal(tabular_world(ways[0]).waad, tabular_world(ways[1]).waad)
+    with pytest.raises(ValueError, match="cfgs differ in noise"):
+        tabular_worlds([small, replace(small, noise=0.5)])
 
 
 def test_tabular_start_and_gradient():

@@ -7,17 +7,18 @@ __all__ = ['countdown_alphabet', 'rhythm_scales', 'rhythm_paper', 'RhythmConfig'
            'countdown_problems', 'countdown_trace', 'CountdownLMConfig', 'countdown_lm', 'RhythmCredit',
            'rhythm_arrangement', 'load_policy', 'RhythmTrainer', 'RhythmRun', 'train_rhythm', 'success_rate',
            'RhythmScale', 'scale_policy', 'scale_problems', 'rhythm_outcome', 'TabularConfig', 'planted_rhythm',
-           'rhythm_maps', 'TabularWorld', 'tabular_world', 'TabularRun', 'tabular_grpo']
+           'rhythm_maps', 'TabularWorld', 'tabular_worlds', 'tabular_world', 'TabularRun', 'tabular_grpo']
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #fbb480bb
 import ast
 import copy
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -674,14 +675,16 @@ class TabularWorld(NamedTuple):
     support: Tensor  # (T,) long
 
 
-def _signals(cfg, onsets, anchors, generator):
-    "WAAD and FAI (P,G,T) of one batch of one world: maps, head split, metrics"
+def _maps(cfg, onsets, anchors, generator):
+    "Maps and response mask of one batch of one world"
     P, T = onsets.shape
+    on, an = (x[:, None].expand(P, cfg.group, T).reshape(-1, T) for x in (onsets, anchors))
+    return rhythm_maps(on, an, noise=cfg.noise, generator=generator)
 
-    def many(x):
-        return x[:, None].expand(P, cfg.group, T).reshape(-1, T)
 
-    attn, m = rhythm_maps(many(onsets), many(anchors), noise=cfg.noise, generator=generator)
+def _signals(cfg, attn, m):
+    "WAAD and FAI (P,G,T) of the maps of a batch: head split, metrics"
+    P, T = cfg.prompts, cfg.length
     if cfg.targeted:
         a_loc, a_glob = (aggregate_heads(attn, h) for h in split_heads(head_spans(attn, m)))
     else:
@@ -693,23 +696,40 @@ def _signals(cfg, onsets, anchors, generator):
     return cut(waad(a_loc, m, cfg.window)), cut(fai(a_glob, m, cfg.h_lo, cfg.h_hi))
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #d091029d
-def tabular_world(
-    cfg: TabularConfig,  # The world
-) -> TabularWorld:  # Planted tokens and measured signals
-    "Plant a rhythm and measure it in every response, through maps, head split, WAAD and FAI"
+_reading = ("window", "h_lo", "h_hi", "targeted")  # what decides the signals, not the world
+
+
+def tabular_worlds(
+    cfgs: list[TabularConfig],  # Alike but for window, h_lo, h_hi and targeted
+) -> list[TabularWorld]:  # Planted tokens and measured signals, one a configuration
+    "One planted rhythm, its maps drawn once and read in several ways"
+    cfg = cfgs[0]
+    same = dict.fromkeys(_reading)
+    for c in cfgs[1:]:
+        if differ := [k for k, v in asdict(c).items() if k not in same and v != getattr(cfg, k)]:
+            raise ValueError(f"cfgs differ in {differ[0]}; they may differ in {', '.join(same)}")
     S, P, T = cfg.seeds, cfg.prompts, cfg.length
     on, an = (x.reshape(S, P, T) for x in planted_rhythm(S * P, T, rng(cfg.seed, "rhythm")))
     n = (on | an).sum(-1, keepdim=True)
     shuffled = torch.rand(S, P, T, generator=rng(cfg.seed, "elsewhere")).argsort(-1).argsort(-1)
     decisive = {"rhythm": on | an, "anchors": an, "elsewhere": shuffled < n}[cfg.decisive]
-    sig = [
-        [_signals(cfg, on[s], an[s], rng(cfg.seed, "maps", s, i)) for s in range(S)]
-        for i in range(cfg.iterations)
+    signals = torch.empty(len(cfgs), 2, cfg.iterations, S, P, cfg.group, T)
+    for i, s in itertools.product(range(cfg.iterations), range(S)):
+        attn, m = _maps(cfg, on[s], an[s], rng(cfg.seed, "maps", s, i))
+        for k, c in enumerate(cfgs):
+            signals[k, 0, i, s], signals[k, 1, i, s] = _signals(c, attn, m)
+    there = torch.ones(T).bool()
+    return [
+        TabularWorld(on, an, decisive, w, f, fai_support(there, c.h_lo, c.h_hi))
+        for c, (w, f) in zip(cfgs, signals)
     ]
-    w, f = (torch.stack([torch.stack([x[j] for x in row]) for row in sig]) for j in (0, 1))
-    return TabularWorld(
-        on, an, decisive, w, f, fai_support(torch.ones(T).bool(), cfg.h_lo, cfg.h_hi)
-    )
+
+
+def tabular_world(
+    cfg: TabularConfig,  # The world
+) -> TabularWorld:  # Planted tokens and measured signals
+    "Plant a rhythm and measure it in every response, through maps, head split, WAAD and FAI"
+    return tabular_worlds([cfg])[0]
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #d01fb2c6
 class TabularRun(NamedTuple):
