@@ -171,6 +171,7 @@ def test_damaged_minutes_and_records_are_named(rooms, capsys):
 
 @pytest.mark.slow
 # ---- runs ----------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_run_in_a_folder_with_braces_and_number_signs(rooms, capsys):
     out = rooms.parent / "out {scale} {} #2"
     status, lines, _ = told(capsys, "run", "smec", "--scale", "smoke", "-p", "seed=4", "--out", out)

@@ -57,6 +57,7 @@ def saved(bert, folder, pooling, dense=False, dtype=torch.float32, prompts=None)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("dense", [False, True], ids=["", "dense"])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+@pytest.mark.slow
 def test_own_pooling_and_layers_are_used(bert, tmp_path, pooling, dense, dtype):
     "Vectors equal those of sentence-transformers, and differ from a mean where that is wrong"
     folder = saved(bert, tmp_path / "m", pooling, dense, dtype)

@@ -92,6 +92,7 @@ FAMILIES = (
 
 @pytest.mark.parametrize("kind", FAMILIES.split())
 @pytest.mark.parametrize("score", ["raw", "renorm"])
+@pytest.mark.slow
 def test_beams_are_the_best_of_all_items_in_every_family(kind, score):
     model, strings = model_of(kind), catalogue(40, 1)
     trie = ItemTrie.from_sequences(strings, eos_id=END)

@@ -53,6 +53,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.parametrize("arm", trained)
+@pytest.mark.slow
 def test_every_arm_runs(arm):
     found = study_outcome(small, arm, 0)
     metrics = found["metrics"]

@@ -347,6 +347,7 @@ def test_lists_are_made_in_a_ray_actor():
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_the_design_space_runs(change):
     done = run(replace(small, **change))
     assert len(done.rows) == 3 and all(torch.isfinite(p).all() for p in done.lm.model.parameters())

@@ -141,6 +141,7 @@ def controller(rollout, timeout=None, alpha=1.0, model=None, **kw):
 
 
 @pytest.mark.parametrize("how", ways)
+@pytest.mark.slow
 def test_a_rollout_that_ends_badly_costs_its_group(how):
     """Asynchronously, in process: the run goes on and names the group"""
     c = controller(Ways(how))

@@ -146,6 +146,7 @@ def test_parameters(nb):
     fail(nb, faults)
 
 
+@pytest.mark.slow
 def test_scales_that_are_named_have_recipes(nb):
     "The comment beside `scale` names no scale for which a lookup of this notebook has no size"
     lines = [s for c in nb.code for s in c["source"].splitlines() if s.startswith("scale = ")]

@@ -393,6 +393,7 @@ def damage_list(d):
 @pytest.mark.parametrize(
     "damage", [damage_byte, damage_cut, damage_missing, damage_sums, damage_list]
 )
+@pytest.mark.slow
 def test_damaged_checkpoint_is_noticed(damage, straight, tmp_path):
     run(net(dropout=0.1), out=tmp_path, **full)
     damage(tmp_path / "step_000040")

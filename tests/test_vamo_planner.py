@@ -637,6 +637,7 @@ def test_plain_attention_is_attention():
 
 @pytest.mark.parametrize("kind", [MultiTaskPlanner, CausalPlanner])
 @pytest.mark.parametrize("replan", [1, 5])
+@pytest.mark.slow
 def test_policy_plays_a_day(kind, replan):
     m, money, t = simulated()
     torch.manual_seed(0)
