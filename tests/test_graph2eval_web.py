@@ -268,6 +268,42 @@ def test_a_form_sends_what_a_browser_sends(last, value):
         assert s.asked[-1] == ("POST", "/sub/send", odd_sent + value)
 
 
+locked_form = """<form action=/send><label for=a>Dead</label><input id=a name=a value=1 disabled>
+<label for=b>Fixed</label><input id=b name=b value=2 readonly>
+<fieldset disabled><label for=c>Inside</label><input id=c name=c value=3>
+<input type=hidden name=h value=4><label for=d>Choice</label><select id=d name=d><option>x<option>y
+</select><label for=e>Tick</label><input id=e type=checkbox name=e></fieldset>
+<label for=f>Open</label><input id=f name=f value=5><button disabled>Dead end</button>
+<button name=go value=6>Send</button></form>"""
+
+
+def test_what_is_disabled_takes_nothing_and_sends_nothing():
+    page = locked_form.encode()
+    with Serving({"/": (200, {}, page), "/send": (200, {}, b"ok")}) as s:
+        browser = s.browser()
+        seen = browser.goto(s.origin + "/")
+        locked = {w.name: w.locked for w in seen.widgets}
+        assert locked == dict(Dead="disabled", Fixed="readonly", Inside="disabled", Open="") | {
+            "Choice": "disabled", "Tick": "disabled", "Dead end": "disabled", "Send": ""
+        }  # fmt: skip
+        for a in [Action("fill", f"textbox/{x}", "9") for x in ("Dead", "Fixed", "Inside")]:
+            with pytest.raises(ActionError, match="disabled|readonly"):
+                browser.act(a)
+        with pytest.raises(ActionError, match="disabled"):
+            browser.act(Action("select", "choice/Choice", "y"))
+        for a in [
+            Action("click", "checkbox/Tick"),
+            Action("click", "button/Dead end"),
+            Action("press", "textbox/Dead"),
+            Action("press", "textbox/Open"),  # its first button that sends is disabled
+        ]:
+            assert browser.act(a).url == s.origin + "/"
+        assert len(s.asked) == 1
+        browser.act(Action("fill", "textbox/Open", "7"))
+        browser.act(Action("click", "button/Send"))
+        assert s.asked[-1][1] == "/send?b=2&f=7&go=6"
+
+
 def test_a_form_is_sent_in_the_letters_of_its_page():
     with odd_server("iso-8859-1") as s:
         browser = s.browser()

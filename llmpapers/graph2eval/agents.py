@@ -101,6 +101,8 @@ def candidates(
     quoted = list(dict.fromkeys(_quoted.findall(instruction)))
     out = []
     for w in page.widgets:
+        if w.locked == "disabled":
+            continue
         if w.role in ("link", "button"):
             out.append(Action("click", w.id))
         elif w.role == "textbox":
@@ -705,6 +707,10 @@ def rules(self: LLMWebAgent) -> str:  # For the system's message
     )
 
 
+def _note(w):
+    return f" ({w.locked})" if w.locked else ""
+
+
 @patch
 def rows(
     self: LLMWebAgent,
@@ -715,10 +721,10 @@ def rows(
     if self.mode == "som":
         seen = [by_id[name] for name in obs.screen.marks[: self.max_elements]]
         return [
-            f"[{k}] {w.role} {w.name!r} {w.value!r} {list(w.options) or ''}"
+            f"[{k}] {w.role} {w.name!r} {w.value!r} {list(w.options) or ''}{_note(w)}"
             for k, w in enumerate(seen)
         ]
-    rows = [f"{w.id} = {w.value!r} {list(w.options) or ''}" for w in obs.page.widgets]
+    rows = [f"{w.id} = {w.value!r} {list(w.options) or ''}{_note(w)}" for w in obs.page.widgets]
     return [f"{k}: {v}" for k, v in obs.page.facts] + rows[: self.max_elements]
 
 

@@ -310,6 +310,7 @@ class Widget:
     sent: str = ""  # What a button or a ticked box sends
     sends: tuple[str, ...] = ()  # What each option sends, where it is not its text
     odd: str = ""  # What a form can do with it that only a real browser does
+    locked: str = ""  # "disabled": takes nothing, sends nothing; "readonly": cannot be typed in
 
 
 @dataclass(frozen=True)
@@ -379,6 +380,7 @@ class _PageParser(HTMLParser):
         self.url, self.base, self.title, self.text = url, url, "", []
         self.raw, self.forms, self.labels, self.facts = [], [], {}, []
         self.form, self.stack, self.hidden, self.term = -1, [], 0, None
+        self.fieldsets = []  # those that are open: are they disabled?
         self.capture = {}  # what collects text now: name -> list of pieces
         self.opened = Counter()  # tags that are open
         self.current = None  # link, button or text area that is open
@@ -409,6 +411,8 @@ class _PageParser(HTMLParser):
             for k in [k for k in self.capture if k.startswith("label ")]:
                 del self.capture[k]  # labels do not stand in labels
             self.capture["label " + a.get("for", "")] = []
+        elif tag == "fieldset":
+            self.fieldsets.append("disabled" in a)
         elif tag in ("title", "dt", "dd"):
             self.capture[tag] = []
         elif tag == "option" and self.current and self.current["tag"] == "select":
@@ -421,6 +425,8 @@ class _PageParser(HTMLParser):
     def _widget(self, tag, a, dark):
         if tag == "a" and "href" not in a:
             return
+        if tag != "a" and any(self.fieldsets):
+            a = a | {"disabled": ""}
         if tag == "input" and a.get("type") == "hidden":
             if self.form >= 0 and "name" in a and "disabled" not in a:
                 self.forms[self.form][2].append((a["name"], a.get("value", "")))
@@ -447,6 +453,8 @@ class _PageParser(HTMLParser):
     def _closed(self, tag):
         if tag == "form":
             self.form = -1
+        elif tag == "fieldset":
+            self.fieldsets.pop()
         elif tag == "title":
             self.title = self.title or self._took("title")
         elif tag == "label":
@@ -513,7 +521,15 @@ def _named(parser, raw, counts):
         raw["form"],
         "" if "disabled" in a else a.get("name", ""),
         *_sent(raw, role, kind),
+        _locked(role, kind, a),
     )
+
+
+def _locked(role, kind, a):
+    "Why a widget takes nothing"
+    if "disabled" in a and role != "link":
+        return "disabled"
+    return "readonly" if "readonly" in a and role == "textbox" and kind != "file" else ""
 
 
 def _sent(raw, role, kind):
@@ -736,7 +752,7 @@ def _enter(self: HttpBrowser, w):
     parts = [x for x in self.page.widgets if x.form == w.form >= 0]
     send = [x for x in parts if x.role == "button" and x.kind in ("submit", "image")]
     if send:
-        return self._press_button(send[0])
+        return self.snapshot() if send[0].locked else self._press_button(send[0])
     if sum(x.role == "textbox" for x in parts) == 1:
         return self._submit(w.form)
     return self.snapshot()
@@ -761,19 +777,27 @@ def act(
             _check_link(self, w.href)
             self.history.append(self.page.url)
             return self._load("GET", w.href)
-        if w.role == "button":
+        if w.locked:  # as in any browser: nothing happens
+            self.events.append(dict(kind="stayed", what=w.id))
+        elif w.role == "button":
             return self._press_button(w)
-        self._tick(w)
+        else:
+            self._tick(w)
     elif kind == "fill":
         w = find_widget(self.page, action.target, ("textbox",))
+        _check_open(w)
         self.values[w.id] = _typed_text(w, action.value)
     elif kind == "select":
         w = find_widget(self.page, action.target, ("choice",))
+        _check_open(w)
         _check_option(w, action.value)
         self.values[w.id] = action.value
     elif kind == "press":
         w = find_widget(self.page, action.target, ("textbox",))
         _check_enter(w)
+        if w.locked == "disabled":
+            self.events.append(dict(kind="stayed", what=w.id))
+            return self.snapshot()
         return self._enter(w)
     return self.snapshot()
 
@@ -790,6 +814,11 @@ def _typed_text(widget, text):
     if not text.isprintable() and re.search("[\0\ud800-\udfff]", text):
         raise ActionError(f"{text[:60]!r} has characters that cannot be typed")
     return text if widget.kind == "textarea" else re.sub(r"[\r\n]", "", text)
+
+
+def _check_open(widget):
+    if widget.locked:
+        raise ActionError(f"{widget.id!r} is {widget.locked}; it takes nothing")
 
 
 def _check_enter(widget):
