@@ -563,6 +563,14 @@ def test_the_peer_runs_in_a_python_of_its_own(tmp_path, monkeypatch):
     assert find_ragas() == python
 
 
+def test_a_peer_that_hangs_is_ended(tmp_path):
+    python = a_python_with(tmp_path, {"ragas.py": "import time\ntime.sleep(600)"})
+    with pytest.raises(TimeoutError, match="patience=1 s"):
+        RagasBuilder(python, np.eye(3), patience=1)
+    with pytest.raises(ValueError, match="patience"):
+        RagasBuilder(python, np.eye(3), patience=0)
+
+
 def test_a_python_without_the_peer_says_so(tmp_path, monkeypatch):
     python = a_python_with(tmp_path, {"ragas.py": "raise ImportError('no such thing here')"})
     with pytest.raises(ValueError, match="ragas"):

@@ -6,15 +6,19 @@
 __all__ = ['find_ragas', 'RagasBuilder']
 
 # %% ../../nbs/benchmarks/12_tasks.ipynb #eea54555
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
+
+from ..core.scale import check_number
 
 # %% ../../nbs/benchmarks/12_tasks.ipynb #540835e9
 _child = """
@@ -60,7 +64,9 @@ class RagasBuilder:
         python: str,  # Path of a Python that has ragas
         E: np.ndarray,  # (n,d) vectors
         tau: float = 0.7,  # Smallest cosine
+        patience: float = 600.0,  # Seconds that one answer may take; then the process is ended
     ):
+        self.patience = check_number("patience", patience, "(0, inf)")
         self.folder = tempfile.TemporaryDirectory()
         file = Path(self.folder.name) / "vectors.npy"
         np.save(file, E)
@@ -78,9 +84,17 @@ class RagasBuilder:
 
     def _heard(self):
         "The next thing that it says; what else is printed is passed over"
-        for line in self.process.stdout:
-            if line.startswith("@"):
-                return json.loads(line[1:])
+        over = threading.Event()
+        late = threading.Timer(self.patience, lambda: (over.set(), self.process.kill()))
+        late.start()
+        try:
+            for line in self.process.stdout:
+                if line.startswith("@"):
+                    return json.loads(line[1:])
+            if over.is_set():
+                raise TimeoutError(f"ragas gave no answer within patience={self.patience:g} s")
+        finally:
+            late.cancel()
         self.errors.seek(0)
         last = self.errors.read().strip().splitlines()[-1:]
         raise ValueError(f"python: the process with ragas ended: {' '.join(last)[:200]}")
@@ -96,7 +110,8 @@ class RagasBuilder:
 
     def close(self) -> None:
         "End the process"
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it may have ended by itself
+            self.process.stdin.close()
         self.process.wait(30)
         self.process.stdout.close()
         self.errors.close()
