@@ -40,6 +40,7 @@ from llmpapers.dspnet.model import (
     check_histories,
     fusions,
     last_scores,
+    states_of,
 )
 
 # %% ../../nbs/dspnet/06_train.ipynb #31d0e736
@@ -99,7 +100,7 @@ def model_fields(
     names = ("d", "d_scene", "n_layers", "n_heads", "hidden", "max_len", "dropout", "fusion")
     return {k: getattr(config, k) for k in (*names, "inject_scene", "target_context")}
 
-# %% ../../nbs/dspnet/06_train.ipynb #d841a841
+# %% ../../nbs/dspnet/06_train.ipynb #cc118c9b
 class Batch(NamedTuple):
     "Histories with their start"
 
@@ -107,7 +108,7 @@ class Batch(NamedTuple):
     scenes: Tensor  # (B,T+1) scenes
     told: Tensor | None  # (B,T) scene of each target in rows where it is told, else 0
 
-
+# %% ../../nbs/dspnet/06_train.ipynb #d841a841
 def _taken(x, there):
     "The entries of x at the positions that count, one below the other"
     return x.flatten(0, 1) if there.all() else x[there]
@@ -147,7 +148,7 @@ def likelihood(
         return model.own_nll(batch.items, batch.scenes, alpha)
     told = batch.told is not None and model.takes_context
     given = dict(target_scenes=batch.told) if told else {}
-    out = model(batch.items[:, :-1], batch.scenes[:, :-1], logits=False, **given)
+    out = states_of(model, batch.items[:, :-1], batch.scenes[:, :-1], **given)
     item = _item_loss(model, out, batch, chunk)
     if not alpha or out.scene_logits is None:
         return JointLoss(item, item, item.new_zeros(())), out
@@ -200,7 +201,7 @@ class Objective(nn.Module):
     ) -> Tensor:  # Scalar loss
         "Contrastive term, with a second pass under another dropout mask"
         config = self.config
-        twin = self.model(batch.items[:, :-1], batch.scenes[:, :-1], logits=False)
+        twin = states_of(self.model, batch.items[:, :-1], batch.scenes[:, :-1])
         cond = history_states(out)
         weights = ccr_weights(
             config.ccr, cond, batch.items[:, -1], config.tau_cond, heads=self.heads
