@@ -329,7 +329,7 @@ def row_groups(
 
     def cut(rows):
         width = sizes[rows]
-        spared = torch.arange(1, len(rows)) * (width[-1] - width[:-1])
+        spared = torch.arange(1, len(rows)) * (width[-1] - width[:-1])  # i (n_B - n_i)
         if not len(spared) or int(spared.max()) < least:
             return [rows]
         at = int(spared.argmax()) + 1
@@ -345,19 +345,20 @@ def states_of(
     target_scenes: Tensor | None = None,  # (B,T) scene of each target, 0 where it is not told
 ) -> DSPOutput:  # Without scores of items; zeros where a row has neither event nor start
     "States of a batch, read in groups of rows of like length"
-    given = dict(items=items, scenes=scenes)
-    if target_scenes is not None:
-        given["target_scenes"] = target_scenes
+    more = {} if target_scenes is None else dict(target_scenes=target_scenes)
     n = items.shape[1]
     sizes = ((items > 0).sum(1) + 1).clamp(max=n).cpu()  # one more for the start
     groups = row_groups(sizes)
     if len(groups) == 1:
-        return model(**given, logits=False)
+        return model(items, scenes, **more, logits=False)
+    model.check(items, scenes if model.reads_scenes else None)  # a cut must not hide a fault
+    model.check_told(items, target_scenes)
     found = []
     for rows in groups:
         width = int(sizes[rows].max())
-        part = {k: x if x is None else x[rows, -width:] for k, x in given.items()}
-        out = model(**part, logits=False)
+        pair = [x if x is None else x[rows, -width:] for x in (items, scenes)]
+        told = {k: x[rows, -width:] for k, x in more.items()}
+        out = model(*pair, **told, logits=False)
         found.append([x if x is None else F.pad(x, (0, 0, n - x.shape[1], 0)) for x in out])
     back = torch.cat(groups).argsort()
     return DSPOutput(*(None if x[0] is None else torch.cat(x)[back] for x in zip(*found)))
