@@ -1,24 +1,29 @@
 "Runs that stop and go on, what a batch holds, and arguments that are refused by name"
 
 from dataclasses import replace
+from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmpapers.core.bench import extra_peak
 from llmpapers.core.scale import rng
 from llmpapers.dspnet.baselines import baselines, count_scores, make_baseline, train_baseline
 from llmpapers.dspnet.data import make_interplay_world
 from llmpapers.dspnet.logs import as_index, split_last
-from llmpapers.dspnet.losses import ccr_loss, ccr_weights, joint_nll, mmd
-from llmpapers.dspnet.model import DSPNet, last_scores
+from llmpapers.dspnet.losses import ccr_loss, ccr_weights, joint_nll, mmd, next_nll
+from llmpapers.dspnet.model import DSPNet, last_scores, row_groups, states_of
 from llmpapers.dspnet.train import (
     Batch,
     DSPConfig,
     Objective,
     TensorSource,
+    history_states,
     likelihood,
     make_batch,
     model_fields,
@@ -245,6 +250,7 @@ bad = {
     "items": lambda: train_dspnet(parts.items.numpy(), parts.scenes, config),
     "scenes": lambda: train_baseline("SASRec", parts.items, None, config),
     "valid": lambda: train_dspnet(parts.items, parts.scenes, config, valid=tuple(parts.valid)),
+    "schedule": lambda: DSPConfig(schedule="linear"),
     "d=7": lambda: DSPConfig(d=7, n_heads=2),
     "n_layers": lambda: DSPNet(5, 2, n_layers=0),
     "n_heads": lambda: DSPNet(5, 2, n_heads=0),
@@ -294,3 +300,163 @@ def test_half_precision_has_a_discrepancy():
 
 def test_numbers_of_numpy_are_numbers():
     assert DSPConfig(d=np.int64(8)).d == 8
+
+
+plain_nll = ["DSPnet", *(k for k in sorted(baselines) if not hasattr(baselines[k][0], "own_nll"))]
+many_groups = partial(row_groups, least=1)
+
+
+def of_name(name, how):
+    if name == "DSPnet":
+        return seeded(lambda: DSPNet(12, 4, **model_fields(how)), 0)
+    return make_baseline(name, 12, 4, how)[0]
+
+
+def everywhere(model, batch, how):
+    "The loss from scores of all items at all positions, in one pass"
+    given = {} if batch.told is None or not model.takes_context else dict(target_scenes=batch.told)
+    out = model(batch.items[:, :-1], batch.scenes[:, :-1], **given)
+    total = next_nll(out.item_logits, batch.items)
+    if out.scene_logits is not None:
+        total = total + how.alpha * next_nll(out.scene_logits, batch.scenes)
+    if how.ccr != "none":
+        twin = model(batch.items[:, :-1], batch.scenes[:, :-1], logits=False)
+        weights = ccr_weights(how.ccr, history_states(out), batch.items[:, -1], how.tau_cond)
+        pair = out.z_item[:, -1], twin.z_item[:, -1]
+        total = total + how.ccr_weight * ccr_loss(*pair, weights, how.tau)
+    return total
+
+
+def with_gradient(model, make_loss):
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = make_loss()
+    loss.backward()
+    grads = [p.grad for p in model.parameters()]
+    return [loss.detach(), *(torch.zeros(1) if x is None else x.clone() for x in grads)]
+
+
+def uneven(seed, n=9, longest=7, least=0, wide=0):
+    "A batch of uneven rows with their start and zeros before it, scenes told in some rows"
+    g = rng(seed, "uneven")
+    size = torch.randint(least, longest + 1, (n,), generator=g)
+    there = torch.arange(longest + 1 + wide) >= longest + 1 + wide - size[:, None]
+    items, scenes = (torch.randint(1, k + 1, there.shape, generator=g) * there for k in (12, 4))
+    told = scenes[:, 1:] * (torch.rand(n, 1, generator=g) < 0.5)
+    return Batch(items, scenes, told)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(plain_nll),
+    st.sampled_from([0, 5]),
+    st.sampled_from(["none", "history"]),
+    st.sampled_from([0, 6]),
+    st.booleans(),
+)
+def test_padding_that_is_not_computed_changes_nothing(seed, name, chunk, ccr, wide, context):
+    extra = dict(chunk=chunk, ccr=ccr, ccr_weight=0.5, dropout=0.0, target_context=context)
+    how = replace(config, **extra)
+    model, batch = of_name(name, how), uneven(seed, wide=wide)
+    objective = Objective(model, how)
+    want = with_gradient(model, lambda: everywhere(model, batch, how))
+    with mock.patch("llmpapers.dspnet.model.row_groups", many_groups):
+        found = with_gradient(model, lambda: objective(batch))
+    for a, b in zip(want, found):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 5])
+@pytest.mark.parametrize("name", plain_nll)
+def test_rows_of_one_length_are_read_as_ever(name, chunk):
+    "To the bit, with dropout: one group, and every position has its target"
+    how = replace(config, dropout=0.3, chunk=chunk, target_context=name == "DSPnet")
+    model, full = of_name(name, how).train(), uneven(0, least=7)
+    objective = Objective(model, how)
+    with mock.patch("llmpapers.dspnet.model.row_groups", many_groups):
+        found = with_gradient(model, lambda: objective(full))
+    want = with_gradient(model, lambda: everywhere(model, full, how))
+    same = torch.equal if not chunk else partial(torch.allclose, atol=1e-5)
+    assert all(same(a, b) for a, b in zip(want, found))
+
+
+@pytest.mark.parametrize("name", plain_nll)
+def test_scores_are_made_where_there_is_a_target(name):
+    model, batch = of_name(name, config), uneven(1, wide=5)
+    seen, made = [], model.item_scores
+
+    def noted(z, context=None):
+        seen.append(z.shape[:-1].numel())
+        return made(z, context)
+
+    model.item_scores = noted
+    likelihood(model, batch, 0.5)
+    assert seen == [int((batch.items[:, 1:] > 0).sum())]
+
+
+@pytest.mark.parametrize("name", sorted(set(baselines) - set(plain_nll)))
+def test_a_likelihood_of_ones_own_reads_the_batch_as_it_is(name):
+    model, batch = make_baseline(name, 12, 4, config)[0], uneven(2)
+    want = with_gradient(model, lambda: model.own_nll(batch.items, batch.scenes, 0.5)[0].total)
+    found = with_gradient(model, lambda: likelihood(model, batch, 0.5)[0].total)
+    assert all(torch.equal(a, b) for a, b in zip(want, found))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 600))
+def test_groups_of_rows(lengths, least):
+    sizes = torch.tensor(lengths)
+    groups = row_groups(sizes, least)
+    assert torch.equal(torch.cat(groups).sort().values, torch.arange(len(sizes)))
+    widths = [int(sizes[x].max()) for x in groups]
+    assert widths == sorted(set(widths))  # rows of one length stay together
+    needed = sum(len(x) * w for x, w in zip(groups, widths))
+    assert needed + least * (len(groups) - 1) <= len(sizes) * max(lengths)
+    for rows, width in zip(groups, widths):  # nothing that pays is left uncut
+        own = sizes[rows].sort().values
+        assert all((i + 1) * (width - int(x)) < least for i, x in enumerate(own[:-1]))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6), st.sampled_from([*plain_nll, *sorted(baselines)]))
+def test_scores_of_uneven_histories(seed, name):
+    how = replace(config, target_context=name == "DSPnet")
+    model, batch = of_name(name, how).eval(), uneven(seed, wide=0)
+    with torch.no_grad():
+        out = model(batch.items[:, 1:], batch.scenes[:, 1:], logits=False)
+        want = model.item_scores(out.z_item[:, -1])
+        with mock.patch("llmpapers.dspnet.model.row_groups", many_groups):
+            found = last_scores(model, batch.items[:, 1:], batch.scenes[:, 1:])
+            some = states_of(model, batch.items[:, 1:], batch.scenes[:, 1:])
+    assert torch.allclose(found.items, want, atol=1e-5)
+    if out.scene_logits is not None:
+        assert torch.allclose(found.scenes, out.scene_logits[:, -1], atol=1e-5)
+    if name == "BERT4Rec":  # it has one position, the blank behind the history
+        return
+    there = F.pad(batch.items[:, 2:], (0, 1), value=1) > 0  # events, and the start before them
+    for a, b in zip(out, some):
+        assert a is None or torch.allclose(a[there], b[there], atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [TensorSource, as_index])
+def test_a_batch_is_as_wide_as_its_longest_row(form):
+    items = F.pad(torch.tensor([[0, 0, 3, 4], [0, 0, 0, 5], [1, 2, 3, 4]]), (9, 0))
+    how = replace(config, batch_size=2)
+    widths = set()
+    for k in range(30):
+        batch = make_batch(form(items, items.sign()), how, rng(k, "wide"))
+        longest = int((batch.items > 0).sum(1).max())
+        assert batch.items.shape == batch.scenes.shape == (2, longest + 1)
+        assert not batch.items[:, 0].any()
+        widths.add(longest)
+    assert widths == {1, 2, 4}
+
+
+def test_a_rate_may_be_constant():
+    for schedule, constant in (("constant", True), ("cosine", False)):
+        history = train_model(
+            new(), source, replace(config, schedule=schedule), watch=lambda m: {}, device="cpu"
+        )
+        rates = history.column("lr")
+        assert (set(rates) == {config.lr}) == constant and max(rates) <= config.lr

@@ -31,7 +31,6 @@ from llmpapers.dspnet.losses import (
     ccr_weights,
     chunked_ce,
     mmd,
-    next_nll,
     weight_kinds,
 )
 from llmpapers.dspnet.model import (
@@ -41,6 +40,7 @@ from llmpapers.dspnet.model import (
     check_histories,
     fusions,
     last_scores,
+    states_of,
 )
 
 # %% ../../nbs/dspnet/06_train.ipynb #31d0e736
@@ -69,6 +69,7 @@ class DSPConfig:
     steps: int = 1000  # Optimiser steps
     batch_size: int = 64  # Users of a step
     lr: float = 3e-3  # Largest learning rate
+    schedule: str = "cosine"  # "cosine": warm-up, then down; "constant": the same from the start
     weight_decay: float = 0.01  # Decay of the matrices
     eval_every: int = 0  # Steps between two looks at validation; 0: a tenth of the run, if any
     seed: int = 0  # Of weights, order and dropout
@@ -88,6 +89,7 @@ class DSPConfig:
             fusion=tuple(fusions),
             ccr=("none", *weight_kinds),
             align=("none", "adversarial", "mmd"),
+            schedule=("cosine", "constant"),
         )
 
 
@@ -98,7 +100,7 @@ def model_fields(
     names = ("d", "d_scene", "n_layers", "n_heads", "hidden", "max_len", "dropout", "fusion")
     return {k: getattr(config, k) for k in (*names, "inject_scene", "target_context")}
 
-# %% ../../nbs/dspnet/06_train.ipynb #d841a841
+# %% ../../nbs/dspnet/06_train.ipynb #cc118c9b
 class Batch(NamedTuple):
     "Histories with their start"
 
@@ -106,13 +108,33 @@ class Batch(NamedTuple):
     scenes: Tensor  # (B,T+1) scenes
     told: Tensor | None  # (B,T) scene of each target in rows where it is told, else 0
 
+# %% ../../nbs/dspnet/06_train.ipynb #d841a841
+def _taken(x, there):
+    "The entries of x at the positions that count, one below the other"
+    return x.flatten(0, 1) if there.all() else x[there]
 
-def _item_loss_in_pieces(model, out, batch, chunk):
-    "The likelihood without scores of all items"
-    z = model.told(out.z_item, batch.told) if hasattr(model, "told") else out.z_item
-    labels = (batch.items[:, 1:] - 1).masked_fill(batch.items[:, 1:] == 0, -100)
-    table = model.item_stream.embed.weight[1:]
-    return chunked_ce(z.flatten(0, 1), table, labels.flatten(), chunk)
+
+def _item_loss(model, out, batch, chunk):
+    "Loss of the next item; scores are made where there is a target, and nowhere else"
+    there = batch.items[:, 1:] > 0
+    z, labels = _taken(out.z_item, there), _taken(batch.items[:, 1:], there).long() - 1
+    if not len(z):  # nobody has an event
+        return out.z_item.sum() * 0
+    told = None
+    if batch.told is not None and model.takes_context:
+        told = _taken(batch.told, there)
+    if chunk:
+        z = z if told is None else model.told(z, told)
+        return chunked_ce(z, model.item_stream.embed.weight[1:], labels, chunk)
+    scores = model.item_scores(z, told).float()
+    return F.cross_entropy(scores, labels, reduction="sum") / len(labels)
+
+
+def _scene_loss(out, batch):
+    "Loss of the next scene, over the same positions"
+    there = batch.items[:, 1:] > 0
+    scores, labels = _taken(out.scene_logits, there), _taken(batch.scenes[:, 1:], there).long() - 1
+    return F.cross_entropy(scores.float(), labels, reduction="sum") / max(1, len(labels))
 
 
 def likelihood(
@@ -126,14 +148,11 @@ def likelihood(
         return model.own_nll(batch.items, batch.scenes, alpha)
     told = batch.told is not None and model.takes_context
     given = dict(target_scenes=batch.told) if told else {}
-    out = model(batch.items[:, :-1], batch.scenes[:, :-1], logits=not chunk, **given)
-    if chunk:
-        item = _item_loss_in_pieces(model, out, batch, chunk)
-    else:
-        item = next_nll(out.item_logits, batch.items)
+    out = states_of(model, batch.items[:, :-1], batch.scenes[:, :-1], **given)
+    item = _item_loss(model, out, batch, chunk)
     if not alpha or out.scene_logits is None:
         return JointLoss(item, item, item.new_zeros(())), out
-    scene = next_nll(out.scene_logits, batch.scenes)
+    scene = _scene_loss(out, batch)
     return JointLoss(item + alpha * scene, item, scene), out
 
 
@@ -182,7 +201,7 @@ class Objective(nn.Module):
     ) -> Tensor:  # Scalar loss
         "Contrastive term, with a second pass under another dropout mask"
         config = self.config
-        twin = self.model(batch.items[:, :-1], batch.scenes[:, :-1], logits=False)
+        twin = states_of(self.model, batch.items[:, :-1], batch.scenes[:, :-1])
         cond = history_states(out)
         weights = ccr_weights(
             config.ccr, cond, batch.items[:, -1], config.tau_cond, heads=self.heads
@@ -278,8 +297,9 @@ def make_batch(
 ) -> Batch:  # With the start, and with scenes of targets where they are told
     "A random batch"
     numbers = torch.randint(len(source), (config.batch_size,), generator=generator)
-    pair = source.rows(numbers, config.max_len + 1)
-    items, scenes = (F.pad(x, (1, 0))[:, -config.max_len - 1 :] for x in pair)
+    items, scenes = source.rows(numbers, config.max_len + 1)
+    width = min(config.max_len, int((items > 0).sum(1).max())) + 1  # the longest row and its start
+    items, scenes = (F.pad(x, (1, 0))[:, -max(2, width) :] for x in (items, scenes))
     told = None
     if config.target_context:
         chosen = torch.rand(len(items), 1, generator=generator) < 0.5
@@ -422,6 +442,8 @@ def train_model(
         seed=config.seed,
         log_every=every,
         save_every=tenth,
+        schedule=config.schedule,
+        warmup=0.05 if config.schedule == "cosine" else 0.0,
         min_lr=0.02,
     )
     history = train(
