@@ -258,7 +258,7 @@ def _arms():
     "All arms by name"
     res = {name: Arm(name) for name in blind}
     for what in definitions:
-        for name in ("attribute", "attribute + scene loss", "behaviour types", "DSPnet"):
+        for name in ("attribute + scene loss", "behaviour types", "DSPnet"):
             res[f"{what}: {name}"] = Arm(name, what)
         res[f"{what}: DSPnet, injection"] = Arm("DSPnet", what, dict(inject_scene=True))
         res[f"{what}: DSPnet, shuffled"] = Arm("DSPnet", what, shuffled=True)
