@@ -77,13 +77,18 @@ def test_a_recbole_copy_is_the_same_log(log, tmp_path):
     (other / "ml-100k.inter").write_text(
         "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + text
     )
-    rows = [f"{i}\tFilm\t1995\t{genres[1 + i % 6]} Western" for i in range(1, 61)]
+    rows = [f"{i}\tFilm\t1995\t{genres[1 + i % 6]} Western" for i in range(1, 301)]
     head = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
     (other / "ml-100k.item").write_text("\n".join([head, *rows]))
     same = load_rated(other)
     assert same.equals(log) and same.attrs["sha256"] == log.attrs["sha256"]
     (tmp_path / "u.data").write_text(text.replace("\t5\t", "\t4\t", 1))
     assert load_rated(tmp_path).attrs["sha256"] != log.attrs["sha256"]
+
+
+def test_nobody_rates_a_film_twice(log):
+    assert not log.duplicated(["user", "item"]).any() and 330 < len(log) <= 360
+    assert set(log["time of day"].str.split(", ").str[1]) == {"working day"}
 
 
 def test_films_by_their_flags(tmp_path):
@@ -103,7 +108,7 @@ def test_films_by_their_flags(tmp_path):
 
 def test_a_log_is_described(log):
     found = describe_log(log)
-    assert (found["events"], found["users"]) == (360, 40) and found["users within a day"] == 0
+    assert (found["events"], found["users"]) == (len(log), 40) and found["users within a day"] == 0
     again = log.assign(time=log["time"].min())
     found = describe_log(again)
     assert found["users within a day"] == found["events in the second of the one before"] == 1

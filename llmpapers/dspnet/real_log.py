@@ -112,11 +112,12 @@ definitions = ("time of day", "genre", "liked")  # Columns that stand for scenes
 def write_planted(
     folder,  # Where `u.data` and `u.item` are written
     n_users: int = 943,  # Users
-    seq_len: int = 50,  # Events of each
+    seq_len: int = 50,  # Events of each, those of films rated before included; they are left out
+    n_items: int = 300,  # Films
     seed: int = 0,  # Of the world
 ) -> None:
     "A log in MovieLens' format whose time of day moves what users take"
-    world = make_interplay_world(n_users, seq_len, seed=seed)
+    world = make_interplay_world(n_users, seq_len, n_items, seed=seed)
     g = rng(seed, "planted log")
     day = torch.arange(seq_len)
     day = day // 5 * 7 + day % 5  # working days only
@@ -125,7 +126,9 @@ def write_planted(
     time = monday + 86400 * day + 3600 * hour
     stars = torch.randint(1, 6, world.items.shape, generator=g)
     user = torch.arange(1, n_users + 1)[:, None].expand_as(time)
-    table = torch.stack([x.flatten() for x in (user, world.items, stars, time)], 1)
+    same = world.items[:, :, None] == world.items[:, None]
+    first = ~same.tril(-1).any(2)  # nobody rates a film twice
+    table = torch.stack([x[first] for x in (user, world.items, stars, time)], 1)
     table = table[torch.randperm(len(table), generator=g)].tolist()
     folder = Path(folder)
     text = "".join("\t".join(map(str, row)) + "\n" for row in table)
