@@ -126,6 +126,52 @@ def test_the_loss_is_two_cross_entropies(pair, alpha):
     assert torch.allclose(loss.total, parts[0] + alpha * parts[1], atol=1e-5)
 
 
+causal = sorted(k for k in baselines if k != "BERT4Rec")  # One position, after the whole history
+
+
+@pytest.mark.parametrize("name", causal)
+@settings(deadline=None, max_examples=10)
+@given(pair=histories(), data=st.data())
+def test_the_future_changes_nothing_for_a_rival(name, pair, data):
+    items, scenes = pair
+    model = make_baseline(name, n_items, n_scenes, config)[0].eval()
+    t = data.draw(st.integers(0, items.shape[1] - 1))
+    later = torch.arange(items.shape[1]) > t
+    changed = [
+        torch.where(later & (x > 0), x % n + 1, x)
+        for x, n in ((items, n_items), (scenes, n_scenes))
+    ]
+    before, after = model(items, scenes), model(*changed)
+    assert torch.equal(before.item_logits[:, : t + 1], after.item_logits[:, : t + 1])
+    if later.any() and (there := items[:, -1] > 0).any():
+        assert not torch.equal(before.z_item[there, -1], after.z_item[there, -1])
+
+
+@pytest.mark.parametrize("name", sorted(baselines))
+@settings(deadline=None, max_examples=10)
+@given(pair=histories(), k=st.integers(1, 4))
+def test_padding_in_front_changes_nothing_for_a_rival(name, pair, k):
+    model = make_baseline(name, n_items, n_scenes, config)[0].eval()
+    plain, padded = (last_scores(model, *x) for x in (pair, [F.pad(x, (k, 0)) for x in pair]))
+    assert plain.items.isfinite().all() and (plain.items - padded.items).abs().max() < 1e-5
+
+
+def test_narm_looks_back_on_events_alone():
+    "Equation (1) of the rivals by a loop, and nothing to look back on before the first event"
+    model = make_baseline("NARM", n_items, n_scenes, config)[0].eval()
+    items = torch.tensor([[0, 0, 4, 7, 1], [3, 9, 9, 2, 5]])
+    with torch.no_grad():
+        z, states = model(items).z_item, model.states(items)[0]
+        for row, n in ((0, 3), (1, 5)):
+            h = states[row]
+            for t in range(1, n + 1):
+                seen = [model.weigh((model.ask(h[t]) + model.answer(x)).sigmoid()) for x in h[1:]]
+                back = sum(w * x for w, x in zip(seen[:t], h[1 : t + 1]))
+                mine = model.decode(torch.cat([h[t], back]))
+                assert torch.allclose(mine, z[row, items.shape[1] - n + t - 1], atol=1e-5)
+        assert not model.look_back(states)[:, 0].any()
+
+
 @pytest.mark.parametrize("name", sorted(baselines))
 def test_empty_and_one_event_histories_are_finite(name):
     model, _ = make_baseline(name, n_items, n_scenes, config)

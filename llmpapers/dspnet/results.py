@@ -63,7 +63,7 @@ contenders = ("DSPnet", "SASRec", "attribute + scene loss", "behaviour types")
 
 def _arms():
     "All arms by name"
-    rivals = [k for k in baselines if not k.startswith("SASRec +")]
+    rivals = [k for k in baselines if not k.startswith("SASRec +") and k != "NARM"]
     res = {f"A: {k}": Arm("A", k) for k in ("DSPnet", *rivals)}
     res["A: DSPnet, injection"] = Arm("A", "DSPnet", dict(inject_scene=True))
     res["A: DSPnet, no enhancement"] = Arm("A", "DSPnet", dict(fusion="none"))
