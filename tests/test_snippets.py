@@ -182,6 +182,11 @@ def test_snippet_runs(where, path, code, tmp_path, monkeypatch):
     page = dict(id="1", contents='"Norma"\nNorma is an opera by Bellini.')
     (tmp_path / "wiki-18.jsonl").write_text(json.dumps(page) + "\n")
     log_files(tmp_path)
+    if "ml-100k" in code:
+        from llmpapers.dspnet.real_log import write_planted
+
+        (tmp_path / "ml-100k").mkdir()
+        write_planted("ml-100k", n_users=40, seq_len=9, seed=1)
     code = shrunk(code)
     names = imported(path)
     ready = Ready()
