@@ -1,5 +1,6 @@
 "The task generator in a real Chromium: the same pages, the same effects, and a fence that holds"
 
+import contextlib
 import signal
 import time
 
@@ -136,8 +137,9 @@ def test_a_chromium_that_dies_is_replaced(site):
         assert play(env, task, OracleAgent()).reward == 1
         own = [p for p in psutil.Process().children(recursive=True) if p.pid not in mine]
         for p in own:
-            if "chrom" in p.name():
-                p.send_signal(signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it went with its parent
+                if "chrom" in p.name():
+                    p.send_signal(signal.SIGKILL)
         end = time.monotonic() + 10
         while play(env, task, OracleAgent()).reward is None and time.monotonic() < end:
             pass
