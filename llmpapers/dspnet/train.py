@@ -31,6 +31,7 @@ from llmpapers.dspnet.losses import (
     ccr_weights,
     chunked_ce,
     mmd,
+    next_nll,
     weight_kinds,
 )
 from llmpapers.dspnet.model import (
@@ -130,13 +131,6 @@ def _item_loss(model, out, batch, chunk):
     return F.cross_entropy(scores, labels, reduction="sum") / len(labels)
 
 
-def _scene_loss(out, batch):
-    "Loss of the next scene, over the same positions"
-    there = batch.items[:, 1:] > 0
-    scores, labels = _taken(out.scene_logits, there), _taken(batch.scenes[:, 1:], there).long() - 1
-    return F.cross_entropy(scores.float(), labels, reduction="sum") / max(1, len(labels))
-
-
 def likelihood(
     model: SequenceModel,  # Any model of this room
     batch: Batch,  # Histories
@@ -152,7 +146,7 @@ def likelihood(
     item = _item_loss(model, out, batch, chunk)
     if not alpha or out.scene_logits is None:
         return JointLoss(item, item, item.new_zeros(())), out
-    scene = _scene_loss(out, batch)
+    scene = next_nll(out.scene_logits, batch.scenes)
     return JointLoss(item + alpha * scene, item, scene), out
 
 
