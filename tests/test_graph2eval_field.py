@@ -381,8 +381,8 @@ def marked(fn):
 
 
 def run_in(place, script):
-    "Let a script change the page behind the agent's back"
-    place.chromium.call(lambda: place.browser.tab.evaluate(script))
+    "Let a script change the page behind the agent's back, and what it gives"
+    return place.chromium.call(lambda: place.browser.tab.evaluate(script))
 
 
 def episode_on(chromium, html, acts, script=""):
@@ -484,6 +484,20 @@ def test_parts_of_scrolled_zoomed_and_framed_pages_are_hit_where_they_are_seen(c
     frame = "<iframe src='/cart' style='position:absolute;left:0;top:300px;width:700px'></iframe>"
     errors, path, _ = episode_on(chromium, frame, [Action("click", "@130,320")])
     assert (errors[0], path) == ("", "/")  # what is in a frame is no element of the page
+
+
+@marked
+def test_a_scroll_is_over_when_its_step_returns(chromium):
+    tall = "<div style='height:2000px'></div>"
+    with Site(make_world(4), injections=(Injection("x", "/", tall),)) as s:
+        with WebEnv(s, "chromium", chromium=chromium) as place:
+            place.reset(task)
+            end = run_in(place, "document.scrollingElement.scrollHeight - innerHeight")
+            seen = []
+            for _ in range(7):
+                place.step(Action("scroll"))
+                seen.append(run_in(place, "scrollY"))
+    assert seen == [min(600 * k, end) for k in range(1, 8)] and 1200 < end < 4200
 
 
 @marked

@@ -1353,8 +1353,37 @@ def _with(self: ChromiumBrowser, w, do):
         raise ActionError(f"{w.id!r} does not take this: {first.partition(': ')[2][:120]}") from e
 
 
-_patience = 1000  # milliseconds for a field to become one that can be filled
+_patience = 1000  # milliseconds for a field to be one that can be filled, a page to scroll
 _nowhere = "about:blank"  # where every context begins
+
+
+_scrolls = """() => {
+  const seen = {last: 0};
+  document.addEventListener('scroll', () => { seen.last = performance.now(); }, true);
+  return seen;
+}"""
+_rest = """(seen, patience) => new Promise((done) => {
+  const start = performance.now(), page = document.scrollingElement;
+  const ends = !page || page.scrollTop + page.clientHeight >= page.scrollHeight - 1;
+  const look = () => {
+    const now = performance.now(), still = now - (seen.last || start);
+    const enough = seen.last ? 60 : ends ? 300 : patience;
+    still > enough || now - start > 2 * patience ? done(seen.last > 0) : setTimeout(look, 10);
+  };
+  look();
+})"""
+
+
+@patch
+def _scroll(self: ChromiumBrowser, pixels):
+    "Turn the wheel, and wait until what it moves stands (the wheel itself does not)"
+    try:
+        seen = self.tab.evaluate_handle(_scrolls)
+        self.tab.mouse.wheel(0, pixels)
+        seen.evaluate(_rest, _patience)
+    except Exception as e:
+        if not _left(e):
+            raise
 
 
 @patch
@@ -1426,7 +1455,7 @@ def act(
                 _check_option(w, text)
                 self._with(w, lambda field: field.select_option(label=text, timeout=_patience))
         elif kind == "scroll":
-            self.tab.mouse.wheel(0, 600)
+            self._scroll(600)
         return self._see()
 
     def try_it():
