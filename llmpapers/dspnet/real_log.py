@@ -278,7 +278,7 @@ def _run():
         n_layers=1,
         max_len=50,
         dropout=0.2,
-        steps=250,
+        steps=1000,
         batch_size=32,
         lr=5e-3,
         eval_every=50,
