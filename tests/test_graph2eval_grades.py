@@ -385,7 +385,7 @@ def test_the_time_limit_holds_for_a_whole_reply():
     with Raw([http(b"", length=60)] + [b"x"] * 60, pause=0.1) as raw:
         with pytest.raises(EndpointError, match="within timeout"):
             ChatClient(raw.base_url, "m", retries=0, timeout=0.3).chat([])
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 5  # of 6 that it drips
 
 
 def test_a_reply_has_a_largest_size():

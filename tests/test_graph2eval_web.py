@@ -145,7 +145,7 @@ def test_a_server_that_drips_is_left(what):
         origin = f"http://127.0.0.1:{server.server_address[1]}"
         start = time.monotonic()
         reply = fetch_once(Policy((origin,), timeout=0.3), "GET", origin + "/", [])
-        assert reply.status == 504 and time.monotonic() - start < 2
+        assert reply.status == 504 and time.monotonic() - start < 3.5  # of 4 that it drips
         server.shutdown()
 
 

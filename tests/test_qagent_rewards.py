@@ -438,9 +438,9 @@ def test_a_server_that_is_slow_or_gone():
         t0 = time.monotonic()
         got, reader = ask(url, timeout=0.3, retries=1)
         assert got == [None] and "Timeout" in reader.last_error and len(server.seen) == 2
-        assert time.monotonic() - t0 < 5
+        assert time.monotonic() - t0 < 20
     with chat_server(lambda n: (200, reply("x"), 30 if n == 1 else 0)) as (server, url):
-        got, reader = ask(url, n=6, timeout=0.5, retries=0)
+        got, reader = ask(url, n=6, timeout=3, retries=0)
         assert sorted(got, key=str) == [None, *["x"] * 5] and reader.failed == 1
     t0 = time.monotonic()
     got, reader = ask("http://127.0.0.1:9/v1", n=3, retries=1)

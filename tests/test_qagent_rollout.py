@@ -552,16 +552,16 @@ def test_a_retriever_that_hangs():
             return found
 
     async def play():
-        ask = OneCall(Hangs(), 1, 2, timeout_s=0.2)
+        ask = OneCall(Hangs(), 1, 2, timeout_s=1.0)
         first = await asyncio.gather(ask(("film",)), ask(("city",)), return_exceptions=True)
-        assert all(isinstance(e, RetrievalError) and "timeout_s=0.2" in str(e) for e in first)
+        assert all(isinstance(e, RetrievalError) and "timeout_s=1.0" in str(e) for e in first)
         second = await asyncio.gather(ask(("film",)), ask(("city",)))
         assert [len(x) for x in second] == [1, 1]
 
     t0 = time.monotonic()
     run_async(play())
     free.set()
-    assert time.monotonic() - t0 < 5
+    assert time.monotonic() - t0 < 15
 
 
 def test_the_batcher_asks_once_for_a_round():
@@ -581,11 +581,11 @@ def test_the_batcher_asks_once_for_a_round():
 
     class Hangs:
         def search(self, queries, k):
-            time.sleep(2)
+            time.sleep(12)
 
     t0 = time.monotonic()
     got = run_async(play(BatchedSearch(Hangs(), 1, timeout_s=0.1)))
-    assert time.monotonic() - t0 < 2 and all("timeout_s" in str(g) for g in got)
+    assert time.monotonic() - t0 < 10 and all("timeout_s" in str(g) for g in got)
 
 
 brief = SearchTrainConfig(steps=3, questions=3, group_size=4, rollout=short, lr=3e-3, slots=16)
