@@ -1,6 +1,7 @@
 "What pages of the field do to a browser and its fence; both browsers give the same account"
 
 import http.client
+import queue
 import socket
 import threading
 import time
@@ -354,6 +355,100 @@ def test_marks_of_ours_mean_nothing_on_a_page_of_others(opened):
         assert tab.act(Action("click", "button/Send/0")).path == "/?s=S"
 
 
+@marked
+@pytest.mark.parametrize("end", ["file", "nothing", "csv", "zip"])
+def test_a_redirect_to_no_page_leaves_the_page_as_it_was(opened, end):
+    kinds = dict(csv="text/csv", zip="application/zip")
+    ends = dict(
+        file=(200, html | {"Content-Disposition": "attachment"}, "x"), nothing=(204, {}, "")
+    )
+    last = ends.get(end) or (200, {"Content-Type": kinds[end]}, "a,b")
+    pages = {"/": page.format("A", "<a href=/to>Get</a>"), "/x": last}
+    with Server(pages | {"/to": (302, {"Location": "/x"}, "")}) as server:
+        tab = opened(server.origin, timeout=60.0)
+        tab.goto(server.origin + "/")
+        start = time.monotonic()
+        with pytest.raises(ActionError, match="leads to no page"):
+            tab.act(Action("click", "link/Get/0"))
+        assert time.monotonic() - start < 30
+        seen = tab.snapshot()
+        assert (seen.path, seen.status, seen.title) == ("/", 200, "A")
+
+
+@marked
+@pytest.mark.parametrize("to", [303, 200])
+def test_back_over_forms_that_were_sent(opened, to):
+    form = "<form action=/cart method=post><button>Send</button></form><a href=/next>Next</a>"
+    shown = (200, html | {"Cache-Control": "no-store"}, page.format("Cart", form))
+
+    def answer(_):
+        return (
+            (303, {"Location": "/cart"}, "")
+            if to == 303 and server.asked[-1][0] == "POST"
+            else shown
+        )
+
+    with Server(
+        {"/": page.format("A", "a"), "/cart": answer, "/next": page.format("N", "n")}
+    ) as server:
+        tab = opened(server.origin)
+        tab.goto(server.origin + "/")
+        tab.goto(server.origin + "/cart")
+        tab.act(Action("click", "button/Send/0"))
+        assert tab.act(Action("back")).path == "/cart"
+        tab.act(Action("click", "button/Send/0"))
+        tab.act(Action("click", "link/Next/0"))
+        try:  # the answer to a form may be gone; that is told, and is nobody's trouble
+            assert tab.act(Action("back")).path == "/cart"
+        except ActionError:
+            pass
+        assert len(server.paths("POST")) == 2
+
+
+@marked
+def test_what_stands_in_a_template_or_a_frame_is_no_element(opened):
+    body = (
+        "<template><a href=/c>T</a></template><iframe><a href=/c>F</a></iframe>"
+        "<a href=/b>R</a><a href=/cart>S</a>"
+    )
+    with Server({"/": page.format("A", body), "/b": page.format("B", "")}) as server:
+        tab = opened(server.origin)
+        seen = tab.goto(server.origin + "/")
+        assert [w.id for w in seen.widgets] == ["link/R/0", "link/S/0"]
+        assert tab.act(Action("click", "link/R/0")).title == "B"
+
+
+@marked
+def test_forms_of_new_windows_and_forms_that_are_not_checked(opened):
+    body = (
+        "<form action=/b target=_blank><button>New</button></form>"
+        "<form action=/b novalidate><input name=q required><button>Go</button></form>"
+    )
+    with Server({"/": page.format("A", body), "/b": page.format("B", "")}) as server:
+        tab = opened(server.origin)
+        for name in ("New", "Go"):
+            tab.goto(server.origin + "/")
+            assert tab.act(Action("click", f"button/{name}/0")).title == "B"
+        assert [e["kind"] for e in tab.events] == []
+
+
+@marked
+def test_what_is_hidden_in_what_is_shown_is_not_read(opened):
+    body = (
+        "<dl><dt>A<dd>5<span hidden>SECRET</span></dl><a href=/x>Go<span hidden>SECRET</span></a>"
+        "<form action=/b><select name=s><option>a<option selected>&nbsp;Child</select>"
+        "<select name=t hidden></select><select name=m multiple hidden><option value=1>x</select>"
+        "<button>Send</button></form>"
+    )
+    with Server({"/": page.format("A", body), "/b": page.format("B", "")}) as server:
+        tab = opened(server.origin)
+        seen = tab.goto(server.origin + "/")
+        assert seen.facts == (("A", "5"),) and "SECRET" not in seen.text
+        assert [w.id for w in seen.widgets] == ["link/Go/0", "choice/s/0", "button/Send/0"]
+        assert seen.widgets[1].value == "Child"
+        assert "t=" not in tab.act(Action("click", "button/Send/0")).path
+
+
 def task_at(path):
     return Task("t", "web", "x", 1, "Be there.", "/", UrlIs(path), (), (), "k")
 
@@ -428,6 +523,75 @@ def test_what_a_script_asked_for_is_there_when_the_step_returns(chromium, ms):
         tab.close()
 
 
+unread = {
+    "fetch": "<script>fetch('/data')</script>",
+    "keepalive": "<script>fetch('/data', {method: 'POST', keepalive: true})</script>",
+    "worker": """<script>const w = new Worker(URL.createObjectURL(new Blob(["fetch('/x')"])));
+      setTimeout(() => w.terminate(), 20)</script>""",
+    "shared": "<script>new SharedWorker('/data')</script>",
+}
+
+
+@marked
+@pytest.mark.parametrize("what", unread)
+def test_what_no_script_reads_is_not_waited_for(chromium, what):
+    with Server({"/": page.format("A", unread[what]), "/data": "x"}) as server:
+        tab = chromium.new(Policy((server.origin,), timeout=60.0))
+        start = time.monotonic()
+        assert tab.goto(server.origin + "/").title == "A"
+        assert time.monotonic() - start < 30
+        tab.close()
+
+
+@marked
+def test_a_page_that_was_left_is_not_shown_as_the_next_one(chromium):
+    body = """<script>let k = 0; const ask = () => fetch('/data').then(() => ++k < 3 ? ask()
+      : location = '/late'); ask()</script>"""
+    pages = {"/": page.format("FIRST", body), "/data": "x"}
+    pages["/late"] = page.format("LATE", "<img src=/hang>")
+    with Server(pages | {"/hang": lambda _: time.sleep(4) or "x"}) as server:
+        tab = chromium.new(Policy((server.origin,), timeout=2.0))
+        seen = tab.goto(server.origin + "/")
+        assert (seen.title, seen.path) in (("FIRST", "/"), ("LATE", "/late"))
+        tab.close()
+
+
+@marked
+@pytest.mark.parametrize(
+    "name",
+    [
+        "matches",
+        "checkVisibility",
+        "getClientRects",
+        "querySelectorAll",
+        "childNodes",
+        "setAttribute",
+    ],
+)
+def test_fields_may_be_called_like_functions(chromium, name):
+    body = (
+        f"<form action=/b><input name={name}><button>Send</button></form><img name=implementation>"
+    )
+    with Server({"/": page.format("A", body), "/b": page.format("B", "")}) as server:
+        tab = chromium.new(Policy((server.origin,)))
+        assert len(tab.goto(server.origin + "/").widgets) == 2
+        tab.act(Action("fill", f"textbox/{name}/0", "1"))
+        assert tab.act(Action("click", "button/Send/0")).path == f"/b?{name}=1"
+        tab.close()
+
+
+@marked
+def test_who_waits_does_not_wait_for_ever_for_one_whose_caller_is_gone(chromium):
+    own = Chromium(timeout=3)
+    tab = own.new(Policy(("http://127.0.0.1:9",)))
+    own.jobs.put(module._Job(lambda: tab.tab.evaluate("() => { for (;;); }"), queue.SimpleQueue()))
+    start = time.monotonic()
+    tab.close()
+    own.new(Policy(("http://127.0.0.1:9",))).close()
+    assert time.monotonic() - start < 60
+    own.close()
+
+
 @marked
 def test_a_look_changes_nothing(chromium):
     body = """<script>window.made = 0; customElements.define('x-y', class extends HTMLElement {
@@ -464,13 +628,19 @@ def test_what_style_sheets_hide_is_not_read(chromium):
         "document.querySelectorAll = () => []",
         "Element.prototype.scrollIntoView = null",
         "document.elementFromPoint = undefined",
+        "document.querySelectorAll = null",
+        "getComputedStyle = undefined",
+        "document.documentElement.remove()",
+        "setTimeout = null; fetch('/cart')",
     ],
 )
-def test_a_page_that_replaces_functions_costs_a_step(chromium, script):
-    with Site(make_world(4), injections=(Injection("x", "/", f"<script>{script}</script>"),)) as s:
-        with WebEnv(s, "chromium", chromium=chromium) as place:
-            there = [Action("click", "link/Cart/0"), Action("goto", "/cart")]
-            done = play(place, task_at("/cart"), Script(there))
+@pytest.mark.parametrize("picture", ["", "marks"])
+def test_a_page_that_replaces_functions_costs_a_step(chromium, script, picture):
+    bad = Injection("x", "/settings", f"<script>{script}</script>")
+    acts = [Action("click", "link/Settings/0"), Action("click", "link/Cart/0")]
+    with Site(make_world(4), injections=(bad,)) as s:
+        with WebEnv(s, "chromium", chromium=chromium, picture=picture) as place:
+            done = play(place, task_at("/cart"), Script([*acts, Action("goto", "/cart")]))
     assert (done.status, done.reward) == ("finished", 1)
 
 

@@ -347,6 +347,7 @@ class Form:
     hidden: tuple = ()  # (name, value) of what is not shown
     before: tuple[int, ...] = ()  # Place of the element before which each of these stands
     odd: str = ""  # What only a real browser does with it
+    unchecked: bool = False  # Is it sent even where a required field is empty?
 
 
 @dataclass(frozen=True)
@@ -371,6 +372,7 @@ class PageSnapshot:
 selector = "a[href], button, input:not([type=hidden]), select, textarea"  # what counts as a widget
 _void = {"input", "img", "br", "hr", "meta", "link", "area", "base", "col", "source", "wbr"}
 _mute = {"script", "style", "template", "noscript", "title", "option"}
+_mute |= {"iframe", "noembed", "noframes"}
 _urlencoded = "application/x-www-form-urlencoded"
 
 
@@ -407,7 +409,7 @@ class _PageParser(HTMLParser):
         self.raw, self.forms, self.labels, self.facts = [], [], {}, []
         self.form, self.stack, self.hidden, self.term = -1, [], 0, None
         self.fieldsets = []  # those that are open: are they disabled?
-        self.capture = {}  # what collects text now: name -> list of pieces
+        self.capture, self.level = {}, {}  # name -> pieces of text, and how deep hidden it began
         self.labelled = None
         self.opened = Counter()  # tags that are open
         self.current = None  # link, button or text area that is open
@@ -432,19 +434,19 @@ class _PageParser(HTMLParser):
             method = a.get("method", "get").upper()
             action = address(self.base, a["action"]) if a.get("action") else self.url
             odd = "" if a.get("enctype", _urlencoded).lower() == _urlencoded else a["enctype"]
-            self.forms.append([action, method, [], [], odd])
+            self.forms.append([action, method, [], [], odd, "novalidate" in a])
             self.form = len(self.forms) - 1
         elif tag == "label":
             for k in [k for k in self.capture if k.startswith("label ")]:
                 del self.capture[k]  # labels do not stand in labels
-            self.capture["label " + a.get("for", "")] = []
+            self._collect("label " + a.get("for", ""))
             self.labelled = None  # the first field in it, which it names if it names no other
         elif tag == "fieldset":
             self.fieldsets.append("disabled" in a)
         elif tag in ("title", "dt", "dd"):
-            self.capture[tag] = []
+            self._collect(tag)
         elif tag == "option" and self.current and self.current["tag"] == "select":
-            self.capture["option"] = []
+            self._collect("option")
             self.current["chosen"] = "selected" in a
             self.current["sends"].append(a.get("value"))
         if tag == "img" and self.current and a.get("alt"):
@@ -469,7 +471,10 @@ class _PageParser(HTMLParser):
             self.labelled = self.labelled or w
         if tag not in _void:
             self.current = w
-            self.capture["widget"] = []
+            self._collect("widget")
+
+    def _collect(self, name):
+        self.capture[name], self.level[name] = [], self.hidden
 
     def _unseen(self, a, value):
         "A field that is sent and not shown"
@@ -533,7 +538,9 @@ class _PageParser(HTMLParser):
     def handle_data(self, data):
         inside = self.current and self.current["tag"] in ("select", "textarea", "button")
         for name, pieces in self.capture.items():
-            if not (inside and name.startswith("label ")):  # what a field holds is not its name
+            if inside and name.startswith("label "):  # what a field holds is not its name
+                continue
+            if self.hidden <= self.level[name]:  # nor is what is hidden in it
                 pieces.append(data)
         if not self.hidden:
             self.text.append(data)
@@ -555,7 +562,7 @@ def _named(parser, raw, counts):
         role, name, value = "button", aria or raw["text"] or value or raw.get("alt") or name, ""
     elif tag == "select":
         role = "choice"
-        value = mark or raw["text"] or (raw["options"] or [""])[0]
+        value = clean_text(mark or "") or raw["text"] or (raw["options"] or [""])[0]
     elif tag == "textarea":
         value = raw["text"] if mark is None else mark
     elif kind in ("checkbox", "radio"):
@@ -596,7 +603,8 @@ def _sent(raw, role, kind):
         kind = tag
     sends = tuple(t if v is None else v for t, v in zip(raw["options"], raw["sends"]))
     sent = a.get("value", "on" if role == "checkbox" else "")
-    odd = next((k for k in ("form", "formaction", "formmethod", "multiple") if k in a), "")
+    special = ("form", "formaction", "formmethod", "formnovalidate", "multiple")
+    odd = next((k for k in special if k in a), "")
     odd = "file" if kind == "file" else odd
     return (
         kind,
@@ -636,12 +644,16 @@ def _read_page(url, source, status, marked):
     for raw in parser.raw:
         if raw["hidden"] and raw["tag"] in ("select", "textarea"):
             w = _named(parser, raw, Counter())
-            if w.form >= 0 and w.field:
+            empty = w.role == "choice" and (not w.options or w.odd == "multiple")
+            if w.form >= 0 and w.field and not empty:
                 parser.forms[w.form][2].append((w.field, _chosen(w, w.value)))
                 parser.forms[w.form][3].append(w.index)
     counts = Counter()
     widgets = tuple(_named(parser, raw, counts) for raw in parser.raw if not raw["hidden"])
-    forms = tuple(Form(a, m, tuple(h), tuple(b), odd) for a, m, h, b, odd in parser.forms)
+    forms = tuple(
+        Form(a, m, tuple(hidden), tuple(before), odd, unchecked)
+        for a, m, hidden, before, odd, unchecked in parser.forms
+    )
     text = clean_text(" ".join(parser.text))
     return PageSnapshot(url, parser.title, status, widgets, forms, tuple(parser.facts), text)
 
@@ -685,6 +697,10 @@ def find_widget(
     raise ActionError(f"{target!r} is not on this page")
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #3938d13d
+_shown = ("text/", "image/", "application/xhtml+xml", "application/xml", "application/json")
+_saved = ("text/csv", "text/calendar", "text/vcard", "text/rtf")  # a browser keeps them as files
+
+
 class HttpBrowser:
     "A browser without a browser: links and forms, no scripts"
 
@@ -737,14 +753,16 @@ class HttpBrowser:
         else:
             reply = _instead(508, "Loop", f"more than {self.policy.max_redirects} redirects")
             head = dict(reply.headers)
-        kind = head.get("content-type", "text/html").lower()
+        kind = head.get("content-type", "text/html").partition(";")[0].strip().lower()
         text = _text_of(reply)
         if not kind or "html" in kind:
             self.page = parse_page(url, text, reply.status)
         else:  # a browser shows such text as it stands
             self.page = PageSnapshot(url, "", reply.status, text=clean_text(text))
         attached = head.get("content-disposition", "").lower().startswith("attachment")
-        self.no_page, self.values = attached or reply.status in (204, 205), {}
+        shown = not kind or kind.startswith(_shown) and kind not in _saved
+        self.no_page = attached or reply.status in (204, 205) or not shown
+        self.values = {}
         self.first = {w.id: w.value for w in self.page.widgets}
         self.encoding = _encoding_of(reply)
         return self.page
@@ -780,7 +798,7 @@ def _submit(self: HttpBrowser, form_number, button=None):
     "Send a form as a browser does: fields in the order of the page, and the button that was used"
     form = self.page.forms[form_number]
     _check_link(self, form.action)
-    if self._lacks(form_number):  # as in any browser: nothing is sent
+    if not form.unchecked and self._lacks(form_number):  # as in any browser: nothing is sent
         self.events.append(dict(kind="stayed", what=button.id if button else ""))
         return self.snapshot()
     parts = [w for w in self.page.widgets if w.form == form_number]
@@ -1158,8 +1176,14 @@ class Chromium:
                 ok, value = job.answer.get(timeout=min(1.0, max(0.0, self.timeout - spent)))
                 break
             except queue.Empty:
-                if job.begun is None and self.since is not None:
+                since = self.since
+                if job.begun is None and since is not None:
                     start = time.monotonic()  # others come first, and have limits of their own
+                    if start - since > self.timeout:
+                        self._end_stuck()  # who asked for it may be gone
+                    if start - since > 2 * self.timeout:
+                        text = f"the browser has been held for {start - since:.0f} s"
+                        raise TimeoutError(text) from None
                 elif time.monotonic() - (job.begun or start) >= self.timeout:
                     self._end_stuck()
                     text = f"the browser did not answer within {self.timeout} s"
@@ -1192,28 +1216,39 @@ class Chromium:
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #c6db6f69
 _copy_page = """(sel) => {
+  if (!document.documentElement) return {live: [], source: ''};
   const live = [...document.querySelectorAll(sel)], all = [...document.querySelectorAll('*')];
-  const inert = document.implementation.createHTMLDocument('');  // loads nothing, runs nothing
+  // a document that loads nothing and runs nothing; fields may have the names of our functions
+  const inert = new DOMParser().parseFromString('', 'text/html');
   const root = inert.importNode(document.documentElement, true);
-  const copies = [root, ...root.querySelectorAll('*')], look = (e) => getComputedStyle(e);
-  const unseen = (e) => e.matches(sel) && !e.getClientRects().length
-    || !e.checkVisibility() && look(e).display !== 'contents'
-    || look(e).visibility !== 'visible'
-       && ![...e.querySelectorAll('*')].some((x) => look(x).visibility === 'visible');
+  const copies = [root, ...root.querySelectorAll('*')];
+  const own = new Set(live), look = new Map(all.map((e) => [e, getComputedStyle(e)]));
+  const drawn = (e) => Element.prototype.checkVisibility.call(e);
+  const boxes = (e) => Element.prototype.getClientRects.call(e).length;
+  const visible = (e) => look.get(e).visibility === 'visible', lit = new Set();
+  for (const e of [...all].reverse())
+    if ((visible(e) || lit.has(e)) && e.parentElement) lit.add(e.parentElement);
+  const unseen = (e) => own.has(e) && !boxes(e)
+    || !drawn(e) && look.get(e).display !== 'contents' || !visible(e) && !lit.has(e);
   all.forEach((e, k) => {
-    const c = copies[k];
-    c.removeAttribute('data-hidden');  // a page may use the names of our marks
-    c.removeAttribute('data-value');
-    if (unseen(e)) c.setAttribute('data-hidden', '');
-    else if (look(e).visibility !== 'visible' || e.tagName === 'DETAILS' && !e.open)
-      for (const x of c.childNodes) if (x.nodeType === 3) x.data = '';  // what is shown is in parts
-    if (e.tagName === 'TEXTAREA') c.setAttribute('data-value', e.value);
-    if (e.tagName === 'SELECT') c.setAttribute('data-value', e.selectedOptions[0]?.text ?? '');
+    const c = copies[k], set = (name, value) => Element.prototype.setAttribute.call(c, name, value);
+    for (const name of ['data-hidden', 'data-value'])  // a page may use the names of our marks
+      Element.prototype.removeAttribute.call(c, name);
+    if (unseen(e)) set('data-hidden', '');
+    else if (!visible(e) || e.tagName === 'DETAILS' && !e.open) {
+      const w = inert.createTreeWalker(c, NodeFilter.SHOW_TEXT);  // what is shown is in parts
+      while (w.nextNode()) if (w.currentNode.parentNode === c) w.currentNode.data = '';
+    }
+    if (e.tagName === 'TEXTAREA') set('data-value', e.value);
+    if (e.tagName === 'SELECT') set('data-value', e.selectedOptions[0]?.text ?? '');
     if (e.tagName === 'INPUT') {
       if (e.type === 'checkbox' || e.type === 'radio') c.toggleAttribute('checked', e.checked);
-      else c.setAttribute('value', e.value);
+      else set('value', e.value);
     }
   });
+  // what is in there is no part of the page
+  for (const x of root.querySelectorAll('template')) x.content.replaceChildren();
+  for (const x of root.querySelectorAll('iframe, noembed, noframes')) x.textContent = '';
   return {live, source: root.outerHTML};  // elements by handle: names and numbers may change
 }"""
 # UDP passes no proxy
@@ -1240,7 +1275,8 @@ class ChromiumBrowser:
         self.har = self.gate.har
         self.page, self.live = PageSnapshot(_nowhere, ""), None
         self.instead = None  # what stands for a page that could not be opened
-        self.status, self.waiting, self.answered = 200, set(), False
+        self.waiting, self.answered, self.changed = set(), False, 0.0
+        self.status, self.coming = 200, None  # of the page, and of the one that is coming
         try:
             chromium.call(lambda: self._open(cookies or {}))
         except BaseException:
@@ -1266,7 +1302,8 @@ class ChromiumBrowser:
         self.tab = self.context.new_page()
         self.tab.on("request", self._asked)
         self.tab.on("requestfinished", self._ended)
-        self.tab.on("requestfailed", self._ended)
+        self.tab.on("requestfailed", self._failed_request)
+        self.tab.on("framenavigated", self._moved)
         self.tab.on("dialog", self._dialog)
         self.tab.on("response", self._response)
         self.context.on("page", self._popup)
@@ -1284,15 +1321,26 @@ class ChromiumBrowser:
 
     def _asked(self, request):
         self.waiting.add(request)
+        self.changed = time.monotonic()
 
     def _ended(self, request):
         self.waiting.discard(request)
+        self.changed = time.monotonic()
         self.answered |= request.resource_type in ("fetch", "xhr")  # a script will go on now
 
+    def _failed_request(self, request):
+        self._ended(request)
+        if request.is_navigation_request() and request.frame == self.tab.main_frame:
+            self.coming = None
+
     def _response(self, response):
+        self._ended(response.request)  # a body that no script reads never ends; the gate has it
         if response.request.is_navigation_request() and response.frame == self.tab.main_frame:
-            if not _no_page(response):
-                self.status = response.status
+            self.coming = None if _no_page(response) else response.status
+
+    def _moved(self, frame):
+        if frame == self.tab.main_frame and self.coming is not None:
+            self.status, self.coming = self.coming, None
 
 
 _nowhere = "about:blank"  # where every context begins
@@ -1301,7 +1349,7 @@ _nowhere = "about:blank"  # where every context begins
 def _no_page(response):
     "Is an answer one that leaves the page as it is?"
     kept = response.headers.get("content-disposition", "").lower().startswith("attachment")
-    return kept or response.status in (204, 205)
+    return kept or response.status in (204, 205)  # a type that is not shown fails by itself
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #cded9808
 def _left(error):
@@ -1323,19 +1371,26 @@ def _see(self: ChromiumBrowser):
                 self.tab.wait_for_timeout(5)
             elif self.answered:  # scripts have what they asked for, and take it up
                 self.answered = False
-                self.tab.evaluate(_frame)
+                self._next_frame()
             else:
                 source = self._read()
                 if not (self._busy() or self.answered):
                     break
         except Exception as e:
+            if "TypeError" in str(e):  # the page has put something else in place of what was called
+                return self._failed(self.tab.url, e)
             if not (_left(e) or "Timeout" in type(e).__name__):
-                raise  # else the page was left while it was read
+                raise
+        source = None  # the page was left, or goes on
     self.waiting.clear()
+    if self.tab.url.startswith("chrome-error:"):
+        return self._failed(self.page.url, "the answer could not be shown")
     if source is None:  # it never came to rest
         try:
             source = self._read()
         except Exception as e:
+            if re.search("closed|crash", str(e)):
+                raise
             return self._failed(self.tab.url, e)
     self.page = parse_page(self.tab.url, source, self.status, True)
     return self.page
@@ -1344,7 +1399,19 @@ def _see(self: ChromiumBrowser):
 @patch
 def _busy(self: ChromiumBrowser):
     "Is the page waiting for an answer?"
+    if not self.gate.busy and time.monotonic() - self.changed > 1:
+        self.waiting.clear()  # nothing is under way; of what a worker asked, no end is told
     return self.gate.busy or self.waiting
+
+
+@patch
+def _next_frame(self: ChromiumBrowser):
+    "Let scripts go on until the page is drawn again"
+    try:
+        self.tab.evaluate(_frame)
+    except Exception as e:
+        if not (_left(e) or "TypeError" in str(e)):
+            raise
 
 
 @patch
@@ -1391,13 +1458,16 @@ def _failed(self: ChromiumBrowser, url, error):
 @patch
 def _stand_in(self: ChromiumBrowser, url, reply):
     "A page that no server sent, until another one is opened"
-    for _ in range(5):  # a jump to an error page may be under way and would interrupt this one
+    end = time.monotonic() + self.policy.timeout
+    while True:  # a jump to an error page may be under way and would interrupt this one
         try:
             self.tab.goto(_nowhere)
             self.tab.set_content(reply.body.decode())  # for a picture
             self._read()
             break
-        except Exception:
+        except Exception as e:
+            if time.monotonic() > end or re.search("closed|crash", str(e)):
+                raise
             self.tab.wait_for_timeout(50)
     self.page = self.instead = parse_page(url, reply.body.decode(), reply.status)
     return self.page
@@ -1484,9 +1554,13 @@ def screen(
         for last in (False, False, True):
             page = self._see()
             try:
-                places, png = self.live.evaluate(_boxes), self.tab.screenshot()
+                png = self.tab.screenshot()
+                places = self.live.evaluate(_boxes)
                 break
             except Exception as e:
+                if "TypeError" in str(e):  # functions of the page's own
+                    places = []
+                    break
                 if last or not _left(e):
                     raise
         view = self.tab.viewport_size
@@ -1513,6 +1587,8 @@ def _pointed(self: ChromiumBrowser, target):
     try:
         index = self.live.evaluate(_under, [selector, *at])
     except Exception as e:
+        if "TypeError" in str(e):
+            raise ActionError("this page does not tell what lies under a point") from e
         if not _left(e):
             raise
         raise ActionError("the page was left before it could be clicked") from e
@@ -1615,6 +1691,7 @@ def _lead(self: ChromiumBrowser, do, name):
 
     def on_request(request):
         if request.is_navigation_request() and request.frame == main:
+            asked.discard(request.redirected_from)
             asked.add(request)
 
     def on_response(response):
@@ -1635,7 +1712,9 @@ def _lead(self: ChromiumBrowser, do, name):
         self.tab.on(event, hook)
     try:
         do()
-        if self._until(lambda: asked or there, _patience):
+        if not self._until(lambda: asked or there, _patience):
+            self._next_frame()  # where the machine is slow, a second is short
+        if asked or there:
             most = 1000 * self.policy.timeout + 1000
             self._until(lambda: there or asked <= lost, most)
             # what failed may have been given up for another page
@@ -1651,7 +1730,12 @@ def _lead(self: ChromiumBrowser, do, name):
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #6c8e5bf7
 # the frame in which a link opens
-_here = "(seen, k) => { seen.live[k].target = '_self'; }"
+_here = """(seen, k) => {
+  const e = seen.live[k];
+  if (e.tagName === 'A') return e.setAttribute('target', '_self');
+  if (e.form) HTMLFormElement.prototype.setAttribute.call(e.form, 'target', '_self');
+  if (e.hasAttribute('formtarget')) e.setAttribute('formtarget', '_self');
+}"""
 _refused = """(seen, k) => {
   const e = seen.live[k], form = e.form;
   return !!form && !form.noValidate && !e.formNoValidate && !!form.querySelector(':invalid');
@@ -1679,28 +1763,34 @@ def _click(self: ChromiumBrowser, w, press=False, at=None):
     if stays or self._ask(_refused, w):
         do()
         self.tab.wait_for_timeout(30)
+        self._next_frame()
         if not stays:  # the page says which field is missing, and sends nothing
             self.events.append(dict(kind="stayed", what=w.id))
         return
     _check_link(self, self.page.forms[w.form].action)
+    self._ask(_here, w)
     self._lead(do, w.id)
 
 # %% ../../nbs/graph2eval/04_browser.ipynb #b308b8e4
 @patch
 def _go_back(self: ChromiumBrowser):
     "To the page before; what stood in for a page is left out"
-    steps = 0
-    while True:
-        before = self.tab.url
-        self.tab.go_back(wait_until="load")
-        if self.tab.url == before:
-            break
-        steps += 1
-        if self.tab.url != _nowhere:
-            return
-    for _ in range(steps):
-        self.tab.go_forward(wait_until="load")
-    raise ActionError("there is no page to go back to")
+    asking = self.context.new_cdp_session(self.tab)
+    try:
+        found = asking.send("Page.getNavigationHistory")
+    finally:
+        asking.detach()
+    before = [x["url"] for x in found["entries"][: found["currentIndex"]]]
+    steps = next((k for k, url in enumerate(reversed(before), 1) if url != _nowhere), 0)
+    if not steps:
+        raise ActionError("there is no page to go back to")
+    try:
+        for _ in range(steps):
+            self.tab.go_back(wait_until="load")
+    except Exception as e:
+        if re.search("closed|crash", str(e)):
+            raise
+        self._failed(before[-steps], e)  # the answer to a form that was sent is not asked for again
 
 
 @patch
@@ -1720,6 +1810,7 @@ def act(
         if at is not None and kind == "click" and not target:  # no element: what a mouse does there
             self.tab.mouse.click(*at)
             self.tab.wait_for_timeout(30)
+            self._next_frame()
         elif kind == "back":
             self._go_back()
         elif kind == "click":
