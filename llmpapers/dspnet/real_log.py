@@ -167,8 +167,8 @@ def scene_rates(
     common = case.scenes[case.scenes > 0].mode().values
     target, last = case.test.target_scenes, case.test.scenes[:, -1]
     return dict(
-        commonest=float((target == common).float().mean()),
-        as_before=float((target == last).float().mean()),
+        commonest=float((target == common).double().mean()),
+        as_before=float((target == last).double().mean()),
     )
 
 # %% ../../nbs/dspnet/10_real_log.ipynb #4dba9f57
@@ -189,7 +189,7 @@ def windows(
     scenes: Tensor,  # (U,T) their scenes
     width: int,  # Inputs of a window, W
 ) -> tuple[Tensor, Tensor]:  # (N,W+1) both; neighbours share one event
-    "Cut histories from their ends, so that every event but the first is a target once"
+    "Cut histories from their ends: every event is a target once but one that opens a full window"
     check_number("width", width, "int [1, inf)")
     users, length = items.shape
     parts = max(1, -(-(length - 1) // width))
