@@ -398,10 +398,9 @@ def test_back_over_forms_that_were_sent(opened, to):
         assert tab.act(Action("back")).path == "/cart"
         tab.act(Action("click", "button/Send/0"))
         tab.act(Action("click", "link/Next/0"))
-        try:  # the answer to a form may be gone; that is told, and is nobody's trouble
-            assert tab.act(Action("back")).path == "/cart"
-        except ActionError:
-            pass
+        seen = tab.act(Action("back"))  # the answer to a form that is gone is not asked for again
+        gone = to == 200 and tab.name == "chromium"
+        assert (seen.path, seen.status) == ("/cart", 504 if gone else 200)
         assert len(server.paths("POST")) == 2
 
 
@@ -493,15 +492,16 @@ def test_no_packet_passes_the_fence(chromium, monkeypatch):
             with Server({"/": page.format("A", body)}) as server:
                 tab = chromium.new(Policy((server.origin,)))
                 assert tab.goto(server.origin + "/").title == "A"
+                found = b""
                 for _ in range(15):
+                    tab.snapshot()
                     try:
-                        return ear.recv(2000)
+                        found = ear.recv(2000)
+                        break
                     except TimeoutError:
-                        tab.snapshot()
-                    finally:
-                        pass
+                        continue
                 tab.close()
-        return b""
+        return found
 
     assert heard(rtc) == heard(framed) == b""
     monkeypatch.setattr(module, "_no_udp", "0")

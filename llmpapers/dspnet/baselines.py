@@ -121,7 +121,7 @@ class SASRec(SequenceModel):
         h = self.item_stream(items)
         return DSPOutput(self.item_scores(h) if logits else None, None, h, None, h, None)
 
-
+# %% ../../nbs/dspnet/07_baselines.ipynb #84578a43
 def at_places(
     x: Tensor,  # (B,n,d) what stands at places 0, 1, ...
     place: Tensor,  # (B,T) a place for each event

@@ -283,7 +283,7 @@ class TensorSource:
 
 first_share = 1 / 8  # Of the histories longer than a batch, how many are read from their start
 
-
+# %% ../../nbs/dspnet/06_train.ipynb #167daad5
 def make_batch(
     source: Source,  # Histories
     config: DSPConfig,  # The run

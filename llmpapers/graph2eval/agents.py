@@ -794,7 +794,7 @@ def look_back(
         return  # no note is better than a wrong one
     self.notes.append(clean_text(f"{said['wrong']} Instead: {said['instead']}")[:300])
 
-
+# %% ../../nbs/graph2eval/14_agents.ipynb #0ba10730
 class PixelAgent(LLMWebAgent):
     "A model that sees the window and points; it is told of no element"
 

@@ -243,7 +243,7 @@ def _text_of(reply):
     readable = kind.lower().startswith(("text/", "application/xhtml+xml", "application/json"))
     return reply.body.decode(_encoding_of(reply), "replace") if readable else ""
 
-
+# %% ../../nbs/graph2eval/04_browser.ipynb #b4722e4a
 _no_sizes = dict(httpVersion="HTTP/1.1", cookies=[], headers=[], headersSize=-1, bodySize=-1)
 
 
@@ -410,7 +410,7 @@ class _PageParser(HTMLParser):
         self.form, self.stack, self.hidden, self.term = -1, [], 0, None
         self.fieldsets = []  # those that are open: are they disabled?
         self.capture, self.level = {}, {}  # name -> pieces of text, and how deep hidden it began
-        self.labelled = None
+        self.labelled = None  # first field in a label that is open
         self.opened = Counter()  # tags that are open
         self.current = None  # link, button or text area that is open
 
@@ -849,7 +849,7 @@ def _lacks(self: HttpBrowser, form_number):
         if w.required and not w.locked
     )
 
-
+# %% ../../nbs/graph2eval/04_browser.ipynb #32672ef7
 @patch
 def _press_button(self: HttpBrowser, w):
     if w.kind in ("submit", "image") and w.form >= 0:
@@ -930,7 +930,7 @@ def act(
         return self._enter(w)
     return self.snapshot()
 
-
+# %% ../../nbs/graph2eval/04_browser.ipynb #4c3e726d
 def _typed(base, target):
     "The address that an agent typed"
     if not (url := address(base, target)):
@@ -1094,7 +1094,7 @@ class _Job:
     answer: queue.SimpleQueue  # (has it come to an end well, what it returned or raised)
     begun: float | None = None  # When
 
-
+# %% ../../nbs/graph2eval/04_browser.ipynb #13108a39
 class Chromium:
     "A running Chromium; every `new` is a context of its own, in a new process if the old one died"
 
@@ -1258,7 +1258,7 @@ _frame = (
     "() => new Promise((r) => { requestAnimationFrame(() => setTimeout(r)); setTimeout(r, 99) })"
 )
 
-
+# %% ../../nbs/graph2eval/04_browser.ipynb #88e66256
 class ChromiumBrowser:
     "One context of Chromium behind a fence"
 
@@ -1542,7 +1542,7 @@ def draw_marks(
     image.save(out, "PNG")
     return out.getvalue()
 
-
+# %% ../../nbs/graph2eval/04_browser.ipynb #c9acfa57
 @patch
 def screen(
     self: ChromiumBrowser,
@@ -1674,7 +1674,7 @@ def _scroll(self: ChromiumBrowser, pixels):
         if not _left(e):
             raise
 
-
+# %% ../../nbs/graph2eval/04_browser.ipynb #bc6c02c7
 @patch
 def _until(self: ChromiumBrowser, true, most):
     "Wait until something holds, at most so many milliseconds; does it?"
@@ -1866,7 +1866,7 @@ class Crawl(NamedTuple):
     pages: list  # `PageSnapshot`s in the order of their discovery
     skipped: dict  # Reason -> number of addresses
 
-
+# %% ../../nbs/graph2eval/04_browser.ipynb #19c8f8d4
 def _rules(text, agent):
     "Rules of robots.txt for a program: (length of the pattern, allowed, test), longest first"
     groups, names, reading = {}, [], False
@@ -1961,7 +1961,7 @@ def crawl(
     with _held(browser, policy or browser.policy) as policy:
         return _crawl(origin, browser, limits, policy, agent)
 
-
+# %% ../../nbs/graph2eval/04_browser.ipynb #aaa54c7d
 def _crawl(origin, browser, limits, policy, agent):
     start = time.monotonic()
     if why := policy.refuses(origin):

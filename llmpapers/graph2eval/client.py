@@ -66,7 +66,7 @@ def _no_number(name):
 
 _thoughts = re.compile(r"(?!\s*(?:\{|```)).*?</(?:think|thinking|thought|reasoning)>", re.S)
 
-
+# %% ../../nbs/graph2eval/13_client.ipynb #0ed1bf6b
 def _objects_in(text):
     "The outermost JSON objects in a reply, without those that the model only thought of"
     decode = json.JSONDecoder(parse_constant=_no_number).raw_decode

@@ -196,7 +196,7 @@ def _obs(self: WebEnv, error):
             self._finish("infrastructure", None)
     return Obs(self.task.instruction, self.browser.page, error, len(self.steps), screen)
 
-
+# %% ../../nbs/graph2eval/11_env.ipynb #8a46f204
 @patch
 def step(
     self: WebEnv,
@@ -261,7 +261,7 @@ def _trouble(har, origin):
             return f"status {status} from {path_of(url)}"
     return ""
 
-
+# %% ../../nbs/graph2eval/11_env.ipynb #c99d3ff3
 @patch
 def _finish(self: WebEnv, status, answer):
     "Take down address, state and answer, and grade"

@@ -123,7 +123,7 @@ def as_prompt(
         raise ValueError("world: a prompt carries a seed, and make_world does not make this one")
     return dict(task=task_to_dict(task), world=world.seed, sizes=sizes)
 
-
+# %% ../../nbs/graph2eval/16_rl.ipynb #4eafa86d
 class MenuEnv:
     "A task, played by choosing from menus"
 
@@ -288,7 +288,7 @@ class _Stream:
         order = torch.randperm(len(self.prompts), generator=rng(self.seed, "tasks", epoch))
         return self.prompts[int(order[place])]
 
-
+# %% ../../nbs/graph2eval/16_rl.ipynb #5f30a027
 def _advantages(batch, gen=None):
     "Advantages over the group; with a generator, of rewards that were dealt out anew"
     rewards = batch.rewards

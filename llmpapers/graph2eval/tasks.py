@@ -197,7 +197,7 @@ class TaskList(list):
 
     shortfall: dict  # Reason -> how often
 
-
+# %% ../../nbs/graph2eval/10_tasks.ipynb #4453dc5e
 def task_key(
     goal: Goal,  # Of the task
     evidence: Sequence[str],  # Of the task
@@ -798,7 +798,7 @@ class _DocMaker:
             if canonical("number", found[0][0]) is not None:  # 12.05.2024 and 1.200,50 are none
                 yield k, text, found[0]
 
-
+# %% ../../nbs/graph2eval/10_tasks.ipynb #e69a194b
 def _is_number(text):
     return canonical("number", text) is not None
 

@@ -141,7 +141,7 @@ def _file_texts(path):
         else:
             warnings.warn(f"{p} is no UTF-8 text and is left out", stacklevel=2)
 
-
+# %% ../../nbs/mesh/05_data.ipynb #0b37a79f
 def byte_corpus(
     source: str = "python",  # "stdlib", "python" (and packages), "code" (whole files), or a path
     seed: int = 0,  # Order of the documents

@@ -198,7 +198,7 @@ def _norm_seen(model, ids, layers):
             return module
     return None
 
-
+# %% ../../nbs/mesh/08_probes.ipynb #ce8d3da9
 @torch.no_grad()
 def _reader(model, ids, layers=None):
     "Head and final norm of a model that predicts the next token, None where there is none"

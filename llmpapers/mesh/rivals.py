@@ -46,7 +46,7 @@ class StepEmbedding(Mixer):
         "State plus step, equation (1)"
         return h + self.steps[min(t, len(self.steps) - 1)]
 
-
+# %% ../../nbs/mesh/03_rivals.ipynb #1297a7cc
 class Adapter(Mixer):
     "A linear map of state and first state (Huginn), equation (1)"
 

@@ -137,7 +137,7 @@ def loop_loss(
     labels = batch.get("labels", target)
     return model(ids, attention_mask=mask, labels=labels, use_cache=False, **loops).loss
 
-
+# %% ../../nbs/mesh/06_train.ipynb #e44b79b9
 @dataclass
 class TrainResult:
     "A trained model and how it went"
@@ -256,7 +256,7 @@ def trained_model(
     "The model of an outcome"
     return AutoModelForCausalLM.from_pretrained(outcome(study, arm, seed)["model"]).eval()
 
-
+# %% ../../nbs/mesh/06_train.ipynb #609efa7f
 def compare_schemes(
     schemes,  # Names of arms
     seeds,  # Seeds
@@ -338,7 +338,7 @@ def hop_accuracy(
     right = torch.cat(logits).argmax(-1).cpu() == labels[:, asked]
     return right.double().mean(0).tolist()
 
-
+# %% ../../nbs/mesh/06_train.ipynb #90841a51
 def set_aside(
     puzzle: PuzzleConfig,  # The puzzle
     size: int,  # Sequences
