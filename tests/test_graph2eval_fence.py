@@ -422,10 +422,11 @@ def test_forms_of_new_windows_and_forms_that_are_not_checked(opened):
     body = (
         "<form action=/b target=_blank><button>New</button></form>"
         "<form action=/b novalidate><input name=q required><button>Go</button></form>"
+        "<form action=/b><input name=r required><button formnovalidate>Skip</button></form>"
     )
     with Server({"/": page.format("A", body), "/b": page.format("B", "")}) as server:
         tab = opened(server.origin)
-        for name in ("New", "Go"):
+        for name in ("New", "Go", "Skip"):
             tab.goto(server.origin + "/")
             assert tab.act(Action("click", f"button/{name}/0")).title == "B"
         assert [e["kind"] for e in tab.events] == []

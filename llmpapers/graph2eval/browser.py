@@ -798,11 +798,14 @@ def _submit(self: HttpBrowser, form_number, button=None):
     "Send a form as a browser does: fields in the order of the page, and the button that was used"
     form = self.page.forms[form_number]
     _check_link(self, form.action)
-    if not form.unchecked and self._lacks(form_number):  # as in any browser: nothing is sent
+    unchecked = form.unchecked or (button and button.odd == "formnovalidate")
+    if not unchecked and self._lacks(form_number):  # as in any browser: nothing is sent
         self.events.append(dict(kind="stayed", what=button.id if button else ""))
         return self.snapshot()
     parts = [w for w in self.page.widgets if w.form == form_number]
-    if odd := form.odd or next((w.odd for w in parts if w.odd), ""):
+    if odd := form.odd or next(
+        (x for w in parts if (x := w.odd) not in ("", "formnovalidate")), ""
+    ):
         raise ActionError(f"the http backend cannot send a form with {odd}; use chromium")
     fields = [((k, 0), name, v) for k, (name, v) in zip(form.before, form.hidden)]
     for w in parts:
