@@ -27,7 +27,7 @@ def verdict(
     | None = None,  # Values that count as the published figure; None if no figure can be compared
     null: float = 0.0,  # Value that means "no effect"
     better: str = "greater",  # Direction of the claim: "greater" or "less"
-    simulated: bool = False,  # Were costs invented? Then "direction" is the most
+    simulated: bool = False,  # Were a world or costs invented? Then "direction" is the most
 ) -> str:  # One of `verdicts`
     "Verdict on a claim that was tested, by equation (1)"
     sign = 1 if better == "greater" else -1
@@ -150,7 +150,7 @@ class Claim:
         None  # Ends in `unit`, or a factor on the published effect; None: no figure can be compared
     )
     gate: Gate | None = None  # What the experiment had to show first
-    simulated: bool = False  # Were costs or worlds invented, so that sizes mean little?
+    simulated: bool = False  # Were a world or costs invented, so that sizes mean little?
     sizes: dict = field(
         default_factory=dict, hash=False
     )  # Sizes that were really used, e.g. dict(steps=150)
@@ -210,7 +210,7 @@ def _remarks(c):
     return [
         *([c.note] if c.note else []),
         *([str(c.gate)] if c.gate else []),
-        *(["invented costs"] if c.simulated else []),
+        *(["invented world or costs"] if c.simulated else []),
         *([f"from the record {c.recorded}"] if c.recorded else []),
         *([f"chosen after looking: {c.chosen_after}"] if c.chosen_after else []),
     ]
