@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.artifacts import artifact
 from ..core.lm import n_params
 from ..core.scale import check_ranges, own_draws, rng
-from .baselines import baselines, make_baseline, matched, training_code
+from .baselines import baselines, make_baseline, matched
 from llmpapers.dspnet.data import (
     SceneWorld,
     make_binding_world,
@@ -246,5 +246,5 @@ def study_outcome(
         (out / "outcome.json").write_text(json.dumps(res), encoding="utf-8")
 
     recipe = dict(config=cfg, arm=arm, what=arms[arm], seed=seed)
-    folder = artifact("dspnet_study", recipe, build, code=training_code())
+    folder = artifact("dspnet_study", recipe, build)
     return json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
