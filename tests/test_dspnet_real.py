@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpapers.core.scale import rng
-from llmpapers.dspnet import baselines, logs, real_log
 from llmpapers.dspnet.real_log import (
     Arm,
     RealConfig,
@@ -27,7 +26,7 @@ from llmpapers.dspnet.real_log import (
     windows,
     write_planted,
 )
-from llmpapers.dspnet.train import DSPConfig, TensorSource, make_batch, train_model
+from llmpapers.dspnet.train import DSPConfig, TensorSource, make_batch
 
 tiny = RealConfig(
     run=DSPConfig(d=8, d_scene=4, n_layers=1, max_len=4, steps=2, batch_size=8, eval_every=1)
@@ -152,18 +151,6 @@ def test_an_outcome_has_every_user_and_is_made_once(log, cache):
     }.items():
         with pytest.raises(ValueError, match=message):
             real_outcome(*args)
-
-
-def test_an_outcome_of_other_code_is_made_anew(log, cache, monkeypatch):
-    made = []
-    monkeypatch.setattr(
-        real_log, "train_model", lambda *a, **k: made.append(1) or train_model(*a, **k)
-    )
-    for code, times in (([baselines], 1), ([baselines], 1), ([logs], 2)):
-        monkeypatch.setattr(real_log, "training_code", lambda code=code: code)
-        real_outcome(tiny, log, "SASRec", "last", 0)
-        assert len(made) == times
-    assert baselines in baselines.training_code()
 
 
 def test_rated_films_are_no_candidates(log):

@@ -4,9 +4,10 @@ import ast
 import json
 
 import pytest
+import torch
 
-from common import nbs, notebooks
-from llmpapers.core.scale import Scale, scale_names
+from common import nbs, notebooks, root
+from llmpapers.core.scale import Scale, own_draws, scale_names
 
 
 def picks(path):
@@ -46,3 +47,29 @@ def test_all_sizes_of_a_notebook_have_the_same_recipes(rel):
     found = set(picks(nbs / rel))
     assert len(found) == 1, f"{rel} has {sorted(map(sorted, found))}"
     assert {"smoke", "laptop"} <= next(iter(found))
+
+
+def test_own_draws_give_back_the_state_of_gpus_too(monkeypatch):
+    gpus = {0: "state of 0", 1: "state of 1"}
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(cuda, "get_rng_state", lambda i: gpus[i])
+    monkeypatch.setattr(cuda, "set_rng_state", lambda state, i: gpus.update({i: state}))
+    monkeypatch.setattr(
+        cuda, "manual_seed_all", lambda seed: gpus.update(dict.fromkeys(gpus, f"seed {seed}"))
+    )
+    before = torch.get_rng_state()
+    with pytest.raises(KeyError), own_draws(7):
+        assert set(gpus.values()) == {"seed 7"}
+        raise KeyError("planned")
+    assert gpus == {0: "state of 0", 1: "state of 1"}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_only_the_floor_forks_the_global_generators():
+    found = {
+        str(p.relative_to(root / "llmpapers"))
+        for p in (root / "llmpapers").rglob("*.py")
+        if "fork_rng" in p.read_text(encoding="utf-8")
+    }
+    assert found == {"core/scale.py", "core/train.py"}

@@ -223,9 +223,8 @@ def tabular_study(
     def build(out):
         np.savez(out / "runs.npz", **{n: tabular_run(n, cfg, seeds) for n in names})
 
-    code = (tabular_run, _credit, _values, _keep, _Fit.update, _world, _rollout)
     recipe = dict(arms=list(names), cfg=cfg, seeds=list(seeds))
-    with np.load(artifact("asyppo_tabular", recipe, build, code=code) / "runs.npz") as f:
+    with np.load(artifact("asyppo_tabular", recipe, build) / "runs.npz") as f:
         return {n: f[n] for n in names}
 
 # %% ../../nbs/asyppo/06_results.ipynb #0fef7f10

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from .scale import pick_device
+from .scale import own_draws, pick_device
 
 # %% ../../nbs/core/04_lm.ipynb #3f2421ca
 specials = ("<pad>", "<bos>", "<eos>", "<unk>")  # The ids 0, 1, 2, 3 of every tokenizer built here
@@ -210,8 +210,7 @@ def tiny_lm(
     attn_implementation: str = "sdpa",  # "sdpa", "eager", or a registered attention function
 ) -> PreTrainedModel:  # In float32 on the CPU, in evaluation mode
     "Build a decoder with seeded random weights; the global random state is left as it was"
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with own_draws(seed):
         model = AutoModelForCausalLM.from_config(
             hf_config(tokenizer, cfg), dtype=torch.float32, attn_implementation=attn_implementation
         )

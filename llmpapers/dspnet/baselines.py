@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['count_kinds', 'baselines', 'count_scores', 'SASRec', 'at_places', 'GRU4Rec', 'NARM', 'BERT4Rec', 'SASRecScene',
-           'FDSALike', 'MultiBehaviour', 'Composite', 'make_baseline', 'matched', 'train_baseline', 'training_code']
+           'FDSALike', 'MultiBehaviour', 'Composite', 'make_baseline', 'matched', 'train_baseline']
 
 # %% ../../nbs/dspnet/07_baselines.ipynb #32a56983
-import importlib
 from dataclasses import replace
 
 import torch
@@ -537,10 +536,3 @@ def train_baseline(
     sizes = catalogue(items, scenes, n_items, n_scenes, valid)
     model, config = make_baseline(name, *sizes, config or DSPConfig())
     return model, train_model(model, source, config, valid, device=device)
-
-
-def training_code() -> list:  # Modules
-    "What decides a training of this room besides its configuration; a cache is keyed by it"
-    parts = ("data", "logs", "losses", "model", "train", "evaluate", "baselines")
-    names = ("llmpapers.core.train", *(f"llmpapers.dspnet.{x}" for x in parts))
-    return [importlib.import_module(name) for name in names]

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core.artifacts import artifact
 from ..core.lm import n_params
 from ..core.scale import check_number, check_ranges, rng
-from .baselines import count_scores, make_baseline, matched, training_code
+from .baselines import count_scores, make_baseline, matched
 from .data import make_interplay_world, shuffle_scenes
 from .evaluate import ranking_metrics
 from .logs import Held, index_events, load_movielens, split_last, split_time
@@ -354,5 +354,5 @@ def real_outcome(
         (out / "outcome.json").write_text(json.dumps(res), encoding="utf-8")
 
     recipe = dict(config=cfg, log=log.attrs["sha256"], arm=arm, what=what, split=split, seed=seed)
-    folder = artifact("dspnet_real", recipe, build, code=training_code())
+    folder = artifact("dspnet_real", recipe, build)
     return json.loads((folder / "outcome.json").read_text(encoding="utf-8"))

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..core.artifacts import artifact
 from ..core.lm import n_params
-from ..core.scale import check_ranges, rng
-from .baselines import baselines, make_baseline, matched, training_code
+from ..core.scale import check_ranges, own_draws, rng
+from .baselines import baselines, make_baseline, matched
 from llmpapers.dspnet.data import (
     SceneWorld,
     make_binding_world,
@@ -181,8 +181,7 @@ def state_report(
     model, config = objective.model, objective.config
     items, scenes = (model.latest(x[:64]) for x in (parts.test.items, parts.test.scenes))
     model.train()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with own_draws(seed):
         first, second = (model(items, scenes, logits=False) for _ in range(2))
     model.eval()
     z, z2 = first.z_item[:, -1], second.z_item[:, -1]
@@ -247,5 +246,5 @@ def study_outcome(
         (out / "outcome.json").write_text(json.dumps(res), encoding="utf-8")
 
     recipe = dict(config=cfg, arm=arm, what=arms[arm], seed=seed)
-    folder = artifact("dspnet_study", recipe, build, code=training_code())
+    folder = artifact("dspnet_study", recipe, build)
     return json.loads((folder / "outcome.json").read_text(encoding="utf-8"))

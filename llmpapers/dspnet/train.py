@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.scale import check_choices, check_flags, check_number, check_ranges, rng
+from llmpapers.core.scale import (
+    check_choices,
+    check_flags,
+    check_number,
+    check_ranges,
+    own_draws,
+    rng,
+)
 from ..core.train import History, TrainConfig, train
 from .evaluate import ranking_metrics
 from .logs import Held
@@ -171,8 +178,7 @@ class Objective(nn.Module):
         self.heads, self.judge = None, None
         if config.target_context and isinstance(model, DSPNet) and not model.takes_context:
             raise ValueError("target_context=True, but the model was made without it")
-        with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
-            torch.manual_seed(rng(config.seed, "objective").initial_seed() % 2**32)
+        with own_draws(rng(config.seed, "objective").initial_seed() % 2**32):
             self._make_parts()
 
     def _make_parts(self):
@@ -470,8 +476,7 @@ def seeded(
     seed: int,  # Of its weights
 ) -> SequenceModel:  # The model
     "A model whose weights follow from a seed; the caller's random state is left alone"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with own_draws(seed):
         return make()
 
 

@@ -36,6 +36,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 )
 
 from ..core.lm import load_lm
+from ..core.scale import own_draws
 from .layout import Layout, RecursiveConfig, known_fields
 from .recurrence import Trace, run_scheme
 from .rivals import LoopLinear, aside, make_between
@@ -613,8 +614,7 @@ def make_lm(
     seed: int = 0,  # Of the weights
 ) -> RecursiveLM:  # In float32 on the CPU, in evaluation mode
     "A model with seeded random weights; the global random state stays as it was"
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with own_draws(seed):
         model = AutoModelForCausalLM.from_config(cfg, dtype=torch.float32)
     return model.eval()
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..core.scale import own_draws
 from .layout import RecursiveConfig
 from llmpapers.mesh.recurrence import (
     DynamicCombination,
@@ -108,8 +109,9 @@ class Injection(Mixer):
 @contextmanager
 def aside():
     "Draws inside come from a stream of their own; the global one stays where it was"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**62, (), device="cpu")))
+    copy = torch.Generator()
+    copy.set_state(torch.get_rng_state())
+    with own_draws(torch.randint(2**62, (), generator=copy)):
         yield
 
 # %% ../../nbs/mesh/03_rivals.ipynb #e97214fc

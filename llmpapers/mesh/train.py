@@ -9,7 +9,6 @@ __all__ = ['arms', 'placed', 'late_share', 'StudyConfig', 'arm_config', 'token_l
 
 # %% ../../nbs/mesh/06_train.ipynb #6c9cd0d5
 import functools
-import importlib
 import json
 import shutil
 from dataclasses import dataclass, field, replace
@@ -209,13 +208,6 @@ def study_corpus(
     return byte_corpus(source, 0, size)
 
 
-def _code():
-    "Modules whose source decides what a training comes to"
-    parts = ("layout", "recurrence", "rivals", "model", "data", "train")
-    names = ("llmpapers.core.train", *(f"llmpapers.mesh.{x}" for x in parts))
-    return [importlib.import_module(name) for name in names]
-
-
 def outcome(
     study: StudyConfig,  # What arms have in common
     arm: str,  # One of `arms`
@@ -243,7 +235,7 @@ def outcome(
         shutil.rmtree(going, ignore_errors=True)
 
     recipe = dict(study=study, arm=arm, fields=arms[arm], seed=seed, text=text.digest)
-    folder = artifact("mesh_lm", recipe, build, code=_code())
+    folder = artifact("mesh_lm", recipe, build)
     found = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
     return found | dict(model=str(folder / "model"))
 
@@ -388,7 +380,7 @@ def puzzle_outcome(
         (out / "outcome.json").write_text(json.dumps(found), encoding="utf-8")
 
     recipe = dict(puzzle=puzzle, arm=arm, fields=arms[arm], seed=seed)
-    folder = artifact("mesh_puzzle", recipe, build, code=_code())
+    folder = artifact("mesh_puzzle", recipe, build)
     return json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
 
 # %% ../../nbs/mesh/06_train.ipynb #5df2c73d

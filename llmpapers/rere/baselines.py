@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.lm import LM
-from ..core.scale import check_number, check_ranges
+from ..core.scale import check_number, check_ranges, own_draws
 from ..core.train import History, TrainConfig, sft_batch, train
 from .data import Windows
 from .decode import score_items
@@ -343,8 +343,7 @@ def _made(kind, rows, n_items, valid, cfg, device):
     if not len(rows) or (valid is not None and not len(valid)):
         raise ValueError(f"{'valid' if len(rows) else 'rows'}: need at least one row")
     _check_rows(rows, n_items)
-    with torch.random.fork_rng():
-        torch.manual_seed(cfg.seed)
+    with own_draws(cfg.seed):
         net = kind(n_items, cfg, rows.history.shape[1])
     return _fit(net, rows, valid, cfg, device)
 

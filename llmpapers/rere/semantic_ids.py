@@ -21,7 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..core.ranking import as_array
-from ..core.scale import check_choices, check_number, check_ranges, need, rng
+from llmpapers.core.scale import (
+    check_choices,
+    check_number,
+    check_ranges,
+    need,
+    own_draws,
+    rng,
+)
 from ..core.train import TrainConfig, train
 from .data import ItemFormat, Windows, sid_format
 
@@ -281,8 +288,7 @@ def rqvae_ids(
 ) -> SemanticIds:  # Ids of the items; centres are in the latent space
     "Semantic ids from a trained quantiser"
     x = torch.tensor(_vectors(x, "x"), dtype=torch.float32)
-    with torch.random.fork_rng():
-        torch.manual_seed(cfg.seed)
+    with own_draws(cfg.seed):
         net = RQVAE(x.shape[1], cfg)
     if cfg.start == "kmeans":
         with torch.no_grad():

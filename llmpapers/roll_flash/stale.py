@@ -316,15 +316,7 @@ def lag_study(
             config={k: str(v) for k, v in asdict(cfg).items()},
             device=str(device),
         )
-        with np.load(
-            artifact(
-                "forced_lag",
-                recipe,
-                build,
-                code=[forced_lag_run, _draw, _adam, _forward, init_policies],
-            )
-            / "curves.npz"
-        ) as z:
+        with np.load(artifact("forced_lag", recipe, build) / "curves.npz") as z:
             parts.append({k: z[k] for k in z.files})
     return LagRun(
         arms, list(seeds), **{k: np.concatenate([p[k] for p in parts], 1) for k in parts[0]}

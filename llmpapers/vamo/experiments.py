@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.scale import need, pick_device, rng
+from ..core.scale import need, own_draws, pick_device, rng
 from ..core.stats import Interval, holm, mean_ci, permutation_test
 from .alignment import AlignedWeighter, entropy_weights, vamo_step
 from llmpapers.vamo.auction import (
@@ -396,8 +396,7 @@ def make_planner(
     periods: tuple = (12, 6),  # Periods of a TimesBlock
 ) -> torch.nn.Module:  # A planner for one task
     "An untrained planner"
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
+    with own_draws(seed):
         sizes = dict(d=config.width, temporal=temporal, T=config.market.steps)
         if config.backbone == "causal":
             return CausalPlanner(8, 1, **sizes)

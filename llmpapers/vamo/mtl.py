@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
-from ..core.scale import need, rng
+from ..core.scale import need, own_draws, rng
 from llmpapers.vamo.alignment import (
     AlignedWeighter,
     StepInfo,
@@ -111,8 +111,7 @@ class _Given:
 @contextlib.contextmanager
 def _drawing(seed, n):
     "A stream of its own for library code that draws from the global generator"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seed) * 1_000_003 + n)
+    with own_draws(int(seed) * 1_000_003 + n):
         yield
 
 
