@@ -7,6 +7,7 @@ import random
 import threading
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpapers.core.lm import TinyLMConfig, tiny_lm, word_tokenizer
+from llmpapers.rl import loop as loop_module
 from llmpapers.rl.buffer import SampleBuffer
+from llmpapers.rl.checkpoint import latest
 from llmpapers.rl.engines import HFEngine, ScriptedEngine
 from llmpapers.rl.loop import AsyncController, train_sync
 from llmpapers.rl.losses import PolicyLossConfig
@@ -773,3 +776,53 @@ def test_groups_in_one_call_stop_and_resume(tmp_path, alpha):
             c.run(6)
         out += c.trained
     assert sorted(out) == list(range(18)) and t.n == 6
+
+
+@pytest.mark.parametrize("loop", ["sync", "async"])
+def test_when_the_data_end_the_last_batches_are_saved(tmp_path, loop):
+    data, how = list(range(10)), dict(checkpoint=tmp_path, save_every=4)
+    if loop == "sync":
+        engine = ScriptedEngine(lambda r: 2)
+        rows = train_sync(engine, data, speak(), Fake(), 100, batch_size=2, **how)
+    else:
+        rows = controller(speak(), Fake(), SampleBuffer(2, 0.0), data, **how).run(100)
+    assert len(rows) == 5 and latest(tmp_path).name == "step_000005"
+
+
+def test_a_checkpoint_is_written_once(tmp_path, monkeypatch):
+    steps, whole = [], loop_module.save
+    monkeypatch.setattr(
+        loop_module, "save", lambda out, step, **kw: steps.append(step) or whole(out, step, **kw)
+    )
+    data = list(range(10))
+    controller(speak(), Fake(), SampleBuffer(2, 0.0), data, checkpoint=tmp_path / "a").run(3)
+    train_sync(
+        ScriptedEngine(lambda r: 2), data, speak(), Fake(), 3, batch_size=2, checkpoint=tmp_path
+    )
+    assert steps == 2 * [1, 2, 3]
+
+
+def test_a_controller_that_was_stopped_runs_on():
+    late = speak(lambda g, k: 0.01 if g < 4 else 0.3)
+    c = controller(late, Fake(lambda n: time.sleep(0.05)), SampleBuffer(2, 1.0))
+    c.metrics = lambda row: c.stop() if row["step"] == 2 else None
+    with pytest.raises(KeyboardInterrupt):
+        c.run(4)
+    assert any(any(e.out) for e in c.buffer.groups.values())
+    c.metrics = None
+    c.run(4)
+    assert sorted(c.trained) == list(range(8))
+
+
+def test_what_json_cannot_hold_is_refused_where_it_comes_in(tmp_path):
+    async def scored(client, group, index):
+        sample = await speak()(client, group, index)
+        return replace(sample, info=dict(score=float("nan")))
+
+    c = controller(scored, Fake(), SampleBuffer(2, 0.0), checkpoint=tmp_path / "nan")
+    assert len(c.run(2)) == 2 and not c.failed
+    wrong = controller(
+        speak(), Fake(), SampleBuffer(2, 0.0), lambda i: {i: "a"}, checkpoint=tmp_path / "keys"
+    )
+    with pytest.raises(TypeError, match="source: prompt 0 cannot be saved as JSON .*text"):
+        wrong.run(2)

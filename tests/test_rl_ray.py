@@ -33,13 +33,23 @@ class Engine(ScriptedEngine):
         self.die_at, self.flag = die_at, flag
 
     def load_weights(self, weights, version):
-        if version == self.die_at:
-            try:
-                os.close(os.open(self.flag, os.O_CREAT | os.O_EXCL))
-                os._exit(9)
-            except FileExistsError:
-                self.die_at = None
+        if version == self.die_at and first(self.flag):
+            os._exit(9)
         super().load_weights(weights, version)
+
+    def logprobs(self, ids):
+        if self.die_at == "scoring" and self.version == 1 and first(self.flag):
+            os._exit(9)
+        return [0.0] * (len(ids) - 1)
+
+
+def first(flag):
+    "Whether nobody has asked with this flag before"
+    try:
+        os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 async def speak(client, group, index):
@@ -103,11 +113,18 @@ def killer(pool, at):
 killed = []
 
 
-def run(n, factory, kill_at=(), alpha=1.0):
+class Probing(Trainer):
+    "Compares the engines with itself"
+
+    def probe(self):
+        return [1, 2, 3], [0.0, 0.0]
+
+
+def run(n, factory, kill_at=(), alpha=1.0, kind=Trainer):
     pool = RolloutPool(
         factory, n_actors=2, max_inflight_per_actor=4, ray_options=dict(num_cpus=0.5)
     )
-    t = Trainer(killer(pool, kill_at))
+    t = kind(killer(pool, kill_at))
     c = AsyncController(lambda i: i, speak, t, pool, SampleBuffer(4, alpha, 2))
     c.run(n)
     return dict(
@@ -118,14 +135,6 @@ def run(n, factory, kill_at=(), alpha=1.0):
         staleness=c.buffer.staleness[2],
         seen=sorted(t.seen),
     )
-
-
-def first(flag):
-    "Whether nobody has asked with this flag before"
-    if os.path.exists(flag):
-        return False
-    Path(flag).touch()
-    return True
 
 
 class Env:
@@ -259,6 +268,9 @@ if __name__ == "__main__":
     out = dict(
         mid=run(10, lambda: Engine(20, 0.01), (2, 6)), load=run(6, lambda: Engine(5, 0.01, 3, flag))
     )
+    out["probe"] = run(
+        4, lambda: Engine(5, 0.01, "scoring", flag + " of scoring"), kind=Probing
+    )
     out["episodes"] = episodes(5, log, (3,))
     out["crowd"] = episodes(2, log + "2", max_wait_s=3.0, B=32, slots=32)
     out["lost"] = episodes(9, log + "3", act=tool_killer)
@@ -325,6 +337,11 @@ def test_two_actors_killed_in_the_middle_of_a_sentence(outcome):
 def test_an_actor_that_dies_while_it_loads_weights(outcome):
     o = outcome["load"]
     assert o["trained"] == list(range(24)) and o["respawned"] == 1 and o["failed"] == 0
+
+
+def test_an_actor_that_dies_while_it_is_compared(outcome):
+    o = outcome["probe"]
+    assert o["trained"] == list(range(16)) and o["respawned"] == 1 and o["failed"] == 0
 
 
 def test_episodes_with_a_shared_tool_lose_nothing(outcome):

@@ -668,3 +668,74 @@ def test_a_client_reaches_the_engine_between_two_steps():
         return one.request_id, active, client.name
 
     assert asyncio.run(main()) == ("4.2.0", 0, "4.all")
+
+
+@pytest.mark.parametrize("word", ["turn", "answer"])
+def test_a_template_may_hold_any_word(word):
+    "Gemma's template writes <start_of_turn>; whatever a template says, only its frame is taken"
+    t = char_tokenizer("abcdefghijklmnopqrstuvwxyz0123456789 .,:?[]<>_\n")
+    t.chat_template = (
+        "{% for m in messages %}{{ '<start_of_WORD>' + m.role + '\n' + m.content | trim }}"
+        "{{ '<end_of_WORD>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_WORD>assistant\n' }}{% endif %}"
+    ).replace("WORD", word)
+    roll = EpisodeRollout(lambda: Turns(2, "no"), t, SamplingConfig(4), chat_template=True)
+    s = asyncio.run(roll(Talker("yo", "so"), Group(0, None, 0), 0))
+    frame = (
+        f"<end_of_{word}>\n<start_of_{word}>user\nno<end_of_{word}>\n<start_of_{word}>assistant\n"
+    )
+    assert t.decode(s.response_ids) == f"yo{frame}so"
+
+
+def test_a_thread_that_takes_the_next_job_is_not_counted_as_idle():
+    "A job that comes in just before a thread says that it is idle leaves no false place behind"
+
+    async def main():
+        threads = Threads(4)
+        gate, asked, said = threading.Event(), threading.Event(), []
+        release, acquire = threads.idle.release, threads.idle.acquire
+
+        def late():
+            said.append(1)
+            if len(said) == 1:
+                asked.wait(0.5)
+            release()
+
+        def acquired(**kw):
+            got = acquire(**kw)
+            if len(said) == 1:
+                asked.set()
+                time.sleep(0.05)
+            return got
+
+        threads.idle.release, threads.idle.acquire = late, acquired
+        await threads.call(int)
+        await asyncio.sleep(0.05)
+        blocked = []
+        for _ in range(3):
+            blocked.append(asyncio.ensure_future(threads.call(gate.wait, 20)))
+            await asyncio.sleep(0.2)
+        await asyncio.wait_for(threads.call(int), 10)
+        gate.set()
+        await asyncio.gather(*blocked)
+        threads.stop()
+
+    asyncio.run(main())
+
+
+def test_an_error_of_a_tool_that_takes_more_than_a_text_reaches_all_who_wait():
+    class Refused(ToolError):
+        def __init__(self, code, text):
+            super().__init__(f"{code}: {text}")
+
+    def tool(items):
+        raise Refused(3, "down")
+
+    async def main():
+        ask = ToolBatcher(tool, 4, 0.01)
+        return await asyncio.wait_for(
+            asyncio.gather(*(ask(k) for k in range(4)), return_exceptions=True), 10
+        )
+
+    found = asyncio.run(main())
+    assert [type(e) for e in found] == 4 * [ToolError] and {str(e) for e in found} == {"3: down"}

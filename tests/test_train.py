@@ -1,5 +1,6 @@
 "Supervised training: equivalent configurations, checkpoints, kills and resumes"
 
+import json
 import math
 import os
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from llmpapers.core.train import (
     param_groups,
     read_metrics,
     train,
+    write_checkpoint,
 )
 
 tok = char_tokenizer("0123456789^=;")
@@ -602,3 +605,37 @@ def test_a_folder_is_that_of_one_run_at_a_time(tmp_path):
 
 def no_batch():
     raise RuntimeError("no batch")
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_step_written_anew_is_never_half_there(tmp_path, monkeypatch, last):
+    "Killed between moving the old folder away and giving the new one its name, or right after"
+    m = net()
+    optimizer = torch.optim.SGD(m.parameters(), 0.1)
+    write_checkpoint(tmp_path, 5, m, optimizer, dict(what="old"))
+    real = os.replace
+
+    def killed(a, b):
+        if str(a).endswith(".tmp") and str(b).endswith("step_000005"):
+            if last:
+                real(a, b)
+            raise KeyboardInterrupt
+        return real(a, b)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path, 5, m, optimizer, dict(what="new"))
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = newest_checkpoint(tmp_path)
+    assert json.loads((found / "state.json").read_text())["what"] == ("new" if last else "old")
+    write_checkpoint(tmp_path, 6, m, optimizer, {})
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000005", "step_000006"]
+
+
+def test_starting_again_leaves_folders_of_others_alone(tmp_path):
+    for name in ("step_notes", "step_000050.tmp", "step_000040.old"):
+        (tmp_path / name).mkdir()
+    run(net(), out=tmp_path, resume=False, steps=2, save_every=2)
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000002", "step_notes"]

@@ -274,7 +274,43 @@ def _steps(out):
     found = ((re.fullmatch(r"step_(\d{6,})", p.name), p) for p in out.glob("step_*") if p.is_dir())
     return sorted(((int(m[1]), p) for m, p in found if m), reverse=True)
 
+# %% ../../nbs/core/05_train.ipynb #bd293174
+def _moved_away(out):
+    "Checkpoints that a killed save had moved away to write them anew, as (step, folder)"
+    old = [p for p in out.glob("step_*.old") if not p.with_suffix("").exists()]
+    return [(int(p.stem.removeprefix("step_")), p) for p in old]
+
+
+def _recover(out):
+    "Undo a save that was killed: put back what it had moved away, delete what it had not finished"
+    for _, old in _moved_away(out):
+        os.replace(old, old.with_suffix(""))
+    for left in (*out.glob("step_*.old"), *out.glob("step_*.tmp")):
+        shutil.rmtree(left, ignore_errors=True)
+
 # %% ../../nbs/core/05_train.ipynb #b483fa65
+@contextmanager
+def _new_checkpoint(out, step, keep_last):
+    "A folder to fill, and the name that it gets when it is whole; then `latest` points at it"
+    final = out / f"step_{step:06d}"
+    new, old = final.with_suffix(".tmp"), final.with_suffix(".old")
+    _recover(out)
+    new.mkdir(parents=True)
+    yield new, final
+    sums = {p.name: _sha(p) for p in sorted(new.iterdir())}
+    (new / "checksums.json").write_text(json.dumps(sums))
+    for p in (*new.iterdir(), new):
+        _fsync(p)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(new, final)
+    _fsync(out)
+    _replace_text(out / "latest", final.name + "\n")
+    kept = [p for s, p in _steps(out) if s <= step][:keep_last]
+    for p in (*(p for _, p in _steps(out) if p not in kept), old):
+        shutil.rmtree(p, ignore_errors=True)
+
+
 def write_checkpoint(
     out: Path,  # Folder of the run
     step: int,  # Finished steps
@@ -284,68 +320,60 @@ def write_checkpoint(
     keep_last: int = 2,  # Checkpoints to keep
 ) -> Path:  # The folder `out/step_<step>`
     "Write one checkpoint atomically, point `latest` at it, and delete old ones"
-    out, name = Path(out), f"step_{step:06d}"
-    new, final = out / f"{name}.tmp", out / name
-    for p in (new, final):
-        shutil.rmtree(p, ignore_errors=True)
-    new.mkdir(parents=True)
-    need("safetensors.torch").save_model(model, str(new / "model.safetensors"))
-    torch.save(optimizer.state_dict(), new / "optimizer.pt")
-    (new / "state.json").write_text(json.dumps(state | dict(step=step)))
-    (new / "checksums.json").write_text(
-        json.dumps({p.name: _sha(p) for p in sorted(new.iterdir())})
-    )
-    for p in (*new.iterdir(), new):
-        _fsync(p)
-    os.replace(new, final)
-    _fsync(out)
-    _replace_text(out / "latest", name + "\n")
-    kept = [p for s, p in _steps(out) if s <= step][:keep_last]
-    for _, p in _steps(out):
-        if p not in kept:
-            shutil.rmtree(p, ignore_errors=True)
+    with _new_checkpoint(Path(out), step, keep_last) as (new, final):
+        need("safetensors.torch").save_model(model, str(new / "model.safetensors"))
+        torch.save(optimizer.state_dict(), new / "optimizer.pt")
+        (new / "state.json").write_text(json.dumps(state | dict(step=step)))
     return final
 
+# %% ../../nbs/core/05_train.ipynb #432611c5
+def _fault(folder, needed):
+    "Why a checkpoint cannot be used, or None if it is what was written"
+    try:
+        sums = json.loads((folder / "checksums.json").read_text())
+    except (OSError, ValueError) as e:
+        return f"checksums.json cannot be read ({type(e).__name__})"
+    if lost := needed - set(sums):
+        return f"{min(lost)} is not listed"
+    for name, digest in sums.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sha(folder / name) != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def _newest(out, needed, name, remedy):
+    "The newest intact checkpoint, with a warning about each one that is not; None without any"
+    found = sorted([*_steps(out), *_moved_away(out)], reverse=True)
+    for _, p in found:
+        fault = _fault(p, needed)
+        if fault is None:
+            return p
+        text = f"checkpoint {p.name} is damaged ({fault}); trying the one before"
+        warnings.warn(text, stacklevel=3)
+    if found:
+        raise RuntimeError(f"{name}: all {len(found)} checkpoints in {out} are damaged; {remedy}")
+    return None
+
 # %% ../../nbs/core/05_train.ipynb #7c24040d
+_files = {"model.safetensors", "optimizer.pt", "state.json"}  # of a checkpoint
+
+
 def checkpoint_fault(
     folder: Path,  # A folder `step_...`
 ) -> str | None:  # What is wrong, or None
     "Why a checkpoint cannot be used, or None if it is complete and unchanged"
-    try:
-        sums = json.loads((Path(folder) / "checksums.json").read_text())
-    except (OSError, ValueError) as e:
-        return f"checksums.json cannot be read ({type(e).__name__})"
-    missing = {"model.safetensors", "optimizer.pt", "state.json"} - set(sums)
-    if missing:
-        return f"{min(missing)} is not listed"
-    for name, digest in sums.items():
-        path = Path(folder) / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if _sha(path) != digest:
-            return f"{name} is not what was written"
-    return None
+    return _fault(Path(folder), _files)
 
 
 def newest_checkpoint(
     out: Path,  # Folder of the run
 ) -> Path | None:  # Folder of the newest intact checkpoint; None if none was ever finished
     "Find the newest intact checkpoint, warning about each one that is not"
-    found = _steps(Path(out))
     for p in Path(out).glob("step_*.tmp"):
         warnings.warn(f"{p.name} was not finished and is ignored", stacklevel=2)
-    for _, p in found:
-        fault = checkpoint_fault(p)
-        if fault is None:
-            return p
-        warnings.warn(
-            f"checkpoint {p.name} is damaged ({fault}); trying the one before", stacklevel=2
-        )
-    if found:
-        raise RuntimeError(
-            f"out: all {len(found)} checkpoints in {out} are damaged; resume=False starts again"
-        )
-    return None
+    return _newest(Path(out), _files, "out", "resume=False starts again")
 
 # %% ../../nbs/core/05_train.ipynb #6f77de10
 def _accelerator(mixed_precision, device):
@@ -550,7 +578,8 @@ def start(self: _Run, resume):
     if self.main:
         self.out.mkdir(parents=True, exist_ok=True)
         if not resume:
-            for _, p in _steps(self.out):
+            left = (*self.out.glob("step_*.old"), *self.out.glob("step_*.tmp"))
+            for p in (*(p for _, p in _steps(self.out)), *left):
                 shutil.rmtree(p)
             for p in (self.out / "latest", path):
                 p.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 
 from .buffer import SampleBuffer
-from .checkpoint import _check_plain, latest, load, outstanding, save
+from .checkpoint import _check_plain, latest, load, outstanding, restore, save
 from llmpapers.rl.pools import (
     EngineLost,
     EngineProxy,
@@ -257,18 +257,16 @@ def train_sync(
     "Generate, train, generate, train: the reference loop"
     _check_source(source)
     _check_rollout(trainer, rollout, group_size)
-    if checkpoint and (path := latest(checkpoint)) and (left := outstanding(path)):
+    path = latest(checkpoint) if checkpoint else None
+    if path and (left := outstanding(path)):
         raise ValueError(
             f"checkpoint: {path.name} was saved by an AsyncController with {left} groups in "
             "flight, which this loop would lose; go on with one, or give a new folder"
         )
-    state = load(checkpoint, trainer=trainer) if checkpoint and latest(checkpoint) else {}
+    state = restore(path, trainer) if path else {}
     version, cursor, rows = state.get("step", 0), state.get("cursor", 0) or 0, []
     shared = getattr(engine, "model", 0) is getattr(trainer, "model", 1)
-    limits = getattr(trainer, "limits", None)
-
-    def check(sample):
-        _check_member(sample, limits, False)
+    check = partial(_check_member, limits=getattr(trainer, "limits", None), saved=False)
 
     async def main(version=version, cursor=cursor):
         proxy = EngineProxy(engine, threaded=False)
@@ -299,8 +297,10 @@ def train_sync(
             )
             if metrics:
                 metrics(rows[-1])
-            if checkpoint and (version % save_every == 0 or version == n_steps):
+            if checkpoint and version % save_every == 0:
                 save(checkpoint, version, trainer=trainer, cursor=cursor)
+        if checkpoint and rows and version % save_every:  # the last ones, also of the data
+            save(checkpoint, version, trainer=trainer, cursor=cursor)
 
     run_blocking(main())
     return rows
@@ -396,7 +396,7 @@ async def arun(
         raise RuntimeError("pool: it serves another controller; give each one its own")
     self.queue, self.running, self.train, self.sync = asyncio.Queue(), {}, None, None
     self.stopping, self.exhausted, self.task = False, False, asyncio.current_task()
-    self.dropped, self.quarantined, self.warned, self.mark = 0, 0, 0, time.perf_counter()
+    self.dropped, self.quarantined, self.mark = 0, 0, time.perf_counter()
     thaw = False
     try:
         await self._open()
@@ -422,7 +422,8 @@ async def arun(
         if self.stopping and self.train:
             await asyncio.wait([self.train])
             await self._finish_step()
-        if self.checkpoint and self.buffer.version:
+        v = self.buffer.version
+        if self.checkpoint and v and (self.stopping or v % self.save_every):
             self._save()
         if self.buffer.groups and self.buffer.version < n_steps and not self.stopping:
             left = sorted(self.buffer.groups)
@@ -439,8 +440,10 @@ async def arun(
 @patch
 async def _open(self: AsyncController):
     "Resume if there is something to resume from, start the pool, compare the policies"
-    if self.checkpoint and latest(self.checkpoint):
-        self.cursor = load(self.checkpoint, trainer=self.trainer, buffer=self.buffer)["cursor"]
+    if self.checkpoint and (state := load(self.checkpoint, self.trainer, self.buffer)):
+        self.cursor = state["cursor"]
+    for e in self.buffer.groups.values():  # what was being worked on when a run was stopped
+        e.out = [False] * self.buffer.group_size
     whole = self.members == [None]
     self.todo = deque((g.group_id, k) for g, k in self.buffer.pending(whole))
     self.shared = self.pool.shares(getattr(self.trainer, "model", None))
@@ -483,6 +486,8 @@ def _admit(self: AsyncController, n_steps):
         if (p := _prompt(self.source, self.cursor)) is None:
             self.exhausted = True
             break
+        if self.checkpoint:
+            _check_plain(f"source: prompt {self.cursor}", p)
         g = b.admit(p)
         self.cursor += 1
         room -= 1
@@ -573,14 +578,12 @@ def _drop(self: AsyncController, gid):
     "A finished group that the filter does not want"
     self.buffer.drop(gid, "filtered")
     self.dropped += 1
-    batches = self.dropped // self.buffer.batch_size
-    if batches >= 100:
+    if self.dropped >= 100 * self.buffer.batch_size:
         raise RuntimeError(
             "group_filter: it rejected 100 batches of groups in a row; "
             "the task is too easy or too hard for the policy"
         )
-    if batches >= self.warned + 10:
-        self.warned = batches
+    if self.dropped % (10 * self.buffer.batch_size) == 0:
         text = f"group_filter: {self.dropped} groups rejected since the last batch"
         warnings.warn(text, stacklevel=2)
 
@@ -633,7 +636,7 @@ async def _finish_step(self: AsyncController):
         self._restart(gid)
     v = self.buffer.version
     self.trained += [g.group_id for g in groups]
-    self.dropped = self.quarantined = self.warned = 0
+    self.dropped = self.quarantined = 0
     if not self.stopping:
         await self._send(v, end)
     sync = time.perf_counter() - end

@@ -25,8 +25,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.scale import need
-from .pools import EngineLost, EngineProxy, RolloutPoolError, play_rollout
-from .rollout import ToolBatcher, ToolError
+from .pools import EngineLost, EngineProxy, RolloutPoolError, in_time, play_rollout
+from .rollout import ToolBatcher, ToolError, _settle
 from .types import Batch, Group
 from .weights import pack_weights, read_weights, unpack_weights
 
@@ -38,16 +38,11 @@ class _Actor:
     "One engine in a process of its own, and the rollouts that use it"
 
     def __init__(self, factory, rollout):
-        self.engine, self.rollout, self.proxy = factory(), rollout, None
+        self.rollout, self.proxy = rollout, EngineProxy(factory(), threaded=False)
         self.tasks, self.ended, self.ending = {}, [], set()
         self.news, self.idle = asyncio.Event(), asyncio.Event()
         gc.collect()
         gc.freeze()
-
-    def _proxy(self):
-        if self.proxy is None:
-            self.proxy = EngineProxy(self.engine, threaded=False)
-        return self.proxy
 
     async def begin(self, jobs):
         for key, *job in jobs:
@@ -56,7 +51,7 @@ class _Actor:
     async def _run(self, key, group, index, n):
         sample, error = None, None
         try:
-            sample = _packed(await play_rollout(self.rollout, self._proxy(), group, index, n))
+            sample = _packed(await play_rollout(self.rollout, self.proxy, group, index, n))
         except EngineLost:
             os._exit(1)
         except asyncio.CancelledError:
@@ -121,12 +116,12 @@ async def stop(self: _Actor):
 
 @patch
 async def load_weights(self: _Actor, weights, version, mode):
-    await self._proxy().load_weights(unpack_weights(weights), version, mode)
+    await self.proxy.load_weights(unpack_weights(weights), version, mode)
 
 
 @patch
 async def logprobs(self: _Actor, ids):
-    return await self._proxy().call(lambda e: e.logprobs(ids))
+    return await self.proxy.call(lambda e: e.logprobs(ids))
 
 
 @patch
@@ -189,7 +184,6 @@ class RolloutPool:
         self.timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
         self.options = dict(num_cpus=1) | (ray_options or {})
         self.actors = [None] * n_actors
-        self.busy = [0] * n_actors
         self.deaths = []
         self.respawned = 0
         self.spawning = set()
@@ -224,7 +218,7 @@ def _check_resources(self: RolloutPool):
 @patch
 async def _in_start_time(self: RolloutPool, k, ref):
     "Wait for an actor that starts, with a line every half minute"
-    start, waited = time.monotonic(), asyncio.ensure_future(_get(ref))
+    start, waited = time.monotonic(), asyncio.ensure_future(ref)
     try:
         while not (await asyncio.wait([waited], timeout=30))[0]:
             seconds = time.monotonic() - start
@@ -293,7 +287,7 @@ async def _spawn(self: RolloutPool, k):
     except BaseException:
         self.ray.kill(actor)
         raise
-    self.actors[k], self.busy[k], self.calls[k], self.outbox[k] = actor, 0, {}, []
+    self.actors[k], self.calls[k], self.outbox[k] = actor, {}, []
     self.ears[k] = asyncio.ensure_future(self._listen(k, actor))
     self.on_change()
 
@@ -301,7 +295,7 @@ async def _spawn(self: RolloutPool, k):
 @patch
 def num_free(self: RolloutPool) -> int:  # Number of rollouts that can begin now
     "Free slots of the actors that are alive"
-    return sum(self.slots - b for a, b in zip(self.actors, self.busy) if a is not None)
+    return sum(self.slots - len(c) for a, c in zip(self.actors, self.calls) if a is not None)
 
 
 @patch
@@ -312,28 +306,17 @@ def submit(
     n: int = 1,  # Members of the group
 ) -> asyncio.Future:  # The sample, or a list of n
     "Begin a rollout where most slots are free; it takes one"
-    k = min(
-        (k for k in range(self.n_actors) if self.actors[k] is not None), key=lambda k: self.busy[k]
-    )
-    self.busy[k] += 1
+    alive = [k for k in range(self.n_actors) if self.actors[k] is not None]
+    k = min(alive, key=lambda k: len(self.calls[k]))
     key, future = next(self.keys), asyncio.get_running_loop().create_future()
     self.calls[k][key] = future
     self.outbox[k].append((key, group, index, n))
     if len(self.outbox[k]) == 1:
         asyncio.get_running_loop().call_soon(self._send, k, self.actors[k])
     future.add_done_callback(partial(self._over, k, self.actors[k], key))
-    return future if self.timeout_s is None else asyncio.ensure_future(self._in_time(future))
-
-
-@patch
-async def _in_time(self: RolloutPool, future):
-    try:
-        async with asyncio.timeout(self.timeout_s) as limit:
-            return await future
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        raise TimeoutError(f"the rollout took longer than timeout_s={self.timeout_s}") from None
+    if self.timeout_s is None:
+        return future
+    return asyncio.ensure_future(in_time(future, self.timeout_s))
 
 # %% ../../nbs/rl/15_ray.ipynb #b7a1c005
 @patch
@@ -351,7 +334,6 @@ def _over(self: RolloutPool, k, actor, key, future):
     "A rollout has ended, failed, or was given up"
     if self.actors[k] is not actor:
         return
-    self.busy[k] -= 1
     self.calls[k].pop(key, None)
     if future.cancelled():
         actor.cancel.remote(key)
@@ -362,7 +344,7 @@ async def _listen(self: RolloutPool, k, actor):
     "Hand out what an actor has ended, as long as it lives"
     while self.actors[k] is actor:
         try:
-            ended = await _get(actor.collect.remote())
+            ended = await actor.collect.remote()
         except Exception:  # dead, or what it says cannot be understood
             self.ray.kill(actor)
             return self._lost(k, actor)
@@ -375,10 +357,6 @@ async def _listen(self: RolloutPool, k, actor):
             except Exception as e:
                 f.set_exception(TypeError(f"sample: it cannot be unpacked here; {e!r}"))
 
-
-async def _get(ref):
-    return await ref
-
 # %% ../../nbs/rl/15_ray.ipynb #3db959ce
 @patch
 def _lost(self: RolloutPool, k, actor):
@@ -388,8 +366,7 @@ def _lost(self: RolloutPool, k, actor):
     self.actors[k] = None
     self.deaths.append(self.version)
     for f in self.calls[k].values():
-        if not f.done():
-            f.set_exception(EngineLost(f"actor {k} died"))
+        _settle(f, None, EngineLost(f"actor {k} died"))
     recent = sum(v > self.version - 10 for v in self.deaths)
     if recent > self.respawn:
         self.failure = RolloutPoolError(
@@ -424,7 +401,7 @@ async def load_weights(
     self._put(weights, version)
     alive = [(k, a) for k, a in enumerate(self.actors) if a is not None]
     results = await asyncio.gather(
-        *(_get(a.load_weights.remote(self.ref, version, mode)) for _, a in alive),
+        *(a.load_weights.remote(self.ref, version, mode) for _, a in alive),
         return_exceptions=True,
     )
     for (k, a), r in zip(alive, results):
@@ -441,11 +418,12 @@ async def logprobs(
     ids: Sequence[int],  # A sequence
 ) -> list[list[float]]:  # One row an engine
     "Score a sequence with every engine"
-    return list(
-        await asyncio.gather(
-            *(_get(a.logprobs.remote(list(ids))) for a in self.actors if a is not None)
-        )
-    )
+    asked = (a.logprobs.remote(list(ids)) for a in self.actors if a is not None)
+    rows = await asyncio.gather(*asked, return_exceptions=True)
+    for e in rows:
+        if isinstance(e, Exception) and not isinstance(e, self.ray.exceptions.RayActorError):
+            raise e
+    return [row for row in rows if not isinstance(row, Exception)]  # without those that died
 
 # %% ../../nbs/rl/15_ray.ipynb #c15244e1
 @patch
@@ -456,7 +434,7 @@ async def close(self: RolloutPool) -> None:
         t.cancel()
     await asyncio.gather(*ending, return_exceptions=True)
     alive = [a for a in self.actors if a is not None]
-    stops = [asyncio.ensure_future(_get(a.stop.remote())) for a in alive]
+    stops = [asyncio.ensure_future(a.stop.remote()) for a in alive]
     if stops:
         await asyncio.wait(stops, timeout=10)
     for a, stop in zip(alive, stops, strict=True):
@@ -518,7 +496,7 @@ class SharedTool:
         "The questions of this process in one message"
         ray = need("ray", "ray")
         try:
-            return await _get(self.actor.ask.remote(items))
+            return await self.actor.ask.remote(items)
         except ray.exceptions.RayTaskError as e:
             raise ToolError(f"the shared tool failed: {e.cause!r}") from e
         except ray.exceptions.RayError as e:

@@ -129,16 +129,10 @@ def _answer(loop, future, context, fn, args):
 
 def _work(jobs, idle):
     "The life of a thread"
-    while True:
-        try:
-            job = jobs.get_nowait()
-        except queue.Empty:
-            idle.release()
-            job = jobs.get()
-        if job is None:
-            return
+    while (job := jobs.get()) is not None:
         _answer(*job)
         del job
+        idle.release()  # whoever puts the next job counts on this thread
 
 # %% ../../nbs/rl/10_rollout.ipynb #e5636240
 class Threads:
@@ -176,6 +170,13 @@ class Threads:
 
 async def _value(x):
     return await x if inspect.isawaitable(x) else x
+
+
+async def _called(threads, fn, *args):
+    "What a function returns; it is called in a thread if there are some and it is no coroutine"
+    if threads is None or _is_async(fn):
+        return await _value(fn(*args))
+    return await _value(await threads.call(fn, *args))
 
 # %% ../../nbs/rl/10_rollout.ipynb #b5a14fdf
 def render_chat(
@@ -250,11 +251,6 @@ class SingleTurn:
             self.last = prompt, _encode(self.tokenizer, text)
         return self.last[1]
 
-    async def _score(self, *args):
-        if self.in_thread and not _is_async(self.reward):
-            return await _value(await reward_threads.call(self.reward, *args))
-        return await _value(self.reward(*args))
-
     async def __call__(
         self,
         client: Client,  # Bound to the member
@@ -267,7 +263,8 @@ class SingleTurn:
         c = await client.generate(ids, self.sampling)
         stops = self.sampling.stop_token_ids
         text = self.tokenizer.decode([t for t in c.token_ids if t not in stops])
-        reward = await self._score(prompt, text, info)
+        threads = reward_threads if self.in_thread else None
+        reward = await _called(threads, self.reward, prompt, text, info)
         kept = dict(prompt=prompt, response=text) if self.keep_text else None
         return _to_sample(ids, c, reward, kept)
 
@@ -323,18 +320,13 @@ class _Seat:
     def __init__(self, factory, in_thread, step_s, close_s):
         self.factory, self.step_s, self.close_s = factory, step_s, close_s
         self.threads = Threads() if in_thread else None
-        self.env, self.stuck, self.closed = None, False, False
-
-    async def _call(self, fn, *args):
-        if self.threads is None or _is_async(fn):
-            return await _value(fn(*args))
-        return await _value(await self.threads.call(fn, *args))
+        self.env, self.stuck = None, False
 
     async def ask(self, name, fn, *args):
         "Call within the time limit"
         try:
             async with asyncio.timeout(self.step_s) as limit:
-                return await self._call(fn, *args)
+                return await _called(self.threads, fn, *args)
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -362,11 +354,9 @@ async def _close_seat(seat):
     "Call `aclose` or `close` where it can be called; a failure is a warning, the episode is over"
 
     def once():
-        fn = getattr(seat.env, "aclose", None) or getattr(seat.env, "close", None)
-        if seat.closed or fn is None:
-            return None
-        seat.closed = True
-        return fn()
+        env, seat.env = seat.env, None
+        fn = getattr(env, "aclose", None) or getattr(env, "close", None)
+        return None if fn is None else fn()
 
     places = [None]
     if seat.threads and seat.threads.started:
@@ -391,6 +381,9 @@ async def _close(seat):
     await asyncio.shield(task)
 
 # %% ../../nbs/rl/10_rollout.ipynb #49ea5680
+_marks = "\ue000", "\ue001"  # a turn and an answer, in letters that no template has
+
+
 @dataclass
 class _Talk:
     "What was said in an episode, and how the next observation is written down"
@@ -426,16 +419,13 @@ class _Talk:
 
     def _frame(self, role):
         "Text between a turn of the policy and an observation, and text behind it"
-        marks = ["turn", "answer"]
-        while any(m in str(self.first) for m in marks):
-            marks = [m + "x" for m in marks]
         turn, answer = (
-            dict(role=r, content=m) for r, m in zip(("assistant", role), marks, strict=True)
+            dict(role=r, content=m) for r, m in zip(("assistant", role), _marks, strict=True)
         )
         text = render_chat(self.tokenizer, [*self.first, turn, answer])
-        if any(m not in text for m in marks):
+        if any(m not in text for m in _marks):
             raise ValueError(f"chat_template: it does not show messages of the role {role!r}")
-        return text.rpartition(marks[0])[2].split(marks[1])
+        return text.rpartition(_marks[0])[2].split(_marks[1])
 
     def _cut(self, ids):
         "Leave out the middle of what is too long, visibly"
@@ -714,11 +704,9 @@ def _send(batcher, box):
 # %% ../../nbs/rl/10_rollout.ipynb #7a729bc7
 async def _answers(batcher, items):
     "Call the function, within the time limit"
-    if _is_async(batcher.fn):
-        return await _value(batcher.fn(items))
     threads = batcher.threads
     try:
-        return await _value(await threads.call(batcher.fn, items))
+        return await _called(threads, batcher.fn, items)
     except asyncio.CancelledError:
         if batcher.threads is threads:
             batcher.threads = Threads()
@@ -741,7 +729,9 @@ async def _tool_call(batcher, live):
             text = f"no answer within timeout_s={batcher.timeout_s}"
         kind, text = ToolError, f"the tool failed: {text}"
         if isinstance(e, ToolError):
-            kind, text = type(e), str(e)
+            text = str(e)
+            with suppress(TypeError):  # a kind that takes more than a text stays a `ToolError`
+                kind = type(type(e)(text))
         for _, futures in live:
             for f in futures:
                 error = kind(text)
