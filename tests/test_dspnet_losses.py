@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpapers.core.scale import rng
+from llmpapers.dspnet.data import make_interplay_world
 from llmpapers.dspnet.evaluate import compare_all, expected_metrics, ranking_metrics
 from llmpapers.dspnet.losses import (
     WeightHeads,
@@ -116,6 +117,16 @@ def test_no_list_is_above_the_ceiling(seed, n):
     best = law.argsort(1, descending=True)[:, :k] + 1
     for name, value in expected_metrics(any_list, law, (k,)).items():
         assert value <= expected_metrics(best, law, (k,))[name] + 1e-9
+
+
+def test_a_ceiling_is_the_value_of_the_best_list_and_no_longer_than_the_catalogue():
+    world = make_interplay_world(20, seed=0)
+    best = world.next_item_probs.argsort(1, descending=True)[:, :7] + 1
+    assert world.ceiling(7) == pytest.approx(
+        expected_metrics(best, world.next_item_probs, (7,)), abs=1e-6
+    )
+    with pytest.raises(ValueError, match="k="):
+        world.ceiling(world.n_items + 1)
 
 
 @settings(deadline=None, max_examples=30)

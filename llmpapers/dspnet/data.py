@@ -46,11 +46,11 @@ class SceneWorld:
 
     def ceiling(
         self,
-        k: int = 10,  # Length of the lists
+        k: int = 10,  # Length of the lists, at most I
         in_scene: bool = False,  # Is the scene of the last event told?
     ) -> dict:  # Expected HR@k and NDCG@k of the best lists, mean over users
         "What no method can exceed in expectation"
-        check_number("k", k, "int [1, inf)")
+        check_number("k", k, f"int [1, {self.n_items}]")
         law = self.item_probs_in_scene if in_scene else self.next_item_probs
         best = law.double().sort(dim=1, descending=True).values[:, :k]
         gain = 1 / torch.log2(torch.arange(best.shape[1], dtype=torch.float64) + 2)
