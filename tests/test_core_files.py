@@ -420,7 +420,7 @@ def save_compressor(folder):
 
 
 def save_plan(folder):
-    p = MultiTaskPlanner(3, 2, d=8, T=12, N=4, blocks=1, periods=(4, 3), inv_width=8)
+    p = MultiTaskPlanner(8, 3, d=8, T=12, N=4, blocks=2, periods=(4, 3), inv_width=8)
     save_planner(p, folder / "p.pt")
 
 

@@ -19,11 +19,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from .scale import check_number
+
+if TYPE_CHECKING:
+    import pandas
 
 # %% ../../nbs/core/13_files.ipynb #a7c52c8a
 packed = (".gz", ".bz2", ".xz", ".zip")  # Ends of the names of packed files
@@ -119,11 +122,11 @@ def whole_text(
 # What programs write where nothing is, in lower case
 missing_words = frozenset({"nan", "none", "null", "nat", "<na>"})
 
-# %% ../../nbs/core/13_files.ipynb #2b0148d9
+# %% ../../nbs/core/13_files.ipynb #1ce57789
 def k_core(
-    df,  # Events, a pandas table with columns `user` and `item`
+    df: "pandas.DataFrame",  # Events with columns `user` and `item`
     k: int = 5,  # Events that every user and every item must have
-):  # The rows that stay, in their order and with their index
+) -> "pandas.DataFrame":  # The rows that stay, in their order and with their index
     "The k-core of events, equation (1)"
     check_number("k", k, "int [1, inf)")
     if lost := [c for c in ("user", "item") if c not in df.columns]:
