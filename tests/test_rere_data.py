@@ -126,7 +126,7 @@ def test_a_packed_file_that_ends_early_is_an_error(tmp_path):
     path = write(tmp_path / "X_5.json.gz", *[review(time=i) for i in range(500)], packed=True)
     path.write_bytes(path.read_bytes()[:-20])
     write(tmp_path / "meta_X.json", dict(asin="B", title="t"))
-    with pytest.raises(ValueError, match="X_5.json.gz is damaged"):
+    with pytest.raises(ValueError, match="X_5.json.gz cannot be read to its end"):
         load_amazon(tmp_path)
 
 
@@ -304,7 +304,7 @@ def test_packed_files_with_changed_bytes_are_errors(tmp_path):
     for at in (12, 20, len(raw) // 2, len(raw) - 6):
         bad = bytearray(raw)
         bad[at] ^= 255
-        with pytest.raises(ValueError, match="x.csv is damaged"):
+        with pytest.raises(ValueError, match="x.csv cannot be read to its end"):
             load_csv(write(tmp_path / "x.csv", bytes(bad)))
 
 

@@ -7,7 +7,6 @@ __all__ = ['local_maxima', 'token_entropy', 'receiver_heads', 'Coupling', 'coupl
            'load_prompts', 'jaccard', 'content_words', 'Perturbation', 'perturb_rollouts']
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #4eb27565
-import json
 import re
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .capture import _evaluating, _inputs, _to_front
+from ..core.files import json_lines
 from ..core.scale import need, rng, set_seed
 from ..rl.logprobs import entropy
 
@@ -249,8 +249,25 @@ def _masks(ids, lengths, width, eos):
     return Responses(ids[:, :keep], (prompt | resp)[:, :keep], resp[:, :keep])
 
 
+def _file_rows(dataset, n, field):
+    "Rows of a JSON-lines file; a line that cannot be used is an error that names it"
+
+    def refuse(number, why):
+        raise ValueError(f"dataset={dataset!r}, line {number} is {why}")
+
+    rows = []
+    for number, row in json_lines(dataset, refuse):
+        if len(rows) < n and not isinstance(row.get(field), str):
+            raise ValueError(
+                f"dataset={dataset!r}, line {number} has no field {field!r} with a text; "
+                f"it has {', '.join(row)}"
+            )
+        rows.append(row)
+    return rows
+
+
 def load_prompts(
-    dataset: str,  # A JSON-lines file, or a data set id of the Hugging Face hub
+    dataset: str,  # A JSON-lines file, packed or not, or a data set id of the Hugging Face hub
     n: int,  # How many prompts
     tokenizer,  # Turns a question into token ids
     field: str = "question",  # Name of the field with the question
@@ -260,8 +277,7 @@ def load_prompts(
 ) -> list[list[int]]:  # Token ids
     "Prompts from a file or from the hub"
     if Path(dataset).is_file():
-        lines = Path(dataset).read_text(encoding="utf-8-sig").split("\n")
-        rows = [json.loads(line) for line in lines if line.strip()]
+        rows = _file_rows(dataset, n, field)
     else:
         hub = need("datasets")
         if config is None and "main" in hub.get_dataset_config_names(dataset):

@@ -9,7 +9,6 @@ __all__ = ['first_share', 'DSPConfig', 'model_fields', 'Batch', 'likelihood', 'h
 # %% ../../nbs/dspnet/06_train.ipynb #331c6141
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.files import new_file
 from llmpapers.core.scale import (
     check_choices,
     check_flags,
@@ -390,9 +390,8 @@ def _check_folder(out, about):
 
 def _note_folder(out, about):
     "Say in the folder which run it holds"
-    new = out / "run.json.tmp"
-    new.write_text(json.dumps(about), encoding="utf-8")
-    os.replace(new, out / "run.json")
+    with new_file(out / "run.json") as part:
+        part.write_text(json.dumps(about), encoding="utf-8")
 
 # %% ../../nbs/dspnet/06_train.ipynb #f77b286e
 def train_model(

@@ -10,14 +10,13 @@ __all__ = ['site_name', 'Bench', 'save_bench', 'load_bench', 'GymTaskEnv', 'to_w
 import ast
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
+from ..core.files import json_lines, new_file
 from ..core.scale import need
 from .browser import Action, HttpBrowser, Policy, direct
 from .env import Episode, InfrastructureError, Script, WebEnv, play
@@ -39,9 +38,8 @@ class Bench(NamedTuple):
 
 
 def _write(path, text):
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text, encoding="utf-8")
-    os.replace(tmp, path)
+    with new_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _hash(folder):
@@ -145,26 +143,29 @@ def _object(path):
     return found
 
 # %% ../../nbs/graph2eval/18_bench_io.ipynb #f92e8905
-def _lines(path):
-    "Lines of a file; only a line feed ends one"
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    return [x for x in text.split("\n") if x.strip()]
-
-
-def _rows(folder):
-    "(name, row or how to read it) of all files of rows"
+def _rows(folder, skip):
+    "(name, row) of all files of rows; `skip` is told why one cannot be read"
     for file in sorted([*folder.rglob("*.jsonl"), *folder.rglob("*.json")]):
         if file.suffix == ".jsonl":
-            for k, line in enumerate(_lines(file)):
-                yield f"{file.stem}-{k}", partial(json.loads, line)
+            for number, row in json_lines(file, lambda _, why: skip(why)):
+                yield f"{file.stem}-{number - 1}", row
             continue
         try:
-            found = json.loads(file.read_text(encoding="utf-8-sig", errors="replace"))
+            found = json.loads(file.read_text(encoding="utf-8-sig"))
         except (ValueError, RecursionError):
-            yield file.stem, partial(json.loads, "")  # counted as a row that cannot be read
+            skip("not JSON")
             continue
         for k, row in enumerate(found if isinstance(found, list) else ()):
             yield f"{file.stem}-{k}", row
+
+
+def _own_tasks(file):
+    "Tasks of `save_bench`"
+
+    def refuse(number, why):
+        raise ValueError(f"{file}, line {number} is {why}")
+
+    return [task_from_dict(row) for _, row in json_lines(file, refuse)]
 
 
 def load_bench(
@@ -190,28 +191,32 @@ def load_bench(
             raise ValueError(f"{manifest_path}: format {manifest.get('format')!r}; this reads 1")
         if (found := _hash(folder)) != manifest.get("sha256"):
             raise ValueError(f"{folder.name} was changed: its files have the hash {found[:12]}")
-        lines = _lines(folder / "tasks.jsonl")
-        if len(lines) != manifest.get("tasks"):
+        tasks = _own_tasks(folder / "tasks.jsonl")
+        if len(tasks) != manifest.get("tasks"):
             raise ValueError(
-                f"{manifest_path}: {manifest.get('tasks')} tasks, but {len(lines)} lie there"
+                f"{manifest_path}: {manifest.get('tasks')} tasks, but {len(tasks)} lie there"
             )
         world = folder / "world.json"
         return Bench(
-            [task_from_dict(json.loads(line)) for line in lines],
+            tasks,
             load_graph(folder) if (folder / "graph.json").is_file() else None,
             world_from_json(world.read_text(encoding="utf-8")) if world.is_file() else None,
             manifest | dict(skipped={}),
         )
     tasks, skipped, ids = [], {}, set()
-    for place, row in _rows(folder):
+
+    def skip(why):
+        skipped[why[:80]] = skipped.get(why[:80], 0) + 1
+
+    for place, row in _rows(folder, skip):
         try:
-            task = _released(row() if callable(row) else row, place)
+            task = _released(row, place)
             if task.id in ids:
                 raise ValueError("a task_id that was there before")
             ids.add(task.id)
             tasks.append(task)
         except (ValueError, TypeError, AttributeError, RecursionError) as e:
-            skipped[str(e)[:80]] = skipped.get(str(e)[:80], 0) + 1
+            skip(str(e))
     if not tasks:
         raise ValueError(
             f"{folder.name} has no task that can be read: "

@@ -8,7 +8,6 @@ __all__ = ['page_types', 'KG', 'load_graph', 'semantic_edges_loop', 'semantic_ed
 
 # %% ../../nbs/graph2eval/06_graph.ipynb #9acf2c2e
 import json
-import os
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from fastcore.basics import patch
 
+from ..core.files import new_file
 from ..core.scale import check_number
 from .browser import PageSnapshot, crawl
 from .documents import Document, read_chart, references
@@ -199,9 +199,9 @@ def save(
     "Write graph.json"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tmp = folder / "graph.json.tmp"
-    tmp.write_text(json.dumps(self.to_dict(), sort_keys=True, allow_nan=False), encoding="utf-8")
-    os.replace(tmp, folder / "graph.json")
+    text = json.dumps(self.to_dict(), sort_keys=True, allow_nan=False)
+    with new_file(folder / "graph.json") as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def load_graph(

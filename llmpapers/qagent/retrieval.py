@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['presets', 'Retriever', 'check_queries', 'words_of', 'bm25_loop', 'page_text', 'check_docs', 'BM25', 'Dense', 'Hybrid',
-           'Cached', 'RetrievalError', 'Unreachable', 'whole_text', 'RemoteRetriever', 'Corpus', 'load_docs',
-           'hop_queries']
+           'Cached', 'RetrievalError', 'Unreachable', 'RemoteRetriever', 'Corpus', 'load_docs', 'hop_queries',
+           'whole_text']
 
 # %% ../../nbs/qagent/02_retrieval.ipynb #fe8e3a53
 import json
@@ -13,10 +13,8 @@ import math
 import re
 import threading
 import time
-import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -24,6 +22,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core.embed import encode, load_encoder
+from ..core.files import lines_of, whole_text
 from ..core.ranking import exact_search
 from ..core.scale import check_number, need
 from .world import Doc
@@ -401,22 +400,15 @@ class Cached:
         self.__init__(**state)
 
 # %% ../../nbs/qagent/02_retrieval.ipynb #4f1f27c6
+_all_ = ["whole_text"]  # of `core.files`
+
+
 class RetrievalError(RuntimeError):
     "A retriever could not be asked, or what it said cannot be used"
 
 
 class Unreachable(RetrievalError):
     "Nobody answers: other queries would fare no better"
-
-
-_half = re.compile(r"[\ud800-\udfff]")
-
-
-def whole_text(
-    text: str,  # Any text
-) -> str:  # The same, with U+FFFD for halves of surrogate pairs
-    "A text that UTF-8 can carry"
-    return text if text.isascii() else _half.sub("\ufffd", text)
 
 
 def _as_score(x, where):
@@ -547,7 +539,7 @@ def search(
     if not queries:
         return []
     for i, q in enumerate(queries):
-        if _half.search(q):
+        if whole_text(q) != q:
             raise RetrievalError(
                 f"queries[{i}] has half of a surrogate pair, which UTF-8 cannot carry"
             )
@@ -601,18 +593,17 @@ def _read_line(line, number):
         raise ValueError(str(e).removeprefix("the line ")) from e
 
 
-def _lines_of(path):
-    "Lines of a file, unpacked"
-    opener = need("gzip").open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="\n") as lines:
-            yield from lines
-    except (OSError, EOFError, zlib.error) as e:
-        raise ValueError(f"{path.name} cannot be read ({type(e).__name__}: {e})") from e
+def _first_lines(path, limit):
+    "Number and text of each line up to `limit`; what is no UTF-8 becomes U+FFFD"
+    for number, line in lines_of(path):
+        if limit is None or number <= limit:
+            yield number, line.decode("utf-8", "replace")
+        if limit is not None and number >= limit:
+            return
 
 
 def load_docs(
-    path: "str|Path",  # One JSON object a line; `.gz` is unpacked
+    path: "str|Path",  # One JSON object a line, packed or not
     limit: int | None = None,  # Read so many lines; None: all
     max_refused: float = 0.05,  # Largest share of lines that may be refused
 ) -> Corpus:  # Pages, and the lines that were left out with reasons
@@ -623,9 +614,7 @@ def load_docs(
     if not path.is_file():
         raise ValueError(f"path={path.name!r} is no file")
     docs, refused, damaged, seen, n = [], [], [], {}, 0
-    for n, line in enumerate(islice(_lines_of(path), limit), 1):
-        if not line.strip():
-            continue
+    for n, line in _first_lines(path, limit):
         try:
             doc = _read_line(line, n)
             if doc.id in seen:

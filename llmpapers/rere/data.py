@@ -4,16 +4,13 @@
 
 # %% auto #0
 __all__ = ['instructions', 'Log', 'Problems', 'clean_title', 'load_amazon', 'load_yelp', 'load_movielens', 'as_log', 'load_csv',
-           'k_core', 'Filtered', 'rere_filter', 'Catalogue', 'Numbered', 'number_items', 'Windows', 'make_windows',
+           'Filtered', 'rere_filter', 'Catalogue', 'Numbered', 'number_items', 'Windows', 'make_windows',
            'sequence_windows', 'Split', 'chronological_split', 'ItemFormat', 'title_format', 'sid_words', 'sid_format',
-           'instruction_of', 'code_tokens', 'history_tokens']
+           'instruction_of', 'code_tokens', 'history_tokens', 'k_core']
 
 # %% ../../nbs/rere/02_data.ipynb #3092ac3c
 import csv
-import gzip
-import json
 import re
-import zlib
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +26,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..core.files import json_lines, k_core, lines_of, missing_words, packed, whole_text
 from ..core.scale import check_number, need, rng
 from .world import make_sid_world, make_title_world
 
@@ -134,17 +132,13 @@ def _date_seconds(raw):
     return seconds, unclear
 
 # %% ../../nbs/rere/02_data.ipynb #392e9dc0
-_missing = {"nan", "none", "null", "nat", "<na>"}  # what programs write where nothing is
-_half_character = re.compile(r"[\ud800-\udfff]")  # no text that can be stored
-
-
 def _id(v):
     "An id as text, whole floats as integers; the empty text where there is none"
     if v is None or v is pd.NA or isinstance(v, list | tuple | dict | set | np.ndarray) or v != v:
         return ""
     whole = isinstance(v, float | np.floating) and float(v).is_integer()
     text = str(int(v) if whole else v).strip()
-    return "" if text.lower() in _missing or _half_character.search(text) else text
+    return "" if text.lower() in missing_words or "\ufffd" in whole_text(text) else text
 
 
 def _text(raw):
@@ -175,35 +169,10 @@ def _events(file, lines, users, items, times, problems, unit="s"):
     return df.reset_index(drop=True)
 
 # %% ../../nbs/rere/02_data.ipynb #de000a9e
-def _lines(path):
-    "(number, bytes) of each line that is not blank, from a file that may be compressed"
-    with open(path, "rb") as f:
-        zipped = f.read(2) == b"\x1f\x8b"
-    try:
-        with gzip.open(path) if zipped else open(path, "rb") as f:
-            for n, line in enumerate(f, 1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line
-                if line.strip():
-                    yield n, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise ValueError(f"{Path(path).name} is damaged: it cannot be unpacked ({e})") from e
-
-
 def _json_rows(path, problems):
     "(line number, dictionary) of a file with one JSON object a line"
     name = Path(path).name
-    for n, line in _lines(path):
-        try:
-            row = json.loads(line)
-        except UnicodeDecodeError:
-            problems.note(name, "not UTF-8", [n])
-        except (ValueError, RecursionError):
-            problems.note(name, "not JSON", [n])
-        else:
-            if isinstance(row, dict):
-                yield n, row
-            else:
-                problems.note(name, "not a JSON object", [n])
+    return json_lines(path, lambda number, why: problems.note(name, why, [number]))
 
 
 def _decoded(line, encoding):
@@ -244,7 +213,7 @@ def _fields(lines, sep, quoted):
 def _split_rows(path, problems, sep, encoding="utf-8", columns=None, quoted=True):
     "(line number, list of fields) of a text file whose fields are parted by `sep`"
     name = Path(path).name
-    texts = ((n, _decoded(line, encoding)) for n, line in _lines(path))
+    texts = ((n, _decoded(line, encoding)) for n, line in lines_of(path))
     for n, row in _fields(texts, sep, quoted and len(sep) == 1):
         if isinstance(row, str):
             problems.note(name, row, [n])
@@ -284,7 +253,7 @@ def clean_title(
     "A title as one line"
     if not isinstance(title, str):
         return ""
-    return _half_character.sub("\ufffd", " ".join(title.split()))
+    return whole_text(" ".join(title.split()))
 
 
 def _titles(pairs):
@@ -337,7 +306,8 @@ def _amazon_files(path_or_id, category):
         meta = (f"meta_{name}.json*",)
         return _one_file(path, reviews, "reviews"), _one_file(path, meta, "metadata")
     if path.is_file():
-        stem = re.sub(r"(_5)?\.jsonl?(\.gz)?$", "", path.name)
+        name = path.stem if path.suffix in packed else path.name
+        stem = re.sub(r"(_5)?\.jsonl?$", "", name)
         return path, _one_file(path.parent, (f"meta_{stem}.json*",), "metadata")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
         raise ValueError(
@@ -472,7 +442,7 @@ def load_csv(
     if not isinstance(sep, str) or not sep:
         raise ValueError(f"sep={sep!r} must be one or more characters")
     if not path.is_file():
-        named = re.search(r"\.(csv|tsv|txt|dat|inter|data|gz)$", path.name)
+        named = re.search(r"\.(csv|tsv|txt|dat|inter|data|gz|bz2|xz|zip)$", path.name)
         if named or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
             raise ValueError(f"path_or_id={path.name!r} is no file and no id of the hub")
         table = need("datasets").load_dataset(str(path_or_id), split=split).to_pandas()
@@ -489,25 +459,7 @@ def _renumbered(table, numbers, before):
     return pd.concat([t for t in (before.table(), table) if len(t)] or [table], ignore_index=True)
 
 # %% ../../nbs/rere/02_data.ipynb #f25eafa7
-def k_core(
-    df: pd.DataFrame,  # Events with columns `user` and `item`
-    k: int = 5,  # Events that every user and every item must have
-) -> pd.DataFrame:  # The rows that stay, in their order and with their index
-    "The k-core of events, equation (1)"
-    check_number("k", k, "int [1, inf)")
-    if lost := [c for c in ("user", "item") if c not in df.columns]:
-        raise ValueError(f"df has no column {lost[0]!r}; it has {list(df.columns)}")
-    users, items = (pd.factorize(df[c])[0] for c in ("user", "item"))
-    for name, numbers in dict(user=users, item=items).items():
-        if (numbers < 0).any():
-            raise ValueError(f"df has no {name} in row {int((numbers < 0).argmax())}")
-    keep = np.ones(len(df), bool)
-    while True:
-        enough = [np.bincount(c[keep], minlength=len(df) + 1)[c] >= k for c in (users, items)]
-        new = keep & enough[0] & enough[1]
-        if new.sum() == keep.sum():
-            return df[keep]
-        keep = new
+_all_ = ["k_core"]  # of `core.files`
 
 # %% ../../nbs/rere/02_data.ipynb #8fe9bf39
 class Filtered(NamedTuple):

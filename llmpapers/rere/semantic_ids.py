@@ -8,7 +8,6 @@ __all__ = ['assign_codes', 'fit_codebooks', 'residual_error', 'SemanticIds', 're
 
 # %% ../../nbs/rere/06_semantic_ids.ipynb #0163990a
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..core.files import new_file
 from ..core.ranking import as_array
 from llmpapers.core.scale import (
     check_choices,
@@ -342,9 +342,8 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"codes": self.codes.contiguous()}
     tensors |= {f"codebook{i}": b.clone().contiguous() for i, b in enumerate(self.codebooks)}
-    new = folder / "semantic_ids.safetensors.new"
-    save_file(tensors, new, metadata={"n_codes": json.dumps(list(self.n_codes))})
-    os.replace(new, folder / "semantic_ids.safetensors")
+    with new_file(folder / "semantic_ids.safetensors") as part:
+        save_file(tensors, part, metadata={"n_codes": json.dumps(list(self.n_codes))})
     return folder
 
 

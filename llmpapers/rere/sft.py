@@ -10,7 +10,6 @@ __all__ = ['sft_paper', 'ItemCoder', 'sft_examples', 'SftRun', 'add_item_tokens'
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core.artifacts import artifact
+from ..core.files import new_file
 from ..core.lm import LM, TinyLMConfig, load_lm, save_lm, tiny_lm, word_tokenizer
 from ..core.scale import check_flags, check_ranges, rng
 from ..core.train import History, TrainConfig, sft_batch, train
@@ -165,9 +165,8 @@ def same_rows(
             )
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(now), encoding="utf-8")
-    os.replace(part, file)
+    with new_file(file) as part:
+        part.write_text(json.dumps(now), encoding="utf-8")
 
 
 def start_policy(

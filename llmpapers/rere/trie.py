@@ -9,7 +9,6 @@ __all__ = ['ItemTrie']
 import itertools
 import json
 import operator
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -21,6 +20,8 @@ from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from ..core.files import new_file
 
 # %% ../../nbs/rere/04_trie.ipynb #7c5544e1
 def _flat(seqs):
@@ -472,12 +473,8 @@ def save(
     path = Path(path)
     tensors = {k: getattr(self, k).cpu().contiguous() for k in _arrays}
     numbers = {k: list(getattr(self, k)) for k in _numbers}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with new_file(path) as part:
         save_file(tensors, part, metadata=dict(kind="ItemTrie", numbers=json.dumps(numbers)))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -16,13 +16,13 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 
+from ..core.files import new_file
 from ..core.ranking import as_relevance, exact_search, mean_metric, ndcg_at_k
 from ..core.scale import need, pick_device, rng
 from .ads import DimensionSelector, decreasing_prior
 from llmpapers.smec.compressor import (
     Compressor,
     PCACompressor,
-    _appearing,
     check_dims,
     evaluate,
     kinds,
@@ -167,7 +167,7 @@ class _Run:
         state = dict(params=[p.detach() for p in self.params], opt=self.opt.state_dict())
         state |= dict(step=self.step, best=self.best, wait=self.wait, log=self.log, key=self.key)
         state["extra"] = None if self.extra is None else self.extra.state()
-        with _appearing(self.file) as part:
+        with new_file(self.file) as part:
             torch.save(state, part)
 
 # %% ../../nbs/smec/06_compress.ipynb #b0c99b56
@@ -295,7 +295,7 @@ def _claim(self: Trained, out, arrays):
         raise ValueError(f"out={self.folder.name!r} has a damaged fit.json; remove it") from e
     if known != self.key:
         raise ValueError(f"out={self.folder.name!r} holds another fit; name an empty folder")
-    with _appearing(mark) as part:
+    with new_file(mark) as part:
         part.write_text(json.dumps(dict(key=self.key)), encoding="utf-8")
 
 # %% ../../nbs/smec/06_compress.ipynb #32a7d73f

@@ -7,12 +7,10 @@ __all__ = ['kinds', 'check_dims', 'whole_number', 'real_number', 'switch', 'Comp
            'RandomProjection', 'PCACompressor', 'evaluate', 'to_int8']
 
 # %% ../../nbs/smec/03_compressor.ipynb #15fc90da
-import contextlib
 import hashlib
 import json
 import math
 import operator
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..core.embed import load_matrix
+from ..core.files import new_file
 from ..core.ranking import as_array, exact_search, mean_metric, ndcg_at_k
 from ..core.scale import need, pick_device
 from .data import unit
@@ -181,17 +180,6 @@ def encode(
     return self.transform(x, dim)
 
 # %% ../../nbs/smec/03_compressor.ipynb #2cdd900e
-@contextlib.contextmanager
-def _appearing(path):
-    "A file beside `path` that takes its name at the end of the block, and is removed on an error"
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 @patch
 def transform_file(
     self: Compressor,
@@ -208,7 +196,7 @@ def transform_file(
     if target.exists() and target.samefile(source):
         raise ValueError(f"target={target.name!r} is the source; name another file")
     block, shape = whole_number("block", block), (len(x), len(self._map(dim)[0]))
-    with _appearing(target) as part:
+    with new_file(target) as part:
         out = np.lib.format.open_memmap(part, "w+", np.float32, shape)
         for i in range(0, len(x), block):
             try:
@@ -241,7 +229,7 @@ def save(
         report=json.dumps(self.report),
         digest=_checksum(tensors),
     )
-    with _appearing(path) as part:
+    with new_file(path) as part:
         save_file(tensors, part, metadata=meta)
     return path
 
@@ -327,7 +315,7 @@ def to_onnx(
         ir_version=9,
     )
     onnx.checker.check_model(model)
-    with _appearing(Path(path)) as part:
+    with new_file(Path(path)) as part:
         onnx.save(model, part)
     return Path(path)
 

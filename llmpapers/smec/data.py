@@ -27,6 +27,7 @@ import numpy as np
 
 from ..core.artifacts import artifact
 from ..core.embed import embed_texts, load_matrix
+from ..core.files import json_lines, lines_of
 from llmpapers.core.ranking import (
     Relevance,
     as_array,
@@ -450,27 +451,25 @@ def _grades(rows, asked, at, notes):
 
 # %% ../../nbs/smec/01_data.ipynb #0998d5a3
 def _lines(file):
-    "Text of each line that is not empty, with its place; only a newline ends a line"
-    with open(file, "rb") as f:
-        for number, raw in enumerate(f, 1):
-            place = f"{file.name}, line {number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as e:
-                raise ValueError(f"{place} is not UTF-8 ({e.reason})") from e
-            if line.strip():
-                yield place, line
+    "Text of each line that is not empty, with its place"
+    for number, raw in lines_of(file):
+        place = f"{file.name}, line {number}"
+        try:
+            line = raw.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{place} is not UTF-8 ({e.reason})") from e
+        if line.strip():
+            yield place, line
 
 
 def _objects(file):
-    for place, line in _lines(file):
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise ValueError(f"{place} is not JSON ({e})") from e
-        if not isinstance(row, dict):
-            raise ValueError(f"{place} is not a JSON object")
-        yield place, row
+    "Each object, with its place"
+
+    def refuse(number, why):
+        raise ValueError(f"{file.name}, line {number} is {why}")
+
+    for number, row in json_lines(file, refuse):
+        yield f"{file.name}, line {number}", row
 
 
 def _judgements(file):

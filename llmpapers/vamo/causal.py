@@ -6,7 +6,6 @@
 __all__ = ['CausalPlanner', 'save_planner', 'load_planner']
 
 # %% ../../nbs/vamo/07_causal.ipynb #f4a2da04
-import os
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/vamo/07_causal.ipynb #2acc9072
+from ..core.files import new_file
 from llmpapers.vamo.planner import (
     MultiTaskPlanner,
     Noise,
@@ -216,19 +216,14 @@ def save_planner(
     path: str | Path,  # File; its folder must exist
 ) -> Path:  # The file
     "Write a planner: kind, constructor's arguments, parameters and statistics"
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    kind = type(planner).__name__
-    try:
+    path, kind = Path(path), type(planner).__name__
+    with new_file(path) as part:
         torch.save(dict(kind=kind, config=planner.config, state=planner.state_dict()), part)
-        _contents(part)  # what cannot be read back is not saved
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        _contents(part, path.name)  # what cannot be read back is not saved
     return path
 
 
-def _contents(path):
+def _contents(path, name):
     "A file of tensors and plain values; anything else could run code and is not read"
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -236,7 +231,7 @@ def _contents(path):
         raise
     except Exception as e:  # of any kind: what is in the file is not known
         raise ValueError(
-            f"path={path.name!r} is damaged, or holds more than tensors and plain values of Python "
+            f"path={name!r} is damaged, or holds more than tensors and plain values of Python "
             f"({type(e).__name__}: {str(e).partition(chr(10))[0]})"
         ) from e
 
@@ -245,7 +240,7 @@ def load_planner(
     path: str | Path,  # From `save_planner`
 ) -> nn.Module:  # `MultiTaskPlanner` or `CausalPlanner` in evaluation mode, on the CPU
     "Read a planner"
-    saved = _contents(Path(path))
+    saved = _contents(Path(path), Path(path).name)
     if not isinstance(saved, dict) or not {"kind", "config", "state"} <= saved.keys():
         raise ValueError(f"path={str(path)!r} holds no planner; write it with save_planner")
     if saved["kind"] == "MultiTaskPlanner":
