@@ -292,7 +292,8 @@ def reader_fault(
         got = [x.log_softmax(-1) for x in _script(make(model, ids, mask), device, vocab)]
     except Exception as e:  # whatever a foreign model or cache raises is a reason not to use it
         return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else e!r}"
-    gap = max((a - b).abs().max().item() for a, b in zip(got, want))
+    gaps = torch.stack([(a - b).abs().max() for a, b in zip(got, want)])
+    gap = gaps.max().item()  # NaN if one of them is
     most = max(rounding(model, x) for x in want)
     if not gap <= most:
         return f"log-probabilities differ by {gap:.2g} from a plain pass (allowed {most:.2g})"
