@@ -87,6 +87,7 @@ def generate(
         done |= {c.request_id: c for c in engine.step()}
         if errors := getattr(engine, "errors", None):
             name, error = errors.popitem()
+            errors.clear()
             engine.abort()
             raise RuntimeError(f"request {name!r} failed") from error
     return [done[r.request_id] for r in requests]
@@ -98,6 +99,17 @@ def _spans(versions):
     return [(versions[a], a, b) for a, b in zip(cut, cut[1:])]
 
 # %% ../../nbs/rl/07_engines.ipynb #c0ffee75
+def _allowed_ids(constraint, ids, n_tokens):
+    "What a constraint allows behind some tokens; None: anything"
+    found = constraint.allowed(ids)
+    found = None if found is None else tuple(int(t) for t in found)
+    if found and n_tokens and not 0 <= min(found) <= max(found) < n_tokens:
+        raise ValueError(
+            f"constraint: it allows tokens {min(found)} to {max(found)}, the model has {n_tokens}"
+        )
+    return found
+
+
 @dataclass
 class _Row:
     "A request in work: its response so far, with what is known of each token"
@@ -118,17 +130,10 @@ class _Row:
 
     def allowed(self):
         "Tokens that may come next; None: any"
-        constraint = self.request.constraint
-        if constraint is None:
+        if self.request.constraint is None:
             return None
         if self.coming[0] != len(self.ids):
-            found = constraint.allowed(tuple(self.ids))
-            found = None if found is None else tuple(int(t) for t in found)
-            if found and self.n_tokens and not 0 <= min(found) <= max(found) < self.n_tokens:
-                raise ValueError(
-                    f"constraint: it allows tokens {min(found)} to {max(found)}, "
-                    f"the model has {self.n_tokens}"
-                )
+            found = _allowed_ids(self.request.constraint, tuple(self.ids), self.n_tokens)
             self.coming = len(self.ids), found
         return self.coming[1]
 
@@ -449,13 +454,11 @@ def keep(
 def path_fault(
     model: torch.nn.Module,  # Causal language model, in evaluation mode
     path: DecodePath,  # Empty, made for this model
-    # Largest difference in log-probability; None: see `rounding`
-    tol: float | None = None,
 ) -> str | None:  # Why the path is not what the model computes; None: it is
     "Compare a path with plain passes of the model"
     device, size = next(model.parameters()).device, model.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(size, (20,), generator=rng(0, "path")).tolist()
-    rows, gap = [tokens[:3], tokens[3:10]], 0.0
+    rows = [tokens[:3], tokens[3:10]]
 
     def plain(seq):
         x = torch.tensor([seq], device=device)
@@ -465,8 +468,8 @@ def path_fault(
         got = path.read_in([list(r) for r in rows])
         for step, token in enumerate(tokens[10:16]):
             want = torch.stack([plain(r) for r in rows])
-            gap = max(gap, (got.float().log_softmax(-1) - want).abs().max().item())
-            most = tol or rounding(model, want)
+            gap = (got.float().log_softmax(-1) - want).abs().max().item()  # NaN if one is
+            most = rounding(model, want)
             if not gap <= most:
                 return (
                     f"log-probabilities differ by {gap:.2g} from a plain pass (allowed {most:.2g})"
