@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.scale import rng
+from ..core.train import evaluating
 from .advantages import gae, group_advantages
 from .engines import model_kind
 from .logprobs import chunked_logprobs, entropy, token_logprobs
@@ -29,7 +30,6 @@ from .types import Batch
 from llmpapers.rl.weights import (
     checkpoint_weights,
     copy_weights,
-    evaluating,
     float32_masters,
     model_logprobs,
     own_weights,
