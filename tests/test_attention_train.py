@@ -318,11 +318,12 @@ def test_adapters_and_wrappers(lm, problems):
         train_rhythm(lm._replace(model=torch.nn.DataParallel(lm.model)), problems, few)
 
 
-def test_peft(lm, problems, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peft(lm, problems, monkeypatch, dtype):
     "Only the adapters move, in both loops, and an engine apart gets them merged"
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    policy = lm._replace(model=peft.get_peft_model(copy.deepcopy(lm.model), config))
+    policy = lm._replace(model=peft.get_peft_model(copy.deepcopy(lm.model).to(dtype), config))
     from llmpapers.rl import run as arrangements
 
     def stand(folder, max_active, **args):
@@ -334,7 +335,8 @@ def test_peft(lm, problems, monkeypatch):
             cfg = replace(few, engine=engine, loop=loop, async_ratio=0.0)
             run = train_rhythm(policy, problems, cfg)
             for (name, p), q in zip(run.lm.model.named_parameters(), policy.model.parameters()):
-                assert torch.equal(p, q) != ("lora_" in name), name
+                assert torch.equal(p, q.float()) != ("lora_" in name), name
+                assert p.dtype == torch.float32 and p.requires_grad == ("lora_" in name)
             assert max(abs(r["ratio/mean"] - 1) for r in run.rows) < 1e-4
 
 

@@ -341,7 +341,7 @@ def rhythm_arrangement(
 def load_policy(
     policy: "LM|str|Path",  # A model in memory, a folder, or a Hugging Face id
     device=None,  # Where to put it; None takes a GPU if there is one
-) -> LM:  # A copy that may be trained: float32, whatever the checkpoint holds
+) -> LM:  # A copy that can be trained: float32, whatever the checkpoint holds
     "The model to train"
     if isinstance(policy, Path) or isinstance(policy, str) and Path(policy).is_absolute():
         if not (Path(policy) / "config.json").is_file():

@@ -261,12 +261,14 @@ def require_causal(
         )
 
 
+_half = (torch.float16, torch.bfloat16)
+
+
 def float32_masters(
     model: nn.Module,  # Changed in place
 ) -> torch.dtype | None:  # What its passes may be cast to; None if it was not in half precision
     "Float32 weights where half precision would be trained, in which small steps vanish"
-    half = (torch.float16, torch.bfloat16)
-    if not any(p.requires_grad and p.dtype in half for p in model.parameters()):
+    if not any(p.requires_grad and p.dtype in _half for p in model.parameters()):
         return None
     model.float()
     return torch.bfloat16  # also for float16, whose gradients would need a scale
@@ -275,7 +277,7 @@ def float32_masters(
 def trainable(
     policy: "LM|str|Path",  # A model in memory (copied), a folder, or an id of the hub
     device=None,  # Where to put one that is read; None takes a GPU if there is one
-) -> tuple[LM, bool]:  # The copy; did what is trained of it come in half precision?
+) -> tuple[LM, bool]:  # The copy; did any of it come in half precision?
     "A copy of a policy that can be trained: in float32; what is frozen beside adapters stays so"
     if not isinstance(policy, LM):
         lm = load_lm(str(policy), device=device)
@@ -286,4 +288,7 @@ def trainable(
         lm = policy._replace(model=copy.deepcopy(policy.model))
     if not any(p.requires_grad for p in lm.model.parameters()):
         lm.model.requires_grad_(True)
-    return lm, float32_masters(lm.model) is not None
+    half = any(p.dtype in _half for p in lm.model.parameters())
+    if half:  # also under adapters in float32, or what they are merged into would be rounded
+        lm.model.float()
+    return lm, half
