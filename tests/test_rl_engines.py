@@ -18,6 +18,7 @@ from llmpapers.rl.engines import (
     CachedPath,
     HFEngine,
     ScriptedEngine,
+    _Row,
     generate,
     path_fault,
     sample_tokens,
@@ -283,10 +284,10 @@ def test_a_token_that_vllm_should_not_have_drawn_ends_the_request():
     out = SimpleNamespace(outputs=[out], finished=False)
     ask = requests([3])[0]
     for answer, why in (([2, 3], "drew token 5"), ([2, 77], "the model has 15")):
-        row = over_vllm._Row(replace(ask, constraint=Says(answer)), n_tokens=15)
+        row = _Row(replace(ask, constraint=Says(answer)), n_tokens=15)
         with pytest.raises((RuntimeError, ValueError), match=why):
             over_vllm._take_in(row, 0, out, 0)
-    row = over_vllm._Row(replace(ask, constraint=Says(np.array([5]))), n_tokens=15)
+    row = _Row(replace(ask, constraint=Says(np.array([5]))), n_tokens=15)
     assert over_vllm._take_in(row, 0, out, 0) is None and row.sets == [(5,)]
 
 

@@ -9,13 +9,13 @@ __all__ = ['modes', 'losses', 'without_ratios', 'reinforce_loss', 'ppo_loss', 'd
 
 # %% ../../nbs/rl/03_losses.ipynb #16a79e4c
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ..core.scale import check_choices, check_ranges
 from .logprobs import kl_estimate
 from .types import Batch
 
@@ -153,6 +153,11 @@ def gspo_loss(
 modes = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
+def _count(mask, mode):
+    "What a mean divides by: sampled tokens, or rows that have one"
+    return (mask if mode == "token-mean" else mask.any(-1)).sum()
+
+
 def aggregate(
     x: Tensor,  # (N,L) values per token
     mask: Tensor,  # (N,L) bool
@@ -170,10 +175,9 @@ def aggregate(
         raise ValueError(f"mode={mode!r} must be one of {', '.join(modes)}")
     m = mask.bool()
     v = torch.where(m, x, 0.0)
-    n = m.sum() if mode == "token-mean" else m.any(-1).sum()
-    if denom is None and n == 0:
+    d = _count(m, mode) if denom is None else denom
+    if denom is None and d == 0:
         raise ValueError("mask selects nothing; a loss needs at least one token")
-    d = n if denom is None else denom
     if mode == "token-mean":
         return v.sum() / d
     row = v.sum(-1)
@@ -238,15 +242,8 @@ class PolicyLossConfig:
     args: dict = field(default_factory=dict)  # Arguments of the loss: clip_low, cap, ...
 
     def __post_init__(self):
-        if self.name not in losses:
-            raise ValueError(f"name={self.name!r} is not a registered loss: {', '.join(losses)}")
-        if self.kl_kind not in ("k1", "k2", "k3"):
-            raise ValueError(f"kl_kind={self.kl_kind!r} must be 'k1', 'k2' or 'k3'")
-        for name in ("kl_coef", "entropy_coef"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number")
-        if self.mode not in modes:
-            raise ValueError(f"mode={self.mode!r} must be one of {', '.join(modes)}")
+        check_choices(self, name=losses, mode=modes, kl_kind=("k1", "k2", "k3"))
+        check_ranges(self, kl_coef="(-inf, inf)", entropy_coef="(-inf, inf)")
         known = _args.get(self.name, self.args)
         if strange := sorted(set(self.args) - set(known)):
             there = ", ".join(known) or "none"

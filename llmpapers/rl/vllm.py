@@ -22,8 +22,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.scale import need
-from .engines import _allowed_ids, _Row, restrict
-from .types import Completion, ContextExceeded, Request
+from .engines import _admitted, _allowed_ids, restrict
+from .types import Completion, Request
 from .weights import hub_names, read_weights, untied
 
 # %% ../../nbs/rl/09_vllm.ipynb #8934969d
@@ -210,23 +210,8 @@ def add(
     request: Request,  # Tokens and length must fit; seed and id give the seed of its stream
 ) -> None:
     "Hand a request to vLLM"
-    sc, row, name = request.sampling, _Row(request, n_tokens=self.n_tokens), request.request_id
-    if name in self.rows:
-        raise ValueError(
-            f"request_id={name!r} is already active; ids must be unique among active requests"
-        )
-    if row.finished:
-        raise ValueError(f"prefix of {name!r} is already complete; there is nothing to generate")
-    size = len(request.prompt_ids) + sc.max_new_tokens
-    if size > self.longest:
-        raise ContextExceeded(
-            f"request {name!r}: prompt and max_new_tokens make {size} tokens, "
-            f"the engine takes {self.longest}"
-        )
-    if bad := [t for t in request.prompt_ids + row.ids if not 0 <= t < self.n_tokens]:
-        raise ValueError(
-            f"request {name!r}: token {bad[0]} is none of the {self.n_tokens} of the model"
-        )
+    sc, name = request.sampling, request.request_id
+    row = _admitted(request, self.rows, self.n_tokens, self.longest)
     params = self.params(
         n=1,
         temperature=sc.temperature,
