@@ -335,6 +335,32 @@ def forward(
         ent = entropy(logits, batch.response_mask, self.temperature, chunk, allowed)
     return lp, ent
 
+# %% ../../nbs/rl/08_trainer.ipynb #b3861ac7
+def _sum_over(group, tensors):
+    "Add tensors over the processes of a group, in one message"
+    if group is None:
+        return
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    torch.distributed.all_reduce(flat, group=group)
+    for t, new in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(new.view_as(t))
+
+# %% ../../nbs/rl/08_trainer.ipynb #5cba2b5a
+def _trained(batch):
+    return batch.response_mask.any(-1).nonzero().squeeze(-1).tolist()
+
+
+@patch
+def _own(self: PolicyTrainer, batch, rows):
+    "Micro-batches of the rows this process is responsible for"
+    lengths = batch.attention_mask.sum(-1).tolist()
+    if self.group is not None:
+        dist = torch.distributed
+        rank, n_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        rows = sorted(rows, key=lambda i: -lengths[i])[rank::n_ranks]
+    micro = micro_batches([lengths[i] for i in rows], self.max_tokens)
+    return [[rows[j] for j in m] for m in micro]
+
 # %% ../../nbs/rl/08_trainer.ipynb #ea707101
 @patch
 @torch.no_grad()
@@ -389,28 +415,6 @@ def step_memory_job(
         return trainer.step(batch)["train/grad_norm"]
 
     return run
-
-# %% ../../nbs/rl/08_trainer.ipynb #b3861ac7
-def _sum_over(group, tensors):
-    "Add tensors over the processes of a group, in one message"
-    if group is None:
-        return
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    torch.distributed.all_reduce(flat, group=group)
-    for t, new in zip(tensors, flat.split([t.numel() for t in tensors])):
-        t.copy_(new.view_as(t))
-
-# %% ../../nbs/rl/08_trainer.ipynb #5cba2b5a
-@patch
-def _own(self: PolicyTrainer, batch, rows):
-    "Micro-batches of the rows this process is responsible for"
-    lengths = batch.attention_mask.sum(-1).tolist()
-    if self.group is not None:
-        dist = torch.distributed
-        rank, n_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
-        rows = sorted(rows, key=lambda i: -lengths[i])[rank::n_ranks]
-    micro = micro_batches([lengths[i] for i in rows], self.max_tokens)
-    return [[rows[j] for j in m] for m in micro]
 
 # %% ../../nbs/rl/08_trainer.ipynb #b7a1a101
 @patch
@@ -507,10 +511,6 @@ def _update(self: PolicyTrainer):
     return float(nn.utils.clip_grad_norm_(ps, self.max_grad_norm))
 
 # %% ../../nbs/rl/08_trainer.ipynb #1595b835
-def _trained(batch):
-    return batch.response_mask.any(-1).nonzero().squeeze(-1).tolist()
-
-
 @patch
 def _minibatches(self: PolicyTrainer, batch, epoch):
     "Row numbers of each optimiser step of a pass; rows without a sampled token are left out"
