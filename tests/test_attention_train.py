@@ -319,11 +319,13 @@ def test_adapters_and_wrappers(lm, problems):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peft(lm, problems, monkeypatch, dtype):
+def test_peft(lm, problems, monkeypatch, dtype, tmp_path):
     "Only the adapters move, in both loops, and an engine apart gets them merged"
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    policy = lm._replace(model=peft.get_peft_model(copy.deepcopy(lm.model).to(dtype), config))
+    folder = save_lm(lm._replace(model=copy.deepcopy(lm.model).to(dtype)), tmp_path / "policy")
+    base = load_lm(str(folder), device="cpu")
+    policy = base._replace(model=peft.get_peft_model(base.model, config))
     from llmpapers.rl import run as arrangements
 
     def stand(folder, max_active, **args):
