@@ -318,16 +318,28 @@ def test_adapters_and_wrappers(lm, problems):
         train_rhythm(lm._replace(model=torch.nn.DataParallel(lm.model)), problems, few)
 
 
-def test_peft(lm, problems):
-    "Only the adapters move; what cannot sample from them is refused"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peft(lm, problems, monkeypatch, dtype, tmp_path):
+    "Only the adapters move, in both loops, and an engine apart gets them merged"
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    policy = lm._replace(model=peft.get_peft_model(copy.deepcopy(lm.model), config))
-    run = train_rhythm(policy, problems, few)
-    for (name, p), q in zip(run.lm.model.named_parameters(), policy.model.parameters()):
-        assert torch.equal(p, q) != ("lora_" in name), name
-    with pytest.raises(ValueError, match="with adapters"):
-        train_rhythm(policy, problems, replace(few, engine="vllm"))
+    folder = save_lm(lm._replace(model=copy.deepcopy(lm.model).to(dtype)), tmp_path / "policy")
+    base = load_lm(str(folder), device="cpu")
+    policy = base._replace(model=peft.get_peft_model(base.model, config))
+    from llmpapers.rl import run as arrangements
+
+    def stand(folder, max_active, **args):
+        return HFEngine(load_lm(str(folder), dtype=torch.float32).model, max_active=max_active)
+
+    monkeypatch.setattr(arrangements, "VLLMEngine", stand)
+    for loop in ("sync", "async"):
+        for engine in ("hf", "vllm"):
+            cfg = replace(few, engine=engine, loop=loop, async_ratio=0.0)
+            run = train_rhythm(policy, problems, cfg)
+            for (name, p), q in zip(run.lm.model.named_parameters(), policy.model.parameters()):
+                assert torch.equal(p, q.float()) != ("lora_" in name), name
+                assert p.dtype == torch.float32 and p.requires_grad == ("lora_" in name)
+            assert max(abs(r["ratio/mean"] - 1) for r in run.rows) < 1e-4
 
 
 # ---- configurations ------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
+from llmpapers.graph2eval import rl
 from llmpapers.graph2eval.agents import OracleAgent
 from llmpapers.graph2eval.bench import run
 from llmpapers.graph2eval.browser import (
@@ -533,6 +535,20 @@ def test_questions_without_edges_are_often_wrong(tmp_path):
     assert not few and few.shortfall
     with pytest.raises(ValueError, match="level"):
         KGFreeQuestions(read, "far")
+
+
+def test_only_adapters_learn_from_goals(shop, monkeypatch):
+    "Advantages are drawn: an untrained policy meets no goal"
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    monkeypatch.setattr(rl, "_advantages", lambda batch, gen=None: torch.randn(len(batch)))
+    prompts = [as_prompt(t, 0) for t in shop[2].values()][:4]
+    cfg = GymConfig(demos=2, sft_steps=2, max_turns=4, steps=3, batch_size=4, group_size=4, lr=1e-2)
+    lm = start_policy(prompts, cfg, 0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    lm = lm._replace(model=peft.get_peft_model(lm.model, config))
+    done, _ = rl.reinforce(lm, prompts, cfg)
+    for (name, p), q in zip(done.model.named_parameters(), lm.model.parameters()):
+        assert torch.equal(p, q) != ("lora_" in name), name
 
 
 def test_episodes_of_a_policy_are_the_same_twice(shop):

@@ -385,6 +385,32 @@ def test_a_step_is_reproducible(advantage, agg):
     assert one.rows[0]["train/tokens"] == 6 * one.rows[0]["search/own_tokens"]
 
 
+def test_only_adapters_learn():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    lm = LM(peft.get_peft_model(model(3), config), words, "tiny")
+    cfg = SearchTrainConfig(steps=3, questions=2, group_size=3, lr=1e-2, rollout=limits)
+    run = train_grpo(lm, index, world.questions("bridge", "train"), own_words, cfg, first=str)
+    for (name, p), q in zip(run.lm.model.named_parameters(), lm.model.parameters()):
+        assert torch.equal(p, q) != ("lora_" in name), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_is_trained_in_single_precision(dtype):
+    "Steps that bfloat16 could not hold; passes in bfloat16 only for what came in it"
+    lm = LM(model(3).to(dtype), words, "tiny")
+    cfg = SearchTrainConfig(steps=1, questions=2, group_size=3, lr=1e-6, rollout=limits)
+    run = train_grpo(lm, index, world.questions("bridge", "train"), own_words, cfg, first=str)
+    assert {p.dtype for p in run.lm.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in lm.model.parameters()} == {dtype}
+    assert run.trainer.autocast_dtype == (torch.bfloat16 if dtype == torch.bfloat16 else None)
+    moved = [
+        (p != q.float()).float().mean()
+        for p, q in zip(run.lm.model.parameters(), lm.model.parameters())
+    ]
+    assert max(moved) > 0.5
+
+
 def test_equal_rewards_move_nothing():
     """Without a divergence term, groups without a signal leave the weights as they are"""
     lm = LM(model(3), words, "tiny")

@@ -439,6 +439,22 @@ def test_a_reader_that_is_wrong_is_not_taken():
     assert reader_fault(RowsReader, model_of("llama")) is None
 
 
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_reader_that_says_nan_is_wrong(at):
+    "NaN in the first distribution or in a later one"
+
+    class Gone(RowsReader):
+        def start(self):
+            self.fed = 0
+            return super().start() * (torch.nan if at == 0 else 1.0)
+
+        def feed(self, tokens, parent):
+            self.fed += 1
+            return super().feed(tokens, parent) * (torch.nan if self.fed == at else 1.0)
+
+    assert "differ by nan" in reader_fault(Gone, model_of("llama"))
+
+
 def test_half_precision_ranks_as_single_up_to_its_rounding(tmp_path):
     folder = hub.hub_folder(tmp_path / "m", "llama")
     half = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

@@ -20,9 +20,9 @@ from llmpapers.rere.sft import (
     sft_examples,
     sft_paper,
     sid_task,
-    start_policy,
     train_sft,
 )
+from llmpapers.rl.weights import trainable
 
 quick = settings(max_examples=30, deadline=None)
 titles = [f"item {c}{d}" for c in "abcdef" for d in "xyz"]
@@ -118,6 +118,19 @@ def test_the_policy_that_is_given_stays_and_the_other_learns():
     assert best_items(run.lm, coder(), w.take([0]), 3)[0, 0] == w.target[0]
 
 
+def test_only_adapters_learn():
+    "A policy with adapters, and one of which a part is frozen"
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    adapted = policy()._replace(model=peft.get_peft_model(policy().model, config))
+    part = policy()
+    part.model.requires_grad_(False).model.layers[0].mlp.requires_grad_(True)
+    for lm, learns in ((adapted, "lora_"), (part, "mlp")):
+        run = train_sft(lm, coder(), rows(), TrainConfig(steps=2, lr=1e-2), device="cpu")
+        for (name, p), q in zip(run.lm.model.named_parameters(), lm.model.parameters()):
+            assert torch.equal(p, q) != (learns in name), name
+
+
 def test_a_row_that_the_model_cannot_read_is_refused():
     small = LM(tiny_lm(chars, replace(tiny, max_len=16), 0), chars, "small")
     with pytest.raises(ValueError, match="the model reads 16"):
@@ -151,7 +164,7 @@ def test_a_checkpoint_of_the_hub_learns_in_float32(tmp_path, kind, tied):
     )
     run = train_sft(folder, c, rows(6), cfg, out=tmp_path / "run", device="cpu")
     assert {p.dtype for p in run.lm.model.parameters()} == {torch.float32}
-    start, half = start_policy(folder, "cpu")
+    start, half = trainable(folder, "cpu")
     moved = [
         (a - b).abs().max() for a, b in zip(run.lm.model.parameters(), start.model.parameters())
     ]

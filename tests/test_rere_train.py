@@ -257,6 +257,15 @@ def test_lists_without_advantage(zero_groups):
     assert got["train/tokens"] == (12 if zero_groups == "skip" else 24)
 
 
+def test_only_adapters_learn():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    lm = policy()._replace(model=peft.get_peft_model(policy().model, config))
+    done = train_rere(lm, task.coder, task.train, small)
+    for (name, p), q in zip(done.lm.model.named_parameters(), lm.model.parameters()):
+        assert torch.equal(p, q) != ("lora_" in name), name
+
+
 def test_nothing_to_learn_moves_nothing():
     "Only lists without advantage and no divergence: the weights stay"
     cfg = replace(small, beta=0.0)

@@ -1,17 +1,24 @@
 """Rollout engines: schedules do not matter, versions cover every token, weights arrive whole or
 not at all"""
 
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpapers.core.lm import TinyLMConfig, tiny_lm, word_tokenizer
+from llmpapers.rl import vllm as over_vllm
 from llmpapers.rl.decoder import Decoder, why_not
 from llmpapers.rl.engines import (
     CachedPath,
     HFEngine,
     ScriptedEngine,
+    _Row,
     generate,
     path_fault,
     sample_tokens,
@@ -215,6 +222,90 @@ def test_a_path_that_is_wrong_is_never_used_and_says_why():
     want = generate(HFEngine(models[0], use_cache=False), rs)
     assert [c.token_ids for c in got] == [c.token_ids for c in want]
     assert path_fault(models[0], Decoder(models[0])) is None
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_path_that_says_nan_is_wrong(first):
+    "NaN from the first distribution on, or from a later one, is a difference"
+
+    class Gone(Decoder):
+        def next(self, ids):
+            self.steps = getattr(self, "steps", 0) + 1
+            return super().next(ids) * (torch.nan if self.steps >= first else 1.0)
+
+        def read_in(self, seqs):
+            return super().read_in(seqs) * (torch.nan if not first else 1.0)
+
+    assert "differ by nan" in path_fault(models[0], Gone(models[0]))
+    e = HFEngine(models[0], decoder=Gone)
+    generate(e, requests([2, 6]))
+    assert type(e.path) is CachedPath and "nan" in e.why_plain
+
+
+def test_errors_of_a_call_are_not_raised_by_the_next():
+    "Two requests fail in one step: the call that made them raises, the next one works"
+
+    class Fails:
+        def allowed(self, token_ids):
+            if token_ids:
+                raise KeyError("no such item")
+            return None
+
+    e, rs = HFEngine(models[0]), requests([3, 2, 4])
+    with pytest.raises(RuntimeError, match="failed"):
+        generate(e, [replace(r, constraint=Fails()) for r in rs[:2]] + rs[2:])
+    assert not e.errors and e.num_active == 0
+    assert len(generate(e, rs)) == 3
+
+
+# ---- vLLM's side, without vLLM -------------------------------------------------------------------
+class Says:
+    "A constraint that gives the same answer always"
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def allowed(self, token_ids):
+        return self.answer
+
+
+@pytest.mark.parametrize("kind", [tuple, list, np.array, torch.tensor, range])
+def test_a_constraint_of_vllm_may_answer_with_any_sequence(kind):
+    answer = range(2, 4) if kind is range else kind([2, 3])
+    got = over_vllm._among_allowed(Says(answer), (), [], torch.arange(6.0))
+    assert got.isfinite().nonzero().flatten().tolist() == [2, 3]
+    assert torch.equal(got[2:4], torch.arange(2.0, 4.0))
+
+
+def test_a_token_that_vllm_should_not_have_drawn_ends_the_request():
+    "The processor let everything pass, because the constraint failed there or named no token"
+    token = SimpleNamespace(logprob=-1.0)
+    out = SimpleNamespace(token_ids=[5], logprobs=[{5: token}], finish_reason=None)
+    out = SimpleNamespace(outputs=[out], finished=False)
+    ask = requests([3])[0]
+    for answer, why in (([2, 3], "drew token 5"), ([2, 77], "the model has 15")):
+        row = _Row(replace(ask, constraint=Says(answer)), n_tokens=15)
+        with pytest.raises((RuntimeError, ValueError), match=why):
+            over_vllm._take_in(row, 0, out, 0)
+    row = _Row(replace(ask, constraint=Says(np.array([5]))), n_tokens=15)
+    assert over_vllm._take_in(row, 0, out, 0) is None and row.sets == [(5,)]
+
+
+def test_processors_of_the_caller_stand_beside_ours(monkeypatch, tmp_path):
+    class Made(Exception):
+        pass
+
+    def llm(folder, **args):
+        raise Made(args["logits_processors"])
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(over_vllm, "need", lambda *a: SimpleNamespace(LLM=llm))
+    monkeypatch.setattr(over_vllm, "_constraint_processor", lambda: "ours")
+    monkeypatch.setattr(over_vllm, "_quiet", partial(pytest.MonkeyPatch.context))
+    for more, want in ((dict(logits_processors=["theirs"]), ["ours", "theirs"]), ({}, ["ours"])):
+        with pytest.raises(Made) as e:
+            over_vllm.VLLMEngine(tmp_path, **more)
+        assert e.value.args == (want,)
 
 
 def test_a_model_that_is_changed_in_kind_is_probed_again():

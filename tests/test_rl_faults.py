@@ -495,7 +495,7 @@ def test_an_episode_that_outgrows_the_model_keeps_its_turns(room):
     assert s.finish_reason == "length" and s.info["ended"] == "max_context"
     assert len(s.turns) == s.reward >= 2 and len(s.prompt_ids) + len(s.response_ids) <= (room or 32)
     if room is None:
-        with pytest.raises(ContextExceeded, match="the model takes 32"):
+        with pytest.raises(ContextExceeded, match="the engine takes 32"):
             asyncio.run(one(31))
 
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from llmpapers.core.lm import TinyLMConfig, char_tokenizer, tiny_lm
+from llmpapers.rl import rewards
 from llmpapers.rl.buffer import SampleBuffer
 from llmpapers.rl.engines import HFEngine, ScriptedEngine
 from llmpapers.rl.loop import AsyncController, train_sync
@@ -57,6 +58,65 @@ class Talker:
         ids = ids_of(text) if isinstance(text, str) else list(text)
         spans = [(self.version, 0, len(ids))] if ids else []
         return Completion("x", ids, [-0.1] * len(ids), self.finish, spans)
+
+
+# ---- rewards -------------------------------------------------------------------------------------
+def verified(monkeypatch, answer=0.0):
+    "What math-verify would say"
+    monkeypatch.setattr(rewards, "_verified", lambda gold, response: answer)
+
+
+@pytest.mark.parametrize(
+    "answer, response",
+    [
+        (r"$\frac{1}{2}$", "it is 2"),
+        (r"$[0,2]$", "it is 2"),
+        (r"$2\sqrt{3}$", "it is 3"),
+        (r"$x^2$", "2"),
+        ("none", "0"),
+    ],
+)
+def test_the_last_number_inside_latex_is_no_answer(monkeypatch, answer, response):
+    verified(monkeypatch)
+    assert rewards.numeric_match(latex=True)("", response, dict(answer=answer)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "answer, response",
+    [
+        ("$18", "18"),
+        ("1,080", "so 1080"),
+        ("2/4", "0.5"),
+        ("\u22125", "-5"),
+        (" 50% ", "50%"),
+        (7, "7"),
+        (0.5, "1/2"),
+    ],
+)
+def test_a_number_alone_is_still_read_plainly_where_math_verify_says_no(
+    monkeypatch, answer, response
+):
+    verified(monkeypatch)
+    assert rewards.numeric_match(latex=True)("", response, dict(answer=answer)) == 1.0
+    verified(monkeypatch, 1.0)
+    assert rewards.numeric_match(latex=True)("", "?", dict(answer=r"\boxed{18}")) == 1.0
+
+
+async def slow_length(prompt, response, info):
+    await asyncio.sleep(0)
+    return len(response)
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_sum_waits_for_the_rewards_that_are_coroutines(in_thread):
+    "Also within another sum; without one the sum is a number at once"
+    plain = rewards.weighted_sum(((0.5, rewards.exact_match),))
+    assert plain("", "ab", dict(answer="ab")) == 0.5 and rewards.weighted_sum(())("", "", {}) == 0
+    both = rewards.weighted_sum(((0.25, slow_length), (2.0, plain)))
+    assert asyncio.run(both("", "ab", dict(answer="ab"))) == 1.5
+    form = SingleTurn(tok, rewards.weighted_sum(((3.0, both),)), SamplingConfig(4), in_thread)
+    group = Group(0, dict(prompt="x", answer="ab"), 0)
+    assert asyncio.run(form(Talker("ab"), group, 0)).reward == 4.5
 
 
 class Turns:

@@ -22,7 +22,7 @@ from llmpapers.core.lm import TinyLMConfig, char_tokenizer, tiny_lm
 from llmpapers.rl.buffer import SampleBuffer
 from llmpapers.rl.checkpoint import MetricsLog, checkpoint_fault, latest, load, read_metrics, save
 from llmpapers.rl.logprobs import token_logprobs
-from llmpapers.rl.losses import PolicyLossConfig, losses, modes
+from llmpapers.rl.losses import PolicyLossConfig, losses, modes, register_loss
 from llmpapers.rl.trainer import PolicyTrainer, micro_batches, terminal_rewards
 from llmpapers.rl.types import Group, Sample, collate
 
@@ -52,6 +52,33 @@ def make(loss="ppo", model=base, lr=1e-2, **kw):
     m = copy.deepcopy(model)
     c = loss if isinstance(loss, PolicyLossConfig) else PolicyLossConfig(loss)
     return PolicyTrainer(m, torch.optim.AdamW(m.parameters(), lr=lr), c, **kw)
+
+
+@pytest.mark.parametrize("name", losses)
+def test_arguments_that_a_loss_does_not_have_are_refused(name):
+    with pytest.raises(ValueError, match=f"args: the loss '{name}' has no 'nonsense'"):
+        PolicyLossConfig(name, args=dict(nonsense=3))
+
+
+def test_a_loss_of_ones_own_has_the_arguments_of_what_it_is_like():
+    def tilted(logprobs, advantages, tilt=1.0):
+        return -logprobs * (advantages + tilt)
+
+    def mine(cfg, batch, logprobs, proximal_logprobs):
+        return tilted(logprobs, batch.advantages, **cfg.args)
+
+    before = dict(losses)
+    try:
+        register_loss("mine", like=tilted)(mine)
+        register_loss("free")(mine)
+        assert PolicyLossConfig("mine", args=dict(tilt=2.0)).args == dict(tilt=2.0)
+        with pytest.raises(ValueError, match="has no 'tlit'; it has: tilt"):
+            PolicyLossConfig("mine", args=dict(tlit=2.0))
+        assert PolicyLossConfig("free", args=dict(tlit=2.0)).args
+        assert make("mine").step(make_batch())["train/updates"] == 1
+    finally:
+        losses.clear()
+        losses.update(before)
 
 
 def same(a, b):

@@ -112,6 +112,33 @@ if __name__ == "__main__":
     worst = gap(b, ask(1.0, name="v"), sorted(fine, key=lambda c: c.request_id))
     out["beside"] = [len(c.token_ids) for c in fine], list(e.errors), worst
     e.errors.clear()
+    # a constraint that answers with an array, and another engine with the same name in work
+    import copy
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    class Few:
+        def __init__(self, *tokens):
+            self.tokens = tokens
+
+        def allowed(self, ids):
+            return np.array(self.tokens)
+
+    twin, idle = copy.copy(e), lambda *args: None
+    twin.rows, twin.engine = {}, SimpleNamespace(add_request=idle, abort_request=idle)
+    e.add(replace(ask(1.0, name="k")[0], constraint=Few(4, 5)))
+    twin.add(replace(ask(1.0, name="k")[0], constraint=Few(6)))
+    few = []
+    while e.num_active:
+        few += e.step()
+    twin.abort()
+    out["few"] = sorted({t for c in few for t in c.token_ids}), few[0].allowed[0], list(e.errors)
+    # responses that end while a sequence is scored
+    for r in ask(1.0, 1, "s"):
+        e.add(r)
+    e.logprobs(probe)
+    out["ready"] = e.num_active, [c.request_id for c in e.step()], e.num_active
     e._forget = lambda: True  # the reset taken out
     generate(e, ask(0.0))
     e.load_weights(a.state_dict(), 2)
@@ -411,6 +438,15 @@ def test_one_bad_request_costs_one_request(out):
     assert "is none of the" in out["requests"][0] and "the engine takes 256" in out["requests"][1]
     lengths, errors, worst = out["beside"]
     assert lengths == [10] * 4 and errors == ["w1"] and worst < 1e-4
+
+
+def test_a_constraint_may_answer_with_an_array_and_is_that_of_its_own_engine(out):
+    drawn, allowed, errors = out["few"]
+    assert set(drawn) <= {4, 5} and allowed == [4, 5] and not errors
+
+
+def test_what_ends_while_a_sequence_is_scored_is_handed_back_once(out):
+    assert out["ready"] == [4, ["s1", "s2", "s3", "s4"], 0]
 
 
 def test_experts_that_would_not_arrive_are_refused(tmp_path):

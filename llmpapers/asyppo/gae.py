@@ -39,7 +39,7 @@ def whiten(
     eps: float = 1e-8,  # Added to the variance
 ) -> Tensor:  # (B,T) mean 0 and deviation 1 under the mask, 0 outside; single precision at least
     "Shift and scale to mean zero and unit deviation under a mask"
-    return masked_whiten(x.to(torch.promote_types(x.dtype, torch.float32)), mask, eps)
+    return masked_whiten(x, mask, eps)
 
 # %% ../../nbs/asyppo/01_gae.ipynb #f00f926f
 def explained_variance(

@@ -613,11 +613,6 @@ def train_asyppo(
     if cfg.bf16 and arrangement.get("engine") == "vllm":
         arrangement = dict(dtype="bfloat16") | arrangement
     run = RunConfig(**sizes | slots | loop | arrangement)
-    if getattr(lm.model, "peft_config", None) and (run.engine != "hf" or run.actors):
-        raise ValueError(
-            "lm: a model with adapters is sampled from in this process only; "
-            "take engine='hf' and actors=0, or merge the adapters first"
-        )
     return train_policy(lm, trainer, rollout, source, n_steps, run, folder=folder).rows, trainer
 
 

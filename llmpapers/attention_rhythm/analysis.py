@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .capture import _evaluating, _inputs, _to_front
+from .capture import _inputs, _to_front
 from ..core.files import json_lines
 from ..core.scale import need, rng, set_seed
+from ..core.train import evaluating
 from ..rl.logprobs import entropy
 
 # %% ../../nbs/attention_rhythm/03_analysis.ipynb #7514f326
@@ -58,7 +59,7 @@ def token_entropy(
     rows = _to_front(ids, real)
     inside = torch.arange(rows.ids.shape[1], device=ids.device) < rows.length[:, None]
     out = []
-    with _evaluating(model):
+    with evaluating(model):
         for i in range(0, len(ids), batch):
             part = rows.ids[i : i + batch]
             tokens = dict(input_ids=part, attention_mask=torch.ones_like(part))
@@ -199,7 +200,7 @@ def _plain_generation(model):
     try:
         for m, _ in before:
             m.generation_config = GenerationConfig()
-        with _evaluating(model):
+        with evaluating(model):
             yield
     finally:
         for m, stored in before:
@@ -380,7 +381,7 @@ def _candidates(model, prefixes, top_k, batch, device):
 
 def _continue(model, prefixes, original, top_k, max_new_tokens, eos, batch):
     "Force the likeliest candidates and the original token after each prefix, and go on greedily"
-    with _evaluating(model):
+    with evaluating(model):
         best = _candidates(model, prefixes, top_k, batch, original.device)
     forced = torch.cat([best, original[:, None]], 1).tolist()
     rows = [p + [c] for p, cs in zip(prefixes, forced) for c in cs]

@@ -38,6 +38,7 @@ from llmpapers.attention_rhythm.metrics import (
     waad,
 )
 from ..core.bench import extra_peak
+from ..core.train import evaluating
 
 # %% ../../nbs/attention_rhythm/02_capture.ipynb #809cfebf
 def middle_layers(
@@ -566,22 +567,9 @@ def _configs(model: nn.Module) -> list:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module):
-    "Evaluation mode; every module gets its own flag back"
-    training = [(m, m.training) for m in model.modules()]
-    try:
-        for m, _ in training:
-            m.training = False
-        yield
-    finally:
-        for m, mode in training:
-            m.training = mode
-
-
-@contextlib.contextmanager
 def _attention_mode(model: nn.Module, name: str):
     "Evaluate the model with another attention implementation; all is put back, also after an error"
-    with _lock_of(_base(model)), _evaluating(model):
+    with _lock_of(_base(model)), evaluating(model):
         before = [(c, c._attn_implementation_internal) for c in _configs(model)]
         try:
             for c, _ in before:

@@ -11,7 +11,6 @@ __all__ = ['countdown_alphabet', 'rhythm_scales', 'rhythm_paper', 'RhythmConfig'
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #fbb480bb
 import ast
-import copy
 import itertools
 import json
 import math
@@ -25,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .analysis import token_entropy
 from .capture import rhythm_signals
@@ -72,6 +71,7 @@ from ..rl.rollout import SingleTurn
 from ..rl.run import RunConfig, train_policy
 from ..rl.trainer import PolicyTrainer
 from ..rl.types import Request, SamplingConfig
+from ..rl.weights import trainable
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #0741dce7
 def _ascending(layers):
@@ -341,21 +341,14 @@ def rhythm_arrangement(
 def load_policy(
     policy: "LM|str|Path",  # A model in memory, a folder, or a Hugging Face id
     device=None,  # Where to put it; None takes a GPU if there is one
-) -> LM:  # A copy that may be trained: float32, whatever the checkpoint holds
+) -> LM:  # A copy that can be trained: float32, whatever the checkpoint holds
     "The model to train"
-    if isinstance(policy, LM):
-        if isinstance(policy.model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            kind = type(policy.model).__name__
-            raise TypeError(f"policy: its model is wrapped in {kind}; pass the model inside")
-        model = copy.deepcopy(policy.model)
-        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-        return policy._replace(model=model.float() if half else model)
-    if isinstance(policy, Path) or Path(str(policy)).is_absolute():
+    if isinstance(policy, Path) or isinstance(policy, str) and Path(policy).is_absolute():
         if not (Path(policy) / "config.json").is_file():
             raise ValueError(
                 f"policy: {policy} is no folder with a config.json; give a saved model, or a hub id"
             )
-    return load_lm(str(policy), device=device, dtype=torch.float32)
+    return trainable(policy, device)[0]
 
 # %% ../../nbs/attention_rhythm/05_train.ipynb #be28ba5a
 class RhythmTrainer(PolicyTrainer):
@@ -397,14 +390,7 @@ def train_rhythm(
 ) -> RhythmRun:  # Rows, trained policy, trainer
     "GRPO with token credit"
     lm = load_policy(policy, device)
-    if getattr(lm.model, "peft_config", None) and (cfg.engine != "hf" or cfg.actors):
-        raise ValueError(
-            "policy: a model with adapters is sampled from in this process only; "
-            "take engine='hf' and actors=0, or merge the adapters first"
-        )
     tok = lm.tokenizer
-    if not any(p.requires_grad for p in lm.model.parameters()):
-        lm.model.requires_grad_(True)  # with adapters, only these are trained
     weights = [p for p in lm.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=0.0)
     loss = PolicyLossConfig(

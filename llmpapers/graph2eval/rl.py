@@ -7,7 +7,6 @@ __all__ = ['menu_size', 'origin', 'menu_tokenizer', 'describe', 'Digits', 'as_pr
            'start_policy', 'menu_rollout', 'reinforce', 'success']
 
 # %% ../../nbs/graph2eval/16_rl.ipynb #574fbe93
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -32,6 +31,7 @@ from ..rl.rollout import EpisodeRollout, StepResult
 from ..rl.run import RunConfig, train_policy
 from ..rl.trainer import PolicyTrainer
 from ..rl.types import SamplingConfig
+from ..rl.weights import trainable
 
 # %% ../../nbs/graph2eval/16_rl.ipynb #866b1afa
 menu_size = 6
@@ -307,15 +307,16 @@ def reinforce(
     "Train on rewards of the goal"
     if not len(prompts):
         raise ValueError("prompts is empty")
-    lm = lm._replace(model=copy.deepcopy(lm.model))
-    lm.model.requires_grad_(True)
-    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=cfg.lr, weight_decay=0.0)
+    lm, half = trainable(lm)
+    weights = [p for p in lm.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=0.0)
     plan = TrainConfig(steps=cfg.steps, warmup=0.1, schedule="constant")
     trainer = PolicyTrainer(
         lm.model,
         optimizer,
         PolicyLossConfig("ppo", "token-mean", kl_coef=0.0, args=dict(clip_low=0.2, clip_high=0.2)),
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lr_factor, cfg=plan)),
+        autocast_dtype=torch.bfloat16 if half else None,
         restricted=True,  # choices were drawn among the numbers of the menu
         seed=seed,
     )

@@ -44,6 +44,7 @@ from ..rl.engines import HFEngine
 from ..rl.losses import PolicyLossConfig
 from ..rl.run import RunConfig, train_policy
 from ..rl.trainer import PolicyTrainer
+from ..rl.weights import trainable
 
 # %% ../../nbs/qagent/10_train.ipynb #7ad22f56
 demo_mix = dict(full=0.15, lazy=0.10, two=0.40, raw=0.12, one=0.13, broken=0.10)  # kind -> share
@@ -330,11 +331,7 @@ def train_grpo(
     "Train a search agent on groups of its own rollouts"
     if not len(questions):
         raise ValueError("questions is empty")
-    if isinstance(policy, LM):
-        lm = policy._replace(model=copy.deepcopy(policy.model))
-    else:
-        lm = load_lm(str(policy))
-    lm.model.requires_grad_(True)
+    lm, half = trainable(policy)
     weights = [p for p in lm.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=0.0)
     plan = TrainConfig(steps=cfg.steps, warmup=cfg.warmup, schedule="constant")
@@ -351,6 +348,7 @@ def train_grpo(
         temperature=cfg.rollout.temperature,
         ref_model=copy.deepcopy(lm.model) if cfg.beta else None,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lr_factor, cfg=plan)),
+        autocast_dtype=torch.bfloat16 if half else None,
         watch_entropy=True,
         seed=cfg.seed,
     )

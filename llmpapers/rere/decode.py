@@ -11,7 +11,7 @@ __all__ = ['merge_ends', 'PlainReader', 'RowsReader', 'SharedReader', 'reader_fa
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
 from ..core.scale import check_number, need, rng
+from ..core.train import evaluating
 from .trie import ItemTrie
 from ..rl.engines import model_kind
 from ..rl.weights import rounding
@@ -292,7 +293,8 @@ def reader_fault(
         got = [x.log_softmax(-1) for x in _script(make(model, ids, mask), device, vocab)]
     except Exception as e:  # whatever a foreign model or cache raises is a reason not to use it
         return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else e!r}"
-    gap = max((a - b).abs().max().item() for a, b in zip(got, want))
+    gaps = torch.stack([(a - b).abs().max() for a, b in zip(got, want)])
+    gap = gaps.max().item()  # NaN if one of them is
     most = max(rounding(model, x) for x in want)
     if not gap <= most:
         return f"log-probabilities differ by {gap:.2g} from a plain pass (allowed {most:.2g})"
@@ -610,16 +612,11 @@ def _settled(beams, pool):
 @contextmanager
 def _evaluating(model):
     "No gradients and no dropout; afterwards every module is in the mode it was in"
-    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-    training = [m for m in modules if m.training]
-    for m in training:
-        m.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m in training:
-            m.training = True
+    with (
+        evaluating(model) if isinstance(model, torch.nn.Module) else nullcontext(),
+        torch.no_grad(),
+    ):
+        yield
 
 
 def _check_vocab(trie, n_tokens):

@@ -37,14 +37,14 @@ from llmpapers.rere.grpo import (
 )
 from .metrics import list_metrics
 from .rewards import ItemReward, reward_kinds
-from .sft import ItemCoder, best_items, left_padded, same_rows, start_policy
+from .sft import ItemCoder, best_items, left_padded, same_rows
 from .trie import ItemTrie
 from ..rl.losses import PolicyLossConfig
 from ..rl.rollout import GroupRollout, ToolBatcher
 from ..rl.run import RunConfig, train_policy
 from ..rl.trainer import PolicyTrainer
 from ..rl.types import Sample
-from ..rl.weights import copy_weights, own_weights
+from ..rl.weights import copy_weights, own_weights, trainable
 
 # %% ../../nbs/rere/11_train.ipynb #a43b0d7e
 generations = ("beam", "sampling", "dynamic")  # How a list is made
@@ -584,7 +584,7 @@ def train_rere(
         )
     source = RowSource(coder, windows, cfg.seed)
     same_rows(out, list(zip(source.ids, source.target)))
-    lm, half = start_policy(policy, device)
+    lm, half = trainable(policy, device)
     if half and not cfg.bf16:
         cfg = replace(cfg, bf16=True)
     trainer = RereTrainer(lm.model, cfg)

@@ -6,24 +6,12 @@
 __all__ = ['group_advantages', 'discounted_returns', 'gae']
 
 # %% ../../nbs/rl/04_advantages.ipynb #b411bab9
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 # %% ../../nbs/rl/04_advantages.ipynb #fdf0f45c
-class _GroupStats(NamedTuple):
-    "Statistics of the groups of a batch"
-
-    group: Tensor  # (N,) index of each row's group
-    size: Tensor  # (g,) rows of each group
-    mean: Tensor  # (g,) mean reward
-    std: Tensor  # (g,) deviation of the rewards
-    equal: Tensor  # (g,) bool, all rewards of the group are the same
-
-
 def _group_stats(rewards, group_ids, ddof):
-    "Statistics of each group, in double precision"
+    "Of each row its group; of each group its size, mean, deviation, and whether all are equal"
     _, g, n = torch.unique(group_ids, return_inverse=True, return_counts=True)
     r = rewards.double()
     mean = torch.zeros(len(n), dtype=r.dtype, device=r.device).index_add_(0, g, r) / n
@@ -32,7 +20,7 @@ def _group_stats(rewards, group_ids, ddof):
         torch.zeros_like(mean).scatter_reduce_(0, g, r, how, include_self=False)
         for how in ("amin", "amax")
     )
-    return _GroupStats(g, n, mean, var.sqrt(), low == high)
+    return g, n, mean, var.sqrt(), low == high
 
 
 def group_advantages(
@@ -55,16 +43,15 @@ def group_advantages(
         raise ValueError(
             f"baseline={baseline!r} must be mean, loo or none; scale={scale!r} std or none"
         )
-    stats = _group_stats(rewards, group_ids, ddof)
-    g = stats.group
-    n = stats.size[g]
-    A = rewards.double() - (0 if baseline == "none" else stats.mean[g])
+    g, size, mean, std, equal = _group_stats(rewards, group_ids, ddof)
+    n = size[g]
+    A = rewards.double() - (0 if baseline == "none" else mean[g])
     if baseline == "loo":
         A = A * n / (n - 1).clamp(min=1)
     if scale == "std":
-        A = A / (stats.std[g] + eps)
+        A = A / (std[g] + eps)
     if baseline != "none" or scale == "std":
-        A = torch.where((n < 2) | stats.equal[g], 0.0, A)
+        A = torch.where((n < 2) | equal[g], 0.0, A)
     return A.float()
 
 # %% ../../nbs/rl/04_advantages.ipynb #f20f5bdf

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
+from ..core.scale import check_number
 from .types import Group, Sample
 
 # %% ../../nbs/rl/12_buffer.ipynb #3ea11cb5
@@ -47,22 +48,13 @@ class SampleBuffer:
         on_stale: str = "wait",  # "wait" paces, never discards; "abort" begins old groups again
         max_attempts: int = 3,  # Failures of one member before its group is quarantined
     ):
-        for n, x in (
-            ("batch_size", batch_size),
-            ("group_size", group_size),
-            ("max_attempts", max_attempts),
-        ):
-            if not isinstance(x, int) or x < 1:
-                raise ValueError(f"{n}={x!r} must be a positive integer")
-        if not 0 <= async_ratio < math.inf:
-            raise ValueError(f"async_ratio={async_ratio} must be at least 0")
         if on_stale not in ("wait", "abort"):
             raise ValueError(f"on_stale={on_stale!r} must be 'wait' or 'abort'")
-        self.batch_size = batch_size
-        self.async_ratio = async_ratio
-        self.group_size = group_size
+        self.batch_size = check_number("batch_size", batch_size, "int [1, inf)")
+        self.async_ratio = check_number("async_ratio", async_ratio, "[0, inf)")
+        self.group_size = check_number("group_size", group_size, "int [1, inf)")
         self.on_stale = on_stale
-        self.max_attempts = max_attempts
+        self.max_attempts = check_number("max_attempts", max_attempts, "int [1, inf)")
         self.bound = math.ceil(async_ratio)
         self.version = 0
         self.next_id = 0

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..core.scale import need
+from ..core.scale import check_number, need
 from ..core.train import _fault, _new_checkpoint, _newest
 
 if TYPE_CHECKING:
@@ -116,10 +116,8 @@ def save(
     keep_last: int = 2,  # Checkpoints kept
 ) -> Path:  # The folder `step_<step>`
     "Write a checkpoint atomically, point `latest` at it, and delete old ones"
-    if not isinstance(step, int) or step < 0:
-        raise ValueError(f"step={step!r} must be an integer of at least 0")
-    if not isinstance(keep_last, int) or keep_last < 1:
-        raise ValueError(f"keep_last={keep_last!r} must be a positive integer")
+    check_number("step", step, "int [0, inf)")
+    check_number("keep_last", keep_last, "int [1, inf)")
     with _new_checkpoint(Path(folder), step, keep_last) as (new, final):
         _write(new, step, trainer, buffer, cursor, extra)
     return final

@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.scale import rng
+from ..core.scale import check_number, rng
 from .types import Completion, ContextExceeded, Request
 from llmpapers.rl.weights import (
     copy_weights,
@@ -87,6 +87,7 @@ def generate(
         done |= {c.request_id: c for c in engine.step()}
         if errors := getattr(engine, "errors", None):
             name, error = errors.popitem()
+            errors.clear()
             engine.abort()
             raise RuntimeError(f"request {name!r} failed") from error
     return [done[r.request_id] for r in requests]
@@ -98,6 +99,17 @@ def _spans(versions):
     return [(versions[a], a, b) for a, b in zip(cut, cut[1:])]
 
 # %% ../../nbs/rl/07_engines.ipynb #c0ffee75
+def _allowed_ids(constraint, ids, n_tokens):
+    "What a constraint allows behind some tokens; None: anything"
+    found = constraint.allowed(ids)
+    found = None if found is None else tuple(int(t) for t in found)
+    if found and n_tokens and not 0 <= min(found) <= max(found) < n_tokens:
+        raise ValueError(
+            f"constraint: it allows tokens {min(found)} to {max(found)}, the model has {n_tokens}"
+        )
+    return found
+
+
 @dataclass
 class _Row:
     "A request in work: its response so far, with what is known of each token"
@@ -118,17 +130,10 @@ class _Row:
 
     def allowed(self):
         "Tokens that may come next; None: any"
-        constraint = self.request.constraint
-        if constraint is None:
+        if self.request.constraint is None:
             return None
         if self.coming[0] != len(self.ids):
-            found = constraint.allowed(tuple(self.ids))
-            found = None if found is None else tuple(int(t) for t in found)
-            if found and self.n_tokens and not 0 <= min(found) <= max(found) < self.n_tokens:
-                raise ValueError(
-                    f"constraint: it allows tokens {min(found)} to {max(found)}, "
-                    f"the model has {self.n_tokens}"
-                )
+            found = _allowed_ids(self.request.constraint, tuple(self.ids), self.n_tokens)
             self.coming = len(self.ids), found
         return self.coming[1]
 
@@ -154,13 +159,35 @@ class _Row:
         return "length" if len(self.ids) >= sc.max_new_tokens else None
 
 # %% ../../nbs/rl/07_engines.ipynb #e9445f81
+def _admitted(request, active, n_tokens=None, longest=None):
+    "The row of a request; ValueError if the model cannot read it, or it has no work to do"
+    name, row = request.request_id, _Row(request, n_tokens=n_tokens)
+    size = len(request.prompt_ids) + request.sampling.max_new_tokens
+    if longest and size > longest:
+        raise ContextExceeded(
+            f"request {name!r}: prompt and max_new_tokens make {size} tokens, "
+            f"the engine takes {longest}"
+        )
+    ids = [*request.prompt_ids, *row.ids]
+    if n_tokens and (bad := [t for t in ids if not 0 <= t < n_tokens]):
+        raise ValueError(f"request {name!r}: token {bad[0]} is none of the {n_tokens} of the model")
+    if name in active:
+        raise ValueError(
+            f"request_id={name!r} is already active; ids must be unique among active requests"
+        )
+    if row.finished:
+        raise ValueError(f"prefix of {name!r} is already complete; there is nothing to generate")
+    return row
+
+
 class _Rows:
     "Active and waiting requests of an engine"
 
+    n_tokens = longest = None  # what the model reads; None: anything
+
     def __init__(self, max_active, version):
-        if not isinstance(max_active, int) or max_active < 1:
-            raise ValueError(f"max_active={max_active!r} must be a positive integer")
-        self.max_active, self.version = max_active, version
+        self.max_active = check_number("max_active", max_active, "int [1, inf)")
+        self.version = version
         self.rows, self.waiting = [], []
         self.errors = {}  # request id -> why it could not go on
 
@@ -169,17 +196,8 @@ class _Rows:
         return len(self.rows) + len(self.waiting)
 
     def add(self, request):
-        name = request.request_id
-        if any(r.request.request_id == name for r in self.rows + self.waiting):
-            raise ValueError(
-                f"request_id={name!r} is already active; ids must be unique among active requests"
-            )
-        row = _Row(request, n_tokens=getattr(self, "n_tokens", None))
-        if row.finished:
-            raise ValueError(
-                f"prefix of {name!r} is already complete; there is nothing to generate"
-            )
-        self.waiting.append(row)
+        active = [r.request.request_id for r in self.rows + self.waiting]
+        self.waiting.append(_admitted(request, active, self.n_tokens, self.longest))
 
     def _fill(self):
         n = self.max_active - len(self.rows)
@@ -294,24 +312,8 @@ def add(
     request: Request,  # Its tokens, and its length with the longest response, must fit the model
 ) -> None:
     "Accept a request; it joins at the next step"
-    sc = request.sampling
-    n = len(request.prompt_ids) + sc.max_new_tokens
-    if self.longest and n > self.longest:
-        raise ContextExceeded(
-            f"request {request.request_id!r}: prompt and max_new_tokens make {n} tokens, "
-            f"the model takes {self.longest}"
-        )
-    ids = (
-        request.prompt_ids
-        if request.prefix is None
-        else request.prompt_ids + request.prefix.token_ids
-    )
-    if bad := [t for t in ids if not 0 <= t < self.n_tokens]:
-        raise ValueError(
-            f"request {request.request_id!r}: token {bad[0]} is none of the {self.n_tokens} "
-            "of the model"
-        )
     _Rows.add(self, request)
+    sc = request.sampling
     if sc.temperature > 0:
         base = secrets.randbits(31) if sc.seed is None else sc.seed
         stream = rng(base, "request", request.request_id)
@@ -449,13 +451,11 @@ def keep(
 def path_fault(
     model: torch.nn.Module,  # Causal language model, in evaluation mode
     path: DecodePath,  # Empty, made for this model
-    # Largest difference in log-probability; None: see `rounding`
-    tol: float | None = None,
 ) -> str | None:  # Why the path is not what the model computes; None: it is
     "Compare a path with plain passes of the model"
     device, size = next(model.parameters()).device, model.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(size, (20,), generator=rng(0, "path")).tolist()
-    rows, gap = [tokens[:3], tokens[3:10]], 0.0
+    rows = [tokens[:3], tokens[3:10]]
 
     def plain(seq):
         x = torch.tensor([seq], device=device)
@@ -465,8 +465,8 @@ def path_fault(
         got = path.read_in([list(r) for r in rows])
         for step, token in enumerate(tokens[10:16]):
             want = torch.stack([plain(r) for r in rows])
-            gap = max(gap, (got.float().log_softmax(-1) - want).abs().max().item())
-            most = tol or rounding(model, want)
+            gap = (got.float().log_softmax(-1) - want).abs().max().item()  # NaN if one is
+            most = rounding(model, want)
             if not gap <= most:
                 return (
                     f"log-probabilities differ by {gap:.2g} from a plain pass (allowed {most:.2g})"
@@ -599,12 +599,9 @@ def _constraint_fault(row):
 @patch
 def _drop_faulty(self: HFEngine):
     "A request whose constraint fails is given up, and the others go on"
-    both = [r for r in self.rows + self.waiting if r.request.constraint is not None]
-    faults = {id(r): (r, e) for r in both if (e := _constraint_fault(r))}
-    if faults:
-        self.errors |= {r.request.request_id: e for r, e in faults.values()}
-        self._drop(set(faults))
-        self.waiting = [r for r in self.waiting if id(r) not in faults]
+    faults = {id(r): (r, e) for r in self.rows if (e := _constraint_fault(r))}
+    self.errors |= {r.request.request_id: e for r, e in faults.values()}
+    self._drop(set(faults))
 
 
 @patch
@@ -615,9 +612,6 @@ def step(self: HFEngine) -> list[Completion]:  # The finished ones
         return []
     if self.model.training:  # somebody trained the shared module in between
         self.model.eval()
-    self._drop_faulty()
-    if not self.num_active:
-        return []
     logits = self._logits()
     sets = [r.allowed() for r in self.rows]
     how = dict(dtype=torch.float32, device=logits.device)

@@ -9,13 +9,13 @@ __all__ = ['modes', 'losses', 'without_ratios', 'reinforce_loss', 'ppo_loss', 'd
 
 # %% ../../nbs/rl/03_losses.ipynb #16a79e4c
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ..core.scale import check_choices, check_ranges
 from .logprobs import kl_estimate
 from .types import Batch
 
@@ -153,6 +153,11 @@ def gspo_loss(
 modes = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
+def _count(mask, mode):
+    "What a mean divides by: sampled tokens, or rows that have one"
+    return (mask if mode == "token-mean" else mask.any(-1)).sum()
+
+
 def aggregate(
     x: Tensor,  # (N,L) values per token
     mask: Tensor,  # (N,L) bool
@@ -170,10 +175,9 @@ def aggregate(
         raise ValueError(f"mode={mode!r} must be one of {', '.join(modes)}")
     m = mask.bool()
     v = torch.where(m, x, 0.0)
-    n = m.sum() if mode == "token-mean" else m.any(-1).sum()
-    if denom is None and n == 0:
+    d = _count(m, mode) if denom is None else denom
+    if denom is None and d == 0:
         raise ValueError("mask selects nothing; a loss needs at least one token")
-    d = n if denom is None else denom
     if mode == "token-mean":
         return v.sum() / d
     row = v.sum(-1)
@@ -186,16 +190,24 @@ def aggregate(
 # %% ../../nbs/rl/03_losses.ipynb #bb871433
 losses: dict[str, Callable] = {}
 without_ratios: set[str] = set()  # Losses that may learn from samples that were not drawn
+_args: dict[str, dict] = {}  # What the losses take from `PolicyLossConfig.args`, with defaults
 
 
 def register_loss(
     name: str,  # Name in `PolicyLossConfig.name`
     ratios: bool = True,  # Divides by the behaviour probability, so samples must be draws from it
+    # Function whose parameters with a default are what `PolicyLossConfig.args` may hold; None: the
+    # loss reads `cfg.args` itself, and anything is passed on
+    like: Callable | None = None,
 ) -> Callable:  # Decorator
     "Register a function `(cfg, batch, logprobs, proximal_logprobs) -> (N,L)` as a loss"
 
     def decorate(f):
         losses[name] = f
+        _args.pop(name, None)
+        if like is not None:
+            known = inspect.signature(like).parameters.values()
+            _args[name] = {p.name: p.default for p in known if p.default is not p.empty}
         if not ratios:
             without_ratios.add(name)
         return f
@@ -230,60 +242,55 @@ class PolicyLossConfig:
     args: dict = field(default_factory=dict)  # Arguments of the loss: clip_low, cap, ...
 
     def __post_init__(self):
-        if self.name not in losses:
-            raise ValueError(f"name={self.name!r} is not a registered loss: {', '.join(losses)}")
-        if self.kl_kind not in ("k1", "k2", "k3"):
-            raise ValueError(f"kl_kind={self.kl_kind!r} must be 'k1', 'k2' or 'k3'")
-        for name in ("kl_coef", "entropy_coef"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number")
-        if self.mode not in modes:
-            raise ValueError(f"mode={self.mode!r} must be one of {', '.join(modes)}")
+        check_choices(self, name=losses, mode=modes, kl_kind=("k1", "k2", "k3"))
+        check_ranges(self, kl_coef="(-inf, inf)", entropy_coef="(-inf, inf)")
+        known = _args.get(self.name, self.args)
+        if strange := sorted(set(self.args) - set(known)):
+            there = ", ".join(known) or "none"
+            raise ValueError(f"args: the loss {self.name!r} has no {strange[0]!r}; it has: {there}")
 
 # %% ../../nbs/rl/03_losses.ipynb #10d86473
-@register_loss("reinforce", ratios=False)
+@register_loss("reinforce", ratios=False, like=reinforce_loss)
 def _reinforce(cfg, b, lp, prox):
     return reinforce_loss(lp, b.advantages)
 
 
-@register_loss("ppo")
+@register_loss("ppo", like=ppo_loss)
 def _ppo(cfg, b, lp, prox):
     return ppo_loss(lp, b.behavior_logprobs, b.advantages, **cfg.args)
 
 
-@register_loss("decoupled_ppo")
+@register_loss("decoupled_ppo", like=decoupled_ppo_loss)
 def _decoupled(cfg, b, lp, prox):
     if prox is None:
         raise ValueError("decoupled_ppo needs proximal_logprobs")
     return decoupled_ppo_loss(lp, prox, b.behavior_logprobs, b.advantages, **cfg.args)
 
 
-@register_loss("tis")
+@register_loss("tis", like=tis_loss)
 def _tis(cfg, b, lp, prox):
     return tis_loss(lp, b.behavior_logprobs, b.advantages, **cfg.args)
 
 
-@register_loss("cispo")
+@register_loss("cispo", like=cispo_loss)
 def _cispo(cfg, b, lp, prox):
     return cispo_loss(lp, b.behavior_logprobs, b.advantages, **cfg.args)
 
 
-@register_loss("topr")
+@register_loss("topr", like=topr_loss)
 def _topr(cfg, b, lp, prox):
     return topr_loss(lp, b.behavior_logprobs, b.advantages, b.rewards, b.response_mask, **cfg.args)
 
 
-@register_loss("gspo")
+@register_loss("gspo", like=gspo_loss)
 def _gspo(cfg, b, lp, prox):
     return gspo_loss(lp, b.behavior_logprobs, b.advantages, b.response_mask, **cfg.args)
 
 # %% ../../nbs/rl/03_losses.ipynb #aea7f255
 def _clip_range(cfg):
-    "Clip range in use: what the configuration says, else the default of the loss"
-    known = dict(ppo=ppo_loss, decoupled_ppo=decoupled_ppo_loss, cispo=cispo_loss, gspo=gspo_loss)
-    fn = known.get(cfg.name, ppo_loss)
-    defaults = {k: p.default for k, p in inspect.signature(fn).parameters.items()}
-    return [cfg.args.get(k, defaults[k]) for k in ("clip_low", "clip_high")]
+    "Clip range in use: what the configuration says, else the default of the loss, or of PPO"
+    used = _args["ppo"] | _args.get(cfg.name, {}) | cfg.args
+    return [used[k] for k in ("clip_low", "clip_high")]
 
 
 @torch.no_grad()

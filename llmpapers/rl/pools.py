@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from fastcore.basics import patch
 
+from ..core.scale import check_number
 from .rollout import EngineClient, _settle, ordinary
 from .types import Completion, Group, Request, Sample
 
@@ -244,8 +245,7 @@ class InProcessPool:
         max_inflight: int = 64,  # Slots: rollouts at once, those that wait for something included
         timeout_s: float | None = None,  # Deadline of one rollout, seconds
     ):
-        if not isinstance(max_inflight, int) or max_inflight < 1:
-            raise ValueError(f"max_inflight={max_inflight!r} must be a positive integer")
+        check_number("max_inflight", max_inflight, "int [1, inf)")
         self.engine, self.slots, self.timeout_s = engine, max_inflight, timeout_s
         self.busy, self.failure, self.proxy = 0, None, None
         self.serving = False  # between `start` and `close`

@@ -24,7 +24,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.scale import need
+from ..core.scale import check_number, need
 from .pools import EngineLost, EngineProxy, RolloutPoolError, in_time, play_rollout
 from .rollout import ToolBatcher, ToolError, _settle
 from .types import Batch, Group
@@ -171,12 +171,9 @@ class RolloutPool:
         timeout_s: float | None = None,  # Deadline of one rollout, seconds
         start_timeout_s: float = 600.0,  # How long actors may take to start, seconds
     ):
-        for n, x in (("n_actors", n_actors), ("max_inflight_per_actor", max_inflight_per_actor)):
-            if not isinstance(x, int) or x < 1:
-                raise ValueError(f"{n}={x!r} must be a positive integer")
-        respawn = 3 * n_actors if respawn is None else respawn
-        if respawn < 0:
-            raise ValueError(f"respawn={respawn} must be at least 0")
+        check_number("n_actors", n_actors, "int [1, inf)")
+        check_number("max_inflight_per_actor", max_inflight_per_actor, "int [1, inf)")
+        respawn = 3 * n_actors if respawn is None else check_number("respawn", respawn, "[0, inf]")
         self.factory = engine_factory
         self.n_actors = n_actors
         self.slots = max_inflight_per_actor
@@ -579,8 +576,7 @@ class RayLearners:
         backend: str | None = None,  # None: "nccl" if the actors ask for GPUs, else "gloo"
         threads: int = 1,  # Threads of each actor
     ):
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n={n!r} must be a positive integer")
+        check_number("n", n, "int [1, inf)")
         ray = self.ray = need("ray", "ray")
         if not ray.is_initialized():
             raise RuntimeError("RayLearners: call ray.init() first")

@@ -6,10 +6,11 @@
 __all__ = ['Reward', 'exact_match', 'numeric_match', 'format_tag', 'weighted_sum']
 
 # %% ../../nbs/rl/05_rewards.ipynb #6e42daab
+import inspect
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from ..core.scale import need
@@ -49,9 +50,14 @@ def _value(text):
     return sign * float(top) / (float(bottom) if bottom else 100 if text.endswith("%") else 1)
 
 
+def _plain(text):
+    "A text with the minus sign that programs write"
+    return text.replace("\u2212", "-")
+
+
 def _last_number(text):
     "The last number of a text, or None"
-    found = _number.findall(text.replace("\u2212", "-"))
+    found = _number.findall(_plain(text))
     return _value(found[-1]) if found else None
 
 
@@ -79,8 +85,9 @@ class numeric_match:
     "Is the last number of the response the answer, within a relative tolerance?"
 
     rel_tol: float = 1e-6  # Relative tolerance; also the absolute one when the answer is 0
-    # Where the plain reading says no, let math-verify compare: LaTeX, boxed answers, intervals.
-    # It needs the extra "math" and a thread that may take its time, `SingleTurn(in_thread=True)`
+    # Let math-verify compare first: LaTeX, boxed answers, intervals; the plain reading is asked
+    # only where the answer is a number and nothing else. It needs the extra "math" and a thread
+    # that may take its time, `SingleTurn(in_thread=True)`
     latex: bool = False
 
     def __call__(
@@ -89,10 +96,12 @@ class numeric_match:
         response: str,  # What the policy wrote
         info: dict,  # Holds "answer": a number, or a text with one; any LaTeX with `latex`
     ) -> float:  # 1 or 0
-        if self.latex and (got := _verified(_answer(info), response)):
-            return got
-        if self.latex and isinstance(_answer(info), str) and _last_number(_answer(info)) is None:
-            return 0.0
+        if self.latex:
+            answer = _answer(info)
+            if got := _verified(answer, response):
+                return got
+            if isinstance(answer, str) and not _number.fullmatch(_plain(answer).strip()):
+                return 0.0
         want, found = _wanted(info), _last_number(response)
         size = 1.0 if want == 0 else abs(want)
         return float(found is not None and abs(found - want) <= self.rel_tol * size)
@@ -115,6 +124,11 @@ class format_tag:
         return float(len(inside) == 1 and bool(inside[0].strip()))
 
 
+async def _awaited_sum(scores):
+    "The sum where some of the scores have to be waited for"
+    return float(sum([w * (await x if inspect.isawaitable(x) else x) for w, x in scores]))
+
+
 @dataclass(frozen=True)
 class weighted_sum:
     "Several rewards with weights"
@@ -126,5 +140,8 @@ class weighted_sum:
         prompt,  # Passed on
         response: str,  # Passed on
         info: dict,  # Passed on
-    ) -> float:  # Weighted sum
-        return float(sum(w * r(prompt, response, info) for w, r in self.parts))
+    ) -> "float|Awaitable[float]":  # Weighted sum; to be awaited if one of the rewards is
+        scores = [(w, r(prompt, response, info)) for w, r in self.parts]
+        if any(inspect.isawaitable(x) for _, x in scores):
+            return _awaited_sum(scores)
+        return float(sum(w * x for w, x in scores))

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from fastcore.basics import patch
 
-from ..core.scale import rng
+from ..core.scale import check_number, rng
 from llmpapers.rl.types import (
     Completion,
     Constraint,
@@ -528,8 +528,7 @@ class EpisodeRollout:
         in_thread: bool = True,  # Call blocking methods in a thread; False: in the event loop
         cut_mark: str = "[... {n} tokens cut ...]",  # Written where a long observation was cut
     ):
-        if not isinstance(max_turns, int) or max_turns < 1:
-            raise ValueError(f"max_turns={max_turns!r} must be a positive integer")
+        check_number("max_turns", max_turns, "int [1, inf)")
         if not (isinstance(sampling, SamplingConfig) or callable(sampling)):
             raise TypeError("sampling: need a SamplingConfig or a function (turn, so_far)")
         if max_observation is not None:
@@ -641,10 +640,8 @@ class ToolBatcher:
         timeout_s: float | None = None,  # Time limit of a call, seconds
         merge: bool = False,  # Ask equal items of one call once; they must be hashable
     ):
-        if not isinstance(max_items, int) or max_items < 1:
-            raise ValueError(f"max_items={max_items!r} must be a positive integer")
-        if not max_wait_s >= 0:
-            raise ValueError(f"max_wait_s={max_wait_s} must be at least 0")
+        check_number("max_items", max_items, "int [1, inf)")
+        check_number("max_wait_s", max_wait_s, "[0, inf]")
         self.fn, self.max_items, self.max_wait_s = fn, max_items, max_wait_s
         self.timeout_s, self.merge = timeout_s, merge
         self._begin()

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ..core.lm import LM, load_lm, save_lm
+from ..core.scale import check_choices, check_ranges
 from .buffer import SampleBuffer
 from .decoder import Decoder
 from .engines import HFEngine
@@ -53,27 +54,13 @@ class RunConfig:
     engine_args: dict = field(default_factory=dict)  # More arguments of the engine
 
     def __post_init__(self):
-        for name, allowed in (("loop", loops), ("engine", engines), ("sync_mode", sync_modes)):
-            if getattr(self, name) not in allowed:
-                known = ", ".join(allowed)
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {known}")
-        for name in ("batch_size", "group_size", "slots", "save_every"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive integer")
-        for name in ("async_ratio", "cpus_per_actor", "gpus_per_actor"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a number of at least 0")
-        if self.on_stale not in ("wait", "abort"):
-            raise ValueError(f"on_stale={self.on_stale!r} must be 'wait' or 'abort'")
-        if self.timeout_s is not None and not self.timeout_s > 0:
-            raise ValueError(f"timeout_s={self.timeout_s!r} must be positive, or None")
-        if not isinstance(self.actors, int) or self.actors < 0:
-            raise ValueError(
-                f"actors={self.actors!r} must be 0 (this process) or a positive integer"
-            )
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype={self.dtype!r} must be 'float32', 'bfloat16' or 'float16'")
+        dtypes = ("float32", "bfloat16", "float16")
+        check_choices(self, loop=loops, engine=engines, sync_mode=sync_modes, dtype=dtypes)
+        check_choices(self, on_stale=("wait", "abort"))
+        counts = ("batch_size", "group_size", "slots", "save_every")
+        check_ranges(self, **dict.fromkeys(counts, "int [1, inf)"), actors="int [0, inf)")
+        check_ranges(self, async_ratio="[0, inf)", timeout_s="(0, inf] or None")
+        check_ranges(self, cpus_per_actor="[0, inf)", gpus_per_actor="[0, inf)")
 
 # %% ../../nbs/rl/17_run.ipynb #62bf835b
 def _hf(model, tokenizer, cfg, copy_model):

@@ -20,16 +20,16 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.scale import rng
+from ..core.scale import check_number, rng
+from ..core.train import evaluating
 from .advantages import gae, group_advantages
 from .engines import model_kind
 from .logprobs import chunked_logprobs, entropy, token_logprobs
-from .losses import PolicyLossConfig, policy_loss
+from .losses import PolicyLossConfig, _count, policy_loss
 from .types import Batch
 from llmpapers.rl.weights import (
     checkpoint_weights,
     copy_weights,
-    evaluating,
     float32_masters,
     model_logprobs,
     own_weights,
@@ -69,8 +69,7 @@ def loss_denom(
     batch: Batch,  # All rows of the minibatch
 ) -> int:  # Sampled tokens, or rows that have one
     "The global denominator of a minibatch"
-    m = batch.response_mask
-    return int((m if cfg.mode == "token-mean" else m.any(-1)).sum())
+    return int(_count(batch.response_mask, cfg.mode))
 
 # %% ../../nbs/rl/08_trainer.ipynb #dbb51649
 def _cut(batch, rows):
@@ -187,10 +186,9 @@ class PolicyTrainer:
             ("max_skipped", max_skipped),
             ("logits_limit", logits_limit),
         ):
-            if not isinstance(x, int) or x < 1:
-                raise ValueError(f"{name}={x!r} must be a positive integer")
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature!r} must be positive; greedy is no policy")
+            check_number(name, x, "int [1, inf)")
+        check_number("max_grad_norm", max_grad_norm, "[0, inf]")
+        check_number("temperature", temperature, "(0, inf]")  # greedy is no policy
         here = next(model.parameters()).device
         self.device = here if device is None else torch.device(device)
         self.model, self.ref_model = model.to(self.device).eval(), ref_model
@@ -337,6 +335,32 @@ def forward(
         ent = entropy(logits, batch.response_mask, self.temperature, chunk, allowed)
     return lp, ent
 
+# %% ../../nbs/rl/08_trainer.ipynb #b3861ac7
+def _sum_over(group, tensors):
+    "Add tensors over the processes of a group, in one message"
+    if group is None:
+        return
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    torch.distributed.all_reduce(flat, group=group)
+    for t, new in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(new.view_as(t))
+
+# %% ../../nbs/rl/08_trainer.ipynb #5cba2b5a
+def _trained(batch):
+    return batch.response_mask.any(-1).nonzero().squeeze(-1).tolist()
+
+
+@patch
+def _own(self: PolicyTrainer, batch, rows):
+    "Micro-batches of the rows this process is responsible for"
+    lengths = batch.attention_mask.sum(-1).tolist()
+    if self.group is not None:
+        dist = torch.distributed
+        rank, n_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        rows = sorted(rows, key=lambda i: -lengths[i])[rank::n_ranks]
+    micro = micro_batches([lengths[i] for i in rows], self.max_tokens)
+    return [[rows[j] for j in m] for m in micro]
+
 # %% ../../nbs/rl/08_trainer.ipynb #ea707101
 @patch
 @torch.no_grad()
@@ -344,17 +368,15 @@ def score(
     self: PolicyTrainer,
     batch: Batch,  # Any number of rows
     model: nn.Module = None,  # None: the policy
-    micro: list = None,  # Rows of each micro-batch; None cuts by the token budget
 ) -> Tensor:  # (N,L) log-probabilities of sampled tokens, 0 elsewhere
-    "Log-probabilities of a whole batch, in micro-batches and without gradient"
+    "Log-probabilities of a whole batch without gradient; the processes of a group share its rows"
     res = torch.zeros(batch.input_ids.shape, dtype=torch.float32, device=self.device)
-    if micro is None:
-        micro = micro_batches(batch.attention_mask.sum(-1).tolist(), self.max_tokens)
     with evaluating(self.model if model is None else model):
-        for rows in micro:
+        for rows in self._own(batch, _trained(batch)):
             b = _cut(batch, rows)
             logp, _ = self.forward(b, model)
             res[rows, : b.input_ids.shape[1]] = logp
+    _sum_over(self.group, [res])
     return res
 
 # %% ../../nbs/rl/08_trainer.ipynb #3c7d9e5f
@@ -394,28 +416,6 @@ def step_memory_job(
 
     return run
 
-# %% ../../nbs/rl/08_trainer.ipynb #b3861ac7
-def _sum_over(group, tensors):
-    "Add tensors over the processes of a group, in one message"
-    if group is None:
-        return
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    torch.distributed.all_reduce(flat, group=group)
-    for t, new in zip(tensors, flat.split([t.numel() for t in tensors])):
-        t.copy_(new.view_as(t))
-
-# %% ../../nbs/rl/08_trainer.ipynb #5cba2b5a
-@patch
-def _own(self: PolicyTrainer, batch, rows):
-    "Micro-batches of the rows this process is responsible for"
-    lengths = batch.attention_mask.sum(-1).tolist()
-    if self.group is not None:
-        dist = torch.distributed
-        rank, n_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
-        rows = sorted(rows, key=lambda i: -lengths[i])[rank::n_ranks]
-    micro = micro_batches([lengths[i] for i in rows], self.max_tokens)
-    return [[rows[j] for j in m] for m in micro]
-
 # %% ../../nbs/rl/08_trainer.ipynb #b7a1a101
 @patch
 def objective(
@@ -440,25 +440,24 @@ def _gradient(self: PolicyTrainer, batch, rows, prox, ref):
     wanted = self.watch_entropy or bool(self.loss.entropy_coef)
     lp = torch.zeros(shape, dtype=torch.float32, device=self.device)
     ent = torch.zeros_like(lp) if wanted else None
-    for r in mine:
-        b = _cut(batch, r)
-        w = b.input_ids.shape[1]
-        logp, h = self.forward(b, with_entropy=wanted)
+
+    def objective(part, r, logp, h):
+        "Loss and metrics of some rows, perhaps without their last columns"
+        w = part.input_ids.shape[1]
         near = logp.detach() if prox is None else prox[r, :w]
-        far = None if ref is None else ref[r, :w]
-        others = dict(proximal_logprobs=near, ref_logprobs=far, entropy=h)
-        loss, _ = self.objective(b, r, logp, **others, **sizes)
-        loss.backward()
-        lp[r, :w] = logp.detach()
+        others = dict(proximal_logprobs=near, ref_logprobs=None if ref is None else ref[r, :w])
+        return self.objective(part, r, logp, entropy=h, **others, **sizes)
+
+    for r in mine:
+        part = _cut(batch, r)
+        logp, h = self.forward(part, with_entropy=wanted)
+        objective(part, r, logp, h)[0].backward()
+        lp[r, : logp.shape[1]] = logp.detach()
         if wanted:
-            ent[r, :w] = h.detach()
+            ent[r, : h.shape[1]] = h.detach()
     _sum_over(self.group, [lp, ent] if wanted else [lp])
-    near = (lp if prox is None else prox)[rows]
-    far = None if ref is None else ref[rows]
-    seen = ent[rows] if wanted else None
-    others = dict(proximal_logprobs=near, ref_logprobs=far, entropy=seen)
     with torch.no_grad():
-        loss, metrics = self.objective(whole, rows, lp[rows], **others, **sizes)
+        loss, metrics = objective(whole, rows, lp[rows], ent[rows] if wanted else None)
     return loss.item(), metrics | {"train/micro_batches": float(len(mine))}, lp
 
 # %% ../../nbs/rl/08_trainer.ipynb #5037fb28
@@ -509,14 +508,9 @@ def _update(self: PolicyTrainer):
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     _sum_over(self.group, [p.grad for p in ps])
-    limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-    return float(nn.utils.clip_grad_norm_(ps, limit))
+    return float(nn.utils.clip_grad_norm_(ps, self.max_grad_norm))
 
 # %% ../../nbs/rl/08_trainer.ipynb #1595b835
-def _trained(batch):
-    return batch.response_mask.any(-1).nonzero().squeeze(-1).tolist()
-
-
 @patch
 def _minibatches(self: PolicyTrainer, batch, epoch):
     "Row numbers of each optimiser step of a pass; rows without a sampled token are left out"
@@ -529,13 +523,6 @@ def _minibatches(self: PolicyTrainer, batch, epoch):
     return [sorted(rows[i] for i in part) for part in parts]
 
 # %% ../../nbs/rl/08_trainer.ipynb #7e06d80e
-@patch
-def _shared(self: PolicyTrainer, x):
-    "Log-probabilities of all processes' rows"
-    _sum_over(self.group, [x])
-    return x
-
-
 @patch
 def _apply(self: PolicyTrainer):
     "The optimiser step"
@@ -556,11 +543,12 @@ def _report(self: PolicyTrainer, batch, logs):
     A = batch.advantages[batch.response_mask]
     return res | {
         "train/reward": batch.rewards.mean().item(),
-        "train/advantage_abs": A.abs().mean().item(),
+        "train/advantage_abs": A.abs().mean().item() if len(A) else 0.0,
         "train/tokens": float(len(A)),
         "train/rows": float(len(batch)),
         "train/lr": float(self.optimizer.param_groups[0]["lr"]),
         "train/updates": float(self.n_updates),
+        "train/skipped": float(self.n_skipped),
     }
 
 # %% ../../nbs/rl/08_trainer.ipynb #8f80902f
@@ -597,20 +585,6 @@ def _check_batch(self: PolicyTrainer, batch):
     if low < 0 or high >= size:
         raise ValueError(f"input_ids: tokens {low} to {high}, the model has {size}")
 
-
-@patch
-def _nothing(self: PolicyTrainer, batch):
-    "The step of a batch without a sampled token"
-    self.n_steps += 1
-    zero = ("train/loss", "train/grad_norm", "train/advantage_abs", "train/tokens")
-    return dict.fromkeys(zero, 0.0) | {
-        "train/reward": batch.rewards.mean().item(),
-        "train/rows": float(len(batch)),
-        "train/lr": float(self.optimizer.param_groups[0]["lr"]),
-        "train/updates": float(self.n_updates),
-        "train/skipped": float(self.n_skipped),
-    }
-
 # %% ../../nbs/rl/08_trainer.ipynb #0b9a32bc
 @patch
 def step(
@@ -622,14 +596,14 @@ def step(
     self.model.eval()
     self.optimizer.zero_grad(set_to_none=True)
     if not batch.response_mask.any():
-        return self._nothing(batch)
+        self.n_steps += 1
+        return self._report(batch, [{"train/loss": 0.0, "train/grad_norm": 0.0}])
     batch, returns = self._credit(batch.to(self.device))
     extra = {} if self.critic is None else self.critic.step(batch, returns)
     extra = {f"critic/{k}": float(v) for k, v in extra.items()}
     plan = [rows for e in range(self.epochs) for rows in self._minibatches(batch, e)]
-    mine = self._own(batch, _trained(batch)) if len(plan) > 1 or self.loss.kl_coef else None
-    prox = self._shared(self.score(batch, micro=mine)) if len(plan) > 1 else None
-    ref = self._shared(self.score(batch, self.ref_model, mine)) if self.loss.kl_coef else None
+    prox = self.score(batch) if len(plan) > 1 else None
+    ref = self.score(batch, self.ref_model) if self.loss.kl_coef else None
     self.n_steps += 1
     logs, bad = [], None
     for rows in plan:
@@ -641,12 +615,11 @@ def step(
             bad = self._culprit(batch, rows, prox, ref, lp, loss)
             break
         self._apply()
-    res = self._report(batch, logs) | extra
     if bad is None:
         self.skipped_in_row = 0
     else:
         self._skip(batch, bad)
-    return res | {"train/skipped": float(self.n_skipped)}
+    return self._report(batch, logs) | extra
 
 # %% ../../nbs/rl/08_trainer.ipynb #d3b78f3f
 _counters = ("n_steps", "n_updates", "n_skipped", "skipped_in_row", "seed")

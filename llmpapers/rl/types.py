@@ -14,12 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..core.scale import check_ranges
+
 # %% ../../nbs/rl/01_types.ipynb #5d639f88
-def _positive(name, x):
-    if not isinstance(x, int) or isinstance(x, bool) or x < 1:
-        raise ValueError(f"{name}={x!r} must be a positive integer")
-
-
 @dataclass(frozen=True)
 class SamplingConfig:
     "How an engine samples; truncation (top-p, top-k) is absent on purpose"
@@ -30,9 +27,7 @@ class SamplingConfig:
     seed: int | None = None  # Base of the per-request streams; None draws one
 
     def __post_init__(self):
-        _positive("max_new_tokens", self.max_new_tokens)
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or positive")
+        check_ranges(self, max_new_tokens="int [1, inf)", temperature="[0, inf]")
         object.__setattr__(self, "stop_token_ids", tuple(int(t) for t in self.stop_token_ids))
 
 # %% ../../nbs/rl/01_types.ipynb #688cd368

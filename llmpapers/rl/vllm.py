@@ -22,8 +22,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.scale import need
-from .engines import _Row
-from .types import Completion, ContextExceeded, Request
+from .engines import _admitted, _allowed_ids, restrict
+from .types import Completion, Request
 from .weights import hub_names, read_weights, untied
 
 # %% ../../nbs/rl/09_vllm.ipynb #8934969d
@@ -64,15 +64,10 @@ _constraints: dict[str, tuple] = {}  # key of a request -> its constraint and th
 def _among_allowed(constraint, prefix, output_ids, logits):
     "Leave only what a request may go on with; an empty set is ended by the engine, not here"
     try:
-        allowed = constraint.allowed((*prefix, *output_ids))
-        if not allowed:
-            return logits
-        keep = torch.tensor(list(allowed), device=logits.device)
-        if not 0 <= int(keep.min()) <= int(keep.max()) < len(logits):
-            raise ValueError(f"constraint: it allows {allowed}, the model has {len(logits)} tokens")
+        allowed = _allowed_ids(constraint, (*prefix, *output_ids), len(logits))
     except Exception:  # an exception here would end the engine; the request meets it in `step`
         return logits
-    return torch.full_like(logits, -torch.inf).index_copy_(0, keep, logits[keep])
+    return restrict(logits[None], [allowed or None])[0]
 
 
 @cache
@@ -165,7 +160,7 @@ class VLLMEngine:
             generation_config="vllm",
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            logits_processors=[processor],
+            logits_processors=[processor, *(engine_args.pop("logits_processors", None) or ())],
         )
         if max_len:
             args["max_model_len"] = max_len
@@ -204,28 +199,19 @@ def _stream_seed(seed, name, n):
 
 
 @patch
+def _key(self: VLLMEngine, name):
+    "Of the constraint of a request; another engine of this process may have the same name in work"
+    return f"{id(self)}.{name}"
+
+
+@patch
 def add(
     self: VLLMEngine,
     request: Request,  # Tokens and length must fit; seed and id give the seed of its stream
 ) -> None:
     "Hand a request to vLLM"
-    sc, row, name = request.sampling, _Row(request, n_tokens=self.n_tokens), request.request_id
-    if name in self.rows:
-        raise ValueError(
-            f"request_id={name!r} is already active; ids must be unique among active requests"
-        )
-    if row.finished:
-        raise ValueError(f"prefix of {name!r} is already complete; there is nothing to generate")
-    size = len(request.prompt_ids) + sc.max_new_tokens
-    if size > self.longest:
-        raise ContextExceeded(
-            f"request {name!r}: prompt and max_new_tokens make {size} tokens, "
-            f"the engine takes {self.longest}"
-        )
-    if bad := [t for t in request.prompt_ids + row.ids if not 0 <= t < self.n_tokens]:
-        raise ValueError(
-            f"request {name!r}: token {bad[0]} is none of the {self.n_tokens} of the model"
-        )
+    sc, name = request.sampling, request.request_id
+    row = _admitted(request, self.rows, self.n_tokens, self.longest)
     params = self.params(
         n=1,
         temperature=sc.temperature,
@@ -238,10 +224,10 @@ def add(
         ignore_eos=True,
         detokenize=False,
         output_kind=self.cumulative,
-        extra_args=dict(constraint=name) if request.constraint else None,
+        extra_args=dict(constraint=self._key(name)) if request.constraint else None,
     )
     if request.constraint:
-        _constraints[name] = (request.constraint, tuple(row.ids))
+        _constraints[self._key(name)] = (request.constraint, tuple(row.ids))
     self.engine.add_request(name, dict(prompt_token_ids=request.prompt_ids + row.ids), params)
     self.rows[name] = (row, len(row.ids))
 
@@ -275,8 +261,10 @@ def _take_in(row, offset, out, version):
     "New tokens of a request; why it has ended, or None"
     o = out.outputs[0]
     for t in range(len(row.ids) - offset, len(o.token_ids)):
-        token = o.token_ids[t]
-        row.push(token, o.logprobs[t][token].logprob, version, row.allowed())
+        token, allowed = o.token_ids[t], row.allowed()
+        if allowed is not None and token not in allowed:
+            raise RuntimeError(f"constraint: vLLM drew token {token}, which it does not allow")
+        row.push(token, o.logprobs[t][token].logprob, version, allowed)
     if row.allowed() == ():
         return "stop"
     if out.finished and o.finish_reason not in ("stop", "length"):
@@ -287,7 +275,7 @@ def _take_in(row, offset, out, version):
 @patch
 def _leave(self: VLLMEngine, name):
     "Forget a request"
-    _constraints.pop(name, None)
+    _constraints.pop(self._key(name), None)
     return self.rows.pop(name)[0]
 
 # %% ../../nbs/rl/09_vllm.ipynb #ae42a3dd
@@ -378,5 +366,5 @@ def logprobs(
     )
     self.engine.add_request(name, dict(prompt_token_ids=list(ids)), params)
     while self.scored[name] is None:
-        self.ready += self.step()
+        self.ready = self.step()  # which also hands back what was ready
     return [d[t].logprob for t, d in zip(ids[1:], self.scored.pop(name).prompt_logprobs[1:])]

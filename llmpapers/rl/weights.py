@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['read_weights', 'copy_weights', 'has_adapters', 'merged', 'own_weights', 'checkpoint_weights', 'untied', 'hub_names',
-           'pack_weights', 'unpack_weights', 'WeightSyncError', 'probe_ids', 'largest_gap', 'check_sync', 'evaluating',
-           'model_logprobs', 'rounding', 'require_causal', 'float32_masters']
+           'pack_weights', 'unpack_weights', 'WeightSyncError', 'probe_ids', 'largest_gap', 'check_sync',
+           'model_logprobs', 'rounding', 'require_causal', 'float32_masters', 'trainable']
 
 # %% ../../nbs/rl/06_weights.ipynb #c1bb4c72
 import copy
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..core.lm import LM, load_lm
 from ..core.scale import rng
+from ..core.train import evaluating
 from .logprobs import token_logprobs
 
 # %% ../../nbs/rl/06_weights.ipynb #c2cb21f5
@@ -222,20 +223,6 @@ def check_sync(
     return gap
 
 # %% ../../nbs/rl/06_weights.ipynb #353bda79
-@contextmanager
-def evaluating(
-    model: nn.Module,  # In any mode
-):
-    "Evaluation mode for a while; every module gets its own mode back"
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
-
-
 @torch.no_grad()
 def model_logprobs(
     model: nn.Module,  # Causal language model
@@ -274,12 +261,34 @@ def require_causal(
         )
 
 
+_half = (torch.float16, torch.bfloat16)
+
+
 def float32_masters(
     model: nn.Module,  # Changed in place
 ) -> torch.dtype | None:  # What its passes may be cast to; None if it was not in half precision
     "Float32 weights where half precision would be trained, in which small steps vanish"
-    half = (torch.float16, torch.bfloat16)
-    if not any(p.requires_grad and p.dtype in half for p in model.parameters()):
+    if not any(p.requires_grad and p.dtype in _half for p in model.parameters()):
         return None
     model.float()
     return torch.bfloat16  # also for float16, whose gradients would need a scale
+
+# %% ../../nbs/rl/06_weights.ipynb #424391a7
+def trainable(
+    policy: "LM|str|Path",  # A model in memory (copied), a folder, or an id of the hub
+    device=None,  # Where to put one that is read; None takes a GPU if there is one
+) -> tuple[LM, bool]:  # The copy; did any of it come in half precision?
+    "A copy of a policy that can be trained: in float32; what is frozen beside adapters stays so"
+    if not isinstance(policy, LM):
+        lm = load_lm(str(policy), device=device)
+    elif isinstance(policy.model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        kind = type(policy.model).__name__
+        raise TypeError(f"policy: its model is wrapped in {kind}; pass the model inside")
+    else:
+        lm = policy._replace(model=copy.deepcopy(policy.model))
+    if not any(p.requires_grad for p in lm.model.parameters()):
+        lm.model.requires_grad_(True)
+    half = any(p.dtype in _half for p in lm.model.parameters())
+    if half:  # also under adapters in float32, or what they are merged into would be rounded
+        lm.model.float()
+    return lm, half
