@@ -109,9 +109,9 @@ class Injection(Mixer):
 @contextmanager
 def aside():
     "Draws inside come from a stream of their own; the global one stays where it was"
-    copy = torch.Generator()
+    copy = torch.Generator("cpu")
     copy.set_state(torch.get_rng_state())
-    with own_draws(torch.randint(2**62, (), generator=copy)):
+    with own_draws(torch.randint(2**62, (), generator=copy, device="cpu")):
         yield
 
 # %% ../../nbs/mesh/03_rivals.ipynb #e97214fc
