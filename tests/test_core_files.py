@@ -2,6 +2,7 @@
 that is noticed, and files that are whole or absent"""
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -9,6 +10,7 @@ import lzma
 import os
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -315,9 +317,12 @@ def test_archives_that_cannot_be_read(tmp_path):
     unknown = bytearray(zipped(b"text"))
     for mark, at in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
         unknown[unknown.index(mark) + at] = 97
+    future = bytearray(zipped(b"text"))
+    future[future.index(b"PK\x01\x02") + 6] = 99  # the version that is needed
     for raw, why in (
         (bytes(locked), "a.zip cannot be read: .*password"),
         (bytes(unknown), "a.zip cannot be read: .*not supported"),
+        (bytes(future), "a.zip cannot be read: .*version"),
         (zipped(b"", "b", "c"), "a.zip holds 2 files"),
         (zipped(b"", "folder/"), "a.zip holds 0 files"),
         (b"", "a.zip cannot be read: it is not packed"),
@@ -347,11 +352,55 @@ def test_a_changed_byte_is_an_error_or_changes_no_line(tmp_path, end):
     assert all(e.startswith("x cannot be read to its end") for e in errors)
 
 
+@pytest.mark.parametrize("end", [".gz", ".bz2", ".xz"])
+def test_streams_behind_each_other_are_read_and_a_fault_in_any_is_noticed(tmp_path, end):
+    raw = b"".join(b'{"id": %d}\n' % i for i in range(3000))
+    one, file, padding = packers[end](raw), tmp_path / "x", b"\0" * 8
+    for whole, times in ((one * 3, 3), (one + packers[end](b"") + one, 2), (one + padding, 1)):
+        file.write_bytes(whole)
+        assert b"".join(line for _, line in lines_of(file)) == raw * times
+    if end == ".xz":
+        file.write_bytes(one + padding + one)
+        assert b"".join(line for _, line in lines_of(file)) == raw * 2
+    for at in (12, len(one) // 2):
+        spoilt = one[:at] + bytes([one[at] ^ 255]) + one[at + 1 :]
+        for whole in (one + spoilt + one, one + one[:at], one + b"more"):
+            file.write_bytes(whole)
+            with pytest.raises(ValueError, match="x cannot be read to its end"):
+                list(lines_of(file))
+
+
+def test_a_pipe_is_refused_before_its_beginning_is_lost(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+
+    def write():
+        with contextlib.suppress(BrokenPipeError):
+            (tmp_path / "pipe").write_bytes(b"1\n2\n")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with pytest.raises(ValueError, match="pipe cannot be read: it is a pipe"):
+        list(lines_of(tmp_path / "pipe"))
+    writer.join()
+
+
+def test_people_whose_names_look_like_words_for_nothing_stay():
+    table = pd.DataFrame(
+        dict(user=["Nat", "Nan", "none", "NaN"], item=range(4), scene="s", time=range(4))
+    )
+    assert logs.as_events(table).user.tolist() == ["Nat", "Nan", "none"]
+    assert [data._id(x) for x in ("Nat", "Nan", "NaN", "NULL")] == ["Nat", "Nan", "", ""]
+
+
 def test_what_the_caller_raises_stays_what_it_is(tmp_path):
     (tmp_path / "x").write_bytes(b"{}\nx\n")
-    with pytest.raises(OSError, match="the disk of the caller"):
-        for _ in lines_of(tmp_path / "x"):
-            raise OSError("the disk of the caller")
+    for error in (OSError("mine"), ValueError("mine"), EOFError("mine")):
+
+        def raises(number, why, error=error):
+            raise error
+
+        with pytest.raises(type(error), match="^mine$"):
+            list(json_lines(tmp_path / "x", raises))
 
     def refuse(number, why):
         raise KeyError(number, why)
@@ -509,10 +558,20 @@ def test_writers_at_once_leave_one_whole_file(tmp_path):
             if len(text) != 50_000 or len(set(text)) != 1:
                 faults.append(text[:1])
 
-    threads = [threading.Thread(target=write, args=(x,)) for x in "abc"]
-    threads.append(threading.Thread(target=read))
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [*(pool.submit(write, x) for x in "abc"), pool.submit(read)]
+    assert all(j.result() is None for j in jobs)
     assert not faults and [f.name for f in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_file_keeps_its_mode_and_a_link_its_target(tmp_path):
+    file, link = tmp_path / "a.txt", tmp_path / "link.txt"
+    file.write_text("old")
+    file.chmod(0o600)
+    link.symlink_to(file)
+    with new_file(link) as part:
+        part.write_text("new")
+    assert link.is_symlink() and file.read_text() == "new" and file.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(FileNotFoundError, match="path=.*no/a.txt': its folder does not exist"):
+        with new_file(tmp_path / "no" / "a.txt") as part:
+            part.write_text("new")

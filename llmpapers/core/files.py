@@ -10,14 +10,17 @@ import bz2
 import codecs
 import contextlib
 import gzip
+import io
 import json
 import lzma
 import os
 import re
 import secrets
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -32,22 +35,53 @@ if TYPE_CHECKING:
 packed = (".gz", ".bz2", ".xz", ".zip")  # Ends of the names of packed files
 
 
+class _Streams(io.RawIOBase):
+    "Packed streams one behind the other; between and behind them only zeros may stand"
+
+    def __init__(self, path, new):
+        self.file, self.new, self.stream = open(path, "rb"), new, new()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while True:
+            fresh = b""
+            if self.stream.eof:
+                fresh = self.stream.unused_data.lstrip(b"\0")
+                while not fresh and (block := self.file.read(2**16)):
+                    fresh = block.lstrip(b"\0")
+                if not fresh:
+                    return 0
+                self.stream = self.new()
+            elif self.stream.needs_input:
+                if not (fresh := self.file.read(2**16)):
+                    raise EOFError("it ended before the end of a stream")
+            if out := self.stream.decompress(fresh, len(buffer)):
+                buffer[: len(out)] = out
+                return len(out)
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
 def _only_member(path):
     "The one file of a zip archive"
-    with zipfile.ZipFile(path) as archive:
-        names = [n for n in archive.namelist() if not n.endswith("/")]
-        if len(names) != 1:
-            raise ValueError(f"{path.name} holds {len(names)} files; unpack it")
-        try:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in archive.namelist() if not n.endswith("/")]
+            if len(names) != 1:
+                raise ValueError(f"{path.name} holds {len(names)} files; unpack it")
             return archive.open(names[0])
-        except RuntimeError as e:  # a password, or a method that Python does not have
-            raise ValueError(f"{path.name} cannot be read: {e}") from e
+    except RuntimeError as e:  # a password, or a method that Python does not have
+        raise ValueError(f"{path.name} cannot be read: {e}") from e
 
 
 _openers = (  # How a file begins, and what opens it; a file without content begins differently
     (re.compile(rb"\x1f\x8b"), gzip.open),
-    (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.open),
-    (re.compile(rb"\xfd7zXZ\0"), lzma.open),
+    (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), partial(_Streams, new=bz2.BZ2Decompressor)),
+    (re.compile(rb"\xfd7zXZ\0"), partial(_Streams, new=lzma.LZMADecompressor)),
     (re.compile(rb"PK(\x03\x04|\x05\x06)"), _only_member),
 )
 
@@ -58,10 +92,12 @@ def unpacked(
     "A file as bytes, unpacked if its first bytes say that it is packed"
     path = Path(path)
     with open(path, "rb") as f:
+        if not f.seekable():
+            raise ValueError(f"{path.name} cannot be read: it is a pipe; write it to a file first")
         head = f.read(10)
     for begins, opener in _openers:
         if begins.match(head):
-            return opener(path)
+            return io.BufferedReader(opener(path), 2**17)
     if path.suffix in packed:
         raise ValueError(f"{path.name} cannot be read: it is not packed as its name says")
     return open(path, "rb")
@@ -119,8 +155,8 @@ def whole_text(
     return text if text.isascii() else _half.sub("\ufffd", text)
 
 # %% ../../nbs/core/13_files.ipynb #48980e1f
-# What programs write where nothing is, in lower case
-missing_words = frozenset({"nan", "none", "null", "nat", "<na>"})
+# What programs write where nothing is, as they write it
+missing_words = frozenset({"nan", "NaN", "None", "null", "NULL", "NaT", "<NA>"})
 
 # %% ../../nbs/core/13_files.ipynb #1ce57789
 def k_core(
@@ -134,7 +170,7 @@ def k_core(
     users, items = (df[c].factorize()[0] for c in ("user", "item"))
     for name, numbers in dict(user=users, item=items).items():
         if (numbers < 0).any():
-            raise ValueError(f"df has no {name} in row {int((numbers < 0).argmax())}")
+            raise ValueError(f"df has no {name} in row {df.index[(numbers < 0).argmax()]}")
     keep = np.ones(len(df), bool)
     while True:
         enough = [np.bincount(c[keep], minlength=len(df) + 1)[c] >= k for c in (users, items)]
@@ -149,12 +185,16 @@ def new_file(
     path,  # The file; its folder must exist
 ) -> Iterator[Path]:  # What to write instead, in the same folder and with the same ending
     "A file that takes its name at the end of the block, and is removed on an error"
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays a link
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path={str(path)!r}: its folder does not exist; make it first")
     part = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.part{path.suffix}")
     try:
         yield part
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
+        if path.exists():
+            shutil.copymode(path, part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

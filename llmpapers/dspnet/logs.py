@@ -96,7 +96,7 @@ def _clean_names(column, whole, ids):
             for x, (a, dot, b) in zip(clean, cut)
         ]
     if ids:
-        clean = [None if isinstance(x, str) and x.lower() in missing_words else x for x in clean]
+        clean = [None if isinstance(x, str) and x in missing_words else x for x in clean]
     bad = [isinstance(x, str) and "\ufffd" in whole_text(x) for x in clean]
     damaged = np.array([*bad, False])[codes]  # the last one is for what is missing
     if clean == list(names):
@@ -164,12 +164,20 @@ def as_events(
     return _not_empty(events, "table")
 
 # %% ../../nbs/dspnet/02_logs.ipynb #823f1799
+def _opened(path):
+    "A file as bytes, unpacked"
+    try:
+        return unpacked(path)
+    except ValueError as e:
+        raise ValueError(f"path: {e}") from e
+
+
 @contextmanager
 def _reading(path):
     "A file as text, packed or not; a fault of the file is an error that names it"
     try:
         # without the mark that some editors put before the text
-        with io.TextIOWrapper(unpacked(path), encoding="utf-8-sig", errors="replace") as f:
+        with io.TextIOWrapper(_opened(path), encoding="utf-8-sig", errors="replace") as f:
             yield f
     except file_faults as e:
         raise ValueError(f"path: {Path(path).name} cannot be read to its end ({e})") from e
@@ -358,7 +366,10 @@ def load_movielens(
 def _records(path, problems):
     "(line, record) of those lines that are records"
     refused = {}
-    yield from json_lines(path, lambda number, why: refused.setdefault(why, []).append(number))
+    try:
+        yield from json_lines(path, lambda number, why: refused.setdefault(why, []).append(number))
+    except ValueError as e:
+        raise ValueError(f"path: {e}") from e
     for why, lines in refused.items():
         problems.note(why, lines)
 
@@ -646,9 +657,15 @@ def split_time(
     if isinstance(at, datetime):
         at = (pd.to_datetime(at, utc=True) - pd.Timestamp(0, tz="UTC")).total_seconds()
     at = check_number("at", at, "(-inf, inf)")
+    if lost := [c for c in columns if c not in events]:
+        raise ValueError(f"events has no column {lost[0]!r}; see as_events")
     early, late = events[events["time"] < at], events[events["time"] >= at]
     if not len(early) or not len(late):
         raise ValueError(f"at={at} leaves {len(early)} events before and {len(late)} after it")
+    if (gone := events[["user", "item"]].isna().any(axis=1)).any():
+        raise ValueError(
+            f"events has no user or item in row {events.index[gone][0]}; see as_events"
+        )
     kept = k_core(early, core)
     if not len(kept):
         raise ValueError(

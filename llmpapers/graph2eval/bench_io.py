@@ -151,12 +151,15 @@ def _rows(folder, skip):
                 yield f"{file.stem}-{number - 1}", row
             continue
         try:
-            found = json.loads(file.read_text(encoding="utf-8-sig"))
+            found = json.loads(file.read_text(encoding="utf-8-sig", errors="replace"))
         except (ValueError, RecursionError):
             skip("not JSON")
             continue
         for k, row in enumerate(found if isinstance(found, list) else ()):
-            yield f"{file.stem}-{k}", row
+            if "\ufffd" in json.dumps(row, ensure_ascii=False):
+                skip("not UTF-8")
+            else:
+                yield f"{file.stem}-{k}", row
 
 
 def _own_tasks(file):

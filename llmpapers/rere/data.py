@@ -138,7 +138,7 @@ def _id(v):
         return ""
     whole = isinstance(v, float | np.floating) and float(v).is_integer()
     text = str(int(v) if whole else v).strip()
-    return "" if text.lower() in missing_words or "\ufffd" in whole_text(text) else text
+    return "" if text in missing_words or "\ufffd" in whole_text(text) else text
 
 
 def _text(raw):
@@ -364,7 +364,8 @@ def load_yelp(
     rows = [row for row in rows if row[2] in names or not row[2]]
     lines, users, items, times = _columns(rows)
     if by_name:
-        items = [names.get(i, "") or i for i in items]
+        usable = {i: name for i, name in names.items() if name and "\ufffd" not in name}
+        items = [usable.get(i, i) for i in items]
         names = {v or k: v for k, v in names.items()}
     events = _events(reviews.name, lines, users, items, times, problems)
     return Log(events, _titles(names.items()), problems.table())
