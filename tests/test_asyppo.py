@@ -567,16 +567,20 @@ def test_what_counts_is_the_ids_that_occur():
         assert t.step(sums())["critic/rows"] == 8
 
 
-def test_peft(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peft(monkeypatch, tmp_path, dtype):
     "An actor with adapters, critics from the same model; an engine apart gets them merged"
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    lm = actor()._replace(model=peft.get_peft_model(actor().model, config))
+    folder = save_lm(actor()._replace(model=actor().model.to(dtype)), tmp_path / "actor")
+    base = load_lm(str(folder), device="cpu")
+    assert base.model.dtype == dtype
+    lm = base._replace(model=peft.get_peft_model(base.model, config))
     before = {k: v.clone() for k, v in lm.model.named_parameters()}
     cfg = AsyPPOConfig(batch_size=2, group_size=4, max_new_tokens=4, utd=2, lr=1e-2)
     train_asyppo(lm, lm.model, task.prompt, lambda p, r, i: float(len(r)), 2, cfg)
     for name, p in lm.model.named_parameters():
-        assert torch.equal(p, before[name]) != ("lora_" in name), name
+        assert torch.equal(p, before[name].float()) != ("lora_" in name), name
     with pytest.raises(ValueError, match="adapters"):
         ValueModel(lm.model).save_pretrained("nowhere")
     from llmpapers.rl import run as arrangements

@@ -118,14 +118,17 @@ def test_the_policy_that_is_given_stays_and_the_other_learns():
     assert best_items(run.lm, coder(), w.take([0]), 3)[0, 0] == w.target[0]
 
 
-def test_only_adapters_learn():
-    "A policy with adapters, and one of which a part is frozen"
+def test_only_adapters_learn(tmp_path):
+    "A policy with adapters, one with adapters from a folder, and one of which a part is frozen"
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     adapted = policy()._replace(model=peft.get_peft_model(policy().model, config))
     part = policy()
     part.model.requires_grad_(False).model.layers[0].mlp.requires_grad_(True)
-    for lm, learns in ((adapted, "lora_"), (part, "mlp")):
+    adapted.model.save_pretrained(tmp_path)
+    read = policy()._replace(model=peft.PeftModel.from_pretrained(policy().model, tmp_path))
+    assert not any(p.requires_grad for p in read.model.parameters())
+    for lm, learns in ((adapted, "lora_"), (read, "lora_"), (part, "mlp")):
         run = train_sft(lm, coder(), rows(), TrainConfig(steps=2, lr=1e-2), device="cpu")
         for (name, p), q in zip(run.lm.model.named_parameters(), lm.model.parameters()):
             assert torch.equal(p, q) != (learns in name), name

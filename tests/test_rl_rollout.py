@@ -783,13 +783,20 @@ def test_a_thread_that_takes_the_next_job_is_not_counted_as_idle():
     asyncio.run(main())
 
 
-def test_an_error_of_a_tool_that_takes_more_than_a_text_reaches_all_who_wait():
-    class Refused(ToolError):
-        def __init__(self, code, text):
-            super().__init__(f"{code}: {text}")
+class Refused(ToolError):
+    def __init__(self, code, text):
+        super().__init__(f"{code}: {text}")
 
+
+class Status(ToolError):
+    def __init__(self, code):
+        super().__init__(f"HTTP {code:03d}")
+
+
+@pytest.mark.parametrize("error", [Refused(3, "down"), Status(7)])
+def test_an_error_of_a_tool_that_takes_more_than_a_text_reaches_all_who_wait(error):
     def tool(items):
-        raise Refused(3, "down")
+        raise error
 
     async def main():
         ask = ToolBatcher(tool, 4, 0.01)
@@ -798,4 +805,4 @@ def test_an_error_of_a_tool_that_takes_more_than_a_text_reaches_all_who_wait():
         )
 
     found = asyncio.run(main())
-    assert [type(e) for e in found] == 4 * [ToolError] and {str(e) for e in found} == {"3: down"}
+    assert [type(e) for e in found] == 4 * [ToolError] and {str(e) for e in found} == {str(error)}

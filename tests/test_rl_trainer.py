@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from llmpapers.core.lm import TinyLMConfig, char_tokenizer, tiny_lm
 from llmpapers.rl.buffer import SampleBuffer
 from llmpapers.rl.checkpoint import MetricsLog, checkpoint_fault, latest, load, read_metrics, save
 from llmpapers.rl.logprobs import token_logprobs
-from llmpapers.rl.losses import PolicyLossConfig, losses, modes, register_loss
+from llmpapers.rl.losses import PolicyLossConfig, losses, modes, ppo_loss, register_loss
 from llmpapers.rl.trainer import PolicyTrainer, micro_batches, terminal_rewards
 from llmpapers.rl.types import Group, Sample, collate
 
@@ -76,9 +77,12 @@ def test_a_loss_of_ones_own_has_the_arguments_of_what_it_is_like():
             PolicyLossConfig("mine", args=dict(tlit=2.0))
         assert PolicyLossConfig("free", args=dict(tlit=2.0)).args
         assert make("mine").step(make_batch())["train/updates"] == 1
+        register_loss("ppo")(losses["ppo"])  # anew, without saying what it takes
+        assert math.isfinite(make("tis").step(make_batch())["clip_frac/low"])
     finally:
         losses.clear()
         losses.update(before)
+        register_loss("ppo", like=ppo_loss)(before["ppo"])
 
 
 def same(a, b):

@@ -635,7 +635,8 @@ def test_a_step_written_anew_is_never_half_there(tmp_path, monkeypatch, last):
 
 
 def test_starting_again_leaves_folders_of_others_alone(tmp_path):
-    for name in ("step_notes", "step_000050.tmp", "step_000040.old"):
+    others = ["step_best.old", "step_mine.tmp", "step_notes"]
+    for name in (*others, "step_000050.tmp", "step_000040.old"):
         (tmp_path / name).mkdir()
     run(net(), out=tmp_path, resume=False, steps=2, save_every=2)
-    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000002", "step_notes"]
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000002", *others]

@@ -569,7 +569,8 @@ def _actor(lm, device):
     "The actor with weights that can be trained"
     if not isinstance(lm, LM):
         return load_lm(str(lm), device=device, dtype=torch.float32)
-    float32_masters(lm.model)
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in lm.model.parameters()):
+        lm.model.float()  # also under adapters in float32, see `trainable`
     return lm if device is None else lm._replace(model=lm.model.to(device))
 
 

@@ -275,9 +275,14 @@ def _steps(out):
     return sorted(((int(m[1]), p) for m, p in found if m), reverse=True)
 
 # %% ../../nbs/core/05_train.ipynb #bd293174
+def _left(out, ending):
+    "What a killed save left: folders of steps with another ending"
+    return [p for p in out.glob(f"step_*{ending}") if re.fullmatch(r"step_\d{6,}", p.stem)]
+
+
 def _moved_away(out):
     "Checkpoints that a killed save had moved away to write them anew, as (step, folder)"
-    old = [p for p in out.glob("step_*.old") if not p.with_suffix("").exists()]
+    old = [p for p in _left(out, ".old") if not p.with_suffix("").exists()]
     return [(int(p.stem.removeprefix("step_")), p) for p in old]
 
 
@@ -285,8 +290,8 @@ def _recover(out):
     "Undo a save that was killed: put back what it had moved away, delete what it had not finished"
     for _, old in _moved_away(out):
         os.replace(old, old.with_suffix(""))
-    for left in (*out.glob("step_*.old"), *out.glob("step_*.tmp")):
-        shutil.rmtree(left, ignore_errors=True)
+    for p in (*_left(out, ".old"), *_left(out, ".tmp")):
+        shutil.rmtree(p, ignore_errors=True)
 
 # %% ../../nbs/core/05_train.ipynb #b483fa65
 @contextmanager
@@ -371,7 +376,7 @@ def newest_checkpoint(
     out: Path,  # Folder of the run
 ) -> Path | None:  # Folder of the newest intact checkpoint; None if none was ever finished
     "Find the newest intact checkpoint, warning about each one that is not"
-    for p in Path(out).glob("step_*.tmp"):
+    for p in _left(Path(out), ".tmp"):
         warnings.warn(f"{p.name} was not finished and is ignored", stacklevel=2)
     return _newest(Path(out), _files, "out", "resume=False starts again")
 
@@ -578,7 +583,7 @@ def start(self: _Run, resume):
     if self.main:
         self.out.mkdir(parents=True, exist_ok=True)
         if not resume:
-            left = (*self.out.glob("step_*.old"), *self.out.glob("step_*.tmp"))
+            left = (*_left(self.out, ".old"), *_left(self.out, ".tmp"))
             for p in (*(p for _, p in _steps(self.out)), *left):
                 shutil.rmtree(p)
             for p in (self.out / "latest", path):
@@ -590,7 +595,7 @@ def start(self: _Run, resume):
     self.rows = [r for r in read_metrics(self.out).rows if r["step"] <= self.step]
     self.acc.wait_for_everyone()
     if self.main:
-        for p in self.out.glob("step_*.tmp"):
+        for p in _left(self.out, ".tmp"):
             shutil.rmtree(p)
         _replace_text(path, "".join(json.dumps(r) + "\n" for r in self.rows))
         self.log = open(path, "a", encoding="utf-8")

@@ -466,9 +466,10 @@ async def _check(self: AsyncController):
     "Engines and trainer must give a fixed sequence the same log-probabilities"
     if not self._probed():
         return
-    self.checks += 1
     ids, expected = self.trainer.probe()
-    for k, row in enumerate(await self.pool.logprobs(ids)):
+    rows = await self.pool.logprobs(ids)
+    self.checks += bool(rows)  # engines that died meanwhile were not compared
+    for k, row in enumerate(rows):
         gap = largest_gap(row, expected)
         if not gap <= self.probe_tol:
             raise WeightSyncError(

@@ -289,7 +289,7 @@ def _gspo(cfg, b, lp, prox):
 # %% ../../nbs/rl/03_losses.ipynb #aea7f255
 def _clip_range(cfg):
     "Clip range in use: what the configuration says, else the default of the loss, or of PPO"
-    used = _args["ppo"] | _args.get(cfg.name, {}) | cfg.args
+    used = dict(clip_low=0.2, clip_high=0.2) | _args.get(cfg.name, {}) | cfg.args
     return [used[k] for k in ("clip_low", "clip_high")]
 
 

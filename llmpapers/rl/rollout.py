@@ -727,7 +727,7 @@ async def _tool_call(batcher, live):
         kind, text = ToolError, f"the tool failed: {text}"
         if isinstance(e, ToolError):
             text = str(e)
-            with suppress(TypeError):  # a kind that takes more than a text stays a `ToolError`
+            with suppress(Exception):  # a kind that takes more than a text stays a `ToolError`
                 kind = type(type(e)(text))
         for _, futures in live:
             for f in futures:

@@ -149,8 +149,8 @@ class PolicyTrainer:
 
     def __init__(
         self,
-        # Causal language model of transformers, with or without adapters; half precision becomes
-        # float32 here
+        # Causal language model of transformers, with or without adapters; if what is trained is in
+        # half precision, the model becomes float32 here
         model: nn.Module,
         optimizer: torch.optim.Optimizer,  # Over its parameters
         loss: PolicyLossConfig,  # What is minimised
@@ -369,7 +369,7 @@ def score(
     batch: Batch,  # Any number of rows
     model: nn.Module = None,  # None: the policy
 ) -> Tensor:  # (N,L) log-probabilities of sampled tokens, 0 elsewhere
-    "Log-probabilities of a whole batch without gradient; the processes of a group share its rows"
+    "Log-probabilities without gradient; the processes of a group share the rows, and all must call"
     res = torch.zeros(batch.input_ids.shape, dtype=torch.float32, device=self.device)
     with evaluating(self.model if model is None else model):
         for rows in self._own(batch, _trained(batch)):

@@ -12,14 +12,17 @@ import copy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..core.lm import LM, load_lm
 from ..core.scale import rng
 from ..core.train import evaluating
 from .logprobs import token_logprobs
+
+if TYPE_CHECKING:
+    from llmpapers.core.lm import LM
 
 # %% ../../nbs/rl/06_weights.ipynb #c2cb21f5
 def read_weights(
@@ -274,11 +277,25 @@ def float32_masters(
     return torch.bfloat16  # also for float16, whose gradients would need a scale
 
 # %% ../../nbs/rl/06_weights.ipynb #424391a7
+def _unfreeze(model):
+    "Let a model be trained; where it has adapters, these"
+    if not has_adapters(model):
+        model.requires_grad_(True)
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter(layer.active_adapters)  # makes them trainable, too
+
+
 def trainable(
     policy: "LM|str|Path",  # A model in memory (copied), a folder, or an id of the hub
     device=None,  # Where to put one that is read; None takes a GPU if there is one
-) -> tuple[LM, bool]:  # The copy; did any of it come in half precision?
+) -> "tuple[LM, bool]":  # The copy; did any of it come in half precision?
     "A copy of a policy that can be trained: in float32; what is frozen beside adapters stays so"
+    from llmpapers.core.lm import LM, load_lm  # with transformers, which other uses do without
+
     if not isinstance(policy, LM):
         lm = load_lm(str(policy), device=device)
     elif isinstance(policy.model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -287,7 +304,7 @@ def trainable(
     else:
         lm = policy._replace(model=copy.deepcopy(policy.model))
     if not any(p.requires_grad for p in lm.model.parameters()):
-        lm.model.requires_grad_(True)
+        _unfreeze(lm.model)
     half = any(p.dtype in _half for p in lm.model.parameters())
     if half:  # also under adapters in float32, or what they are merged into would be rounded
         lm.model.float()
