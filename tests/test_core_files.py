@@ -23,6 +23,7 @@ from llmpapers.attention_rhythm.analysis import load_prompts
 from llmpapers.core.files import json_lines, k_core, lines_of, new_file, unpacked
 from llmpapers.dspnet import logs
 from llmpapers.dspnet.train import _note_folder
+from llmpapers.graph2eval import bench_io
 from llmpapers.graph2eval.bench_io import load_bench, save_bench
 from llmpapers.graph2eval.graph import KG
 from llmpapers.qagent.retrieval import load_docs
@@ -575,3 +576,13 @@ def test_a_file_keeps_its_mode_and_a_link_its_target(tmp_path):
     with pytest.raises(FileNotFoundError, match="path=.*no/a.txt': its folder does not exist"):
         with new_file(tmp_path / "no" / "a.txt") as part:
             part.write_text("new")
+
+
+def test_a_list_of_the_released_benchmark_loses_the_entry_that_is_damaged(tmp_path):
+    rows = [{"no": "a\ufffd"}, {"no": "caf\u00e9"}, {"no": "b"}]
+    whole = json.dumps(rows, ensure_ascii=False).encode()
+    for raw, damaged in ((whole, 0), (whole.replace("\u00e9".encode(), b"\xe9"), 2)):
+        (tmp_path / "tasks.json").write_bytes(raw)
+        found = []
+        kept = list(bench_io._rows(tmp_path, found.append))
+        assert found == ["not UTF-8"] * damaged and len(kept) == 3 - damaged

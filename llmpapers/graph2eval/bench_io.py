@@ -150,13 +150,16 @@ def _rows(folder, skip):
             for number, row in json_lines(file, lambda _, why: skip(why)):
                 yield f"{file.stem}-{number - 1}", row
             continue
+        data = file.read_bytes()
+        text = data.decode("utf-8-sig", "replace")
+        whole = data.endswith(text.encode())  # there was nothing to replace
         try:
-            found = json.loads(file.read_text(encoding="utf-8-sig", errors="replace"))
+            found = json.loads(text)
         except (ValueError, RecursionError):
             skip("not JSON")
             continue
         for k, row in enumerate(found if isinstance(found, list) else ()):
-            if "\ufffd" in json.dumps(row, ensure_ascii=False):
+            if not whole and "\ufffd" in json.dumps(row, ensure_ascii=False):
                 skip("not UTF-8")
             else:
                 yield f"{file.stem}-{k}", row
